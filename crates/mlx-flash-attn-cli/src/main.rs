@@ -1,0 +1,2 @@
+//! The program `mlx-flash-attn`.
+fn main() {}

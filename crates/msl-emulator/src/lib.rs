@@ -1,0 +1,1 @@
+//! Runs Metal compute kernels on a CPU.

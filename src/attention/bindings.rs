@@ -1,0 +1,222 @@
+//! Buffer indices and function constants of every kernel: what the host binds and what the kernels
+//! read are both taken from here.
+
+use super::problem::Role;
+
+/// Buffer indices of the prefill kernels.
+pub mod prefill {
+    use super::Role;
+
+    /// [`super::super::params::AttnParamsGpu`].
+    pub const PARAMS: usize = 4;
+    /// [`super::super::params::AttnMaskParamsGpu`]; bound with a mask.
+    pub const MASK_PARAMS: usize = 5;
+    /// [`super::super::params::AttnExtraParamsGpu`]; bound where a constant needs it.
+    pub const EXTRA_PARAMS: usize = 8;
+    /// Cumulative query lengths, `u32[B + 1]`; bound for packed sequences.
+    pub const CU_SEQLENS_Q: usize = 12;
+    /// Cumulative key lengths, `u32[B + 1]`; bound for packed sequences.
+    pub const CU_SEQLENS_K: usize = 13;
+
+    /// Index of an operand.
+    pub const fn index(role: Role) -> usize {
+        match role {
+            Role::Query => 0,
+            Role::Key => 1,
+            Role::Value => 2,
+            Role::Output => 3,
+            Role::Mask => 6,
+            Role::TileClasses => 7,
+            Role::Sinks => 9,
+            Role::AlibiSlopes => 10,
+            Role::Lse => 11,
+        }
+    }
+}
+
+/// Function-constant indices.
+pub mod constant {
+    /// bool: `qL % bq == 0`.
+    pub const ALIGN_Q: usize = 200;
+    /// bool: `kL % bk == 0`.
+    pub const ALIGN_K: usize = 201;
+    /// bool: a mask is bound.
+    pub const HAS_MASK: usize = 300;
+    /// bool: causal visibility.
+    pub const DO_CAUSAL: usize = 301;
+    /// bool: sink logits are bound.
+    pub const HAS_SINKS: usize = 302;
+    /// bool: tile classes are bound.
+    pub const HAS_BLK: usize = 303;
+    /// bool: a window on either side; bounds in the extra params.
+    pub const HAS_WINDOW: usize = 304;
+    /// bool: `softcapping` in the params is a softcap.
+    pub const HAS_SOFTCAP: usize = 305;
+    /// bool: ALiBi slopes are bound.
+    pub const HAS_ALIBI: usize = 306;
+    /// bool: the log-sum-exp is written.
+    pub const HAS_LSE: usize = 307;
+    /// bool: sequences are packed; cumulative lengths are bound.
+    pub const IS_VARLEN: usize = 308;
+    /// int: element type of an additive mask; see [`super::dtype_code`]. 0: as Q.
+    pub const MASK_DTYPE: usize = 309;
+    /// int: element type of K and V, coded as the mask's. 0: as Q.
+    pub const KV_DTYPE: usize = 310;
+    /// int: simdgroups of the head-dim-512 kernels, 4 or 8.
+    pub const NSG: usize = 322;
+    /// int: query rows of a class tile.
+    pub const BLK_BQ: usize = 400;
+    /// int: keys of a class tile.
+    pub const BLK_BK: usize = 401;
+}
+
+/// How a kernel uses a bound buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Only reads it.
+    Read,
+    /// Only writes it.
+    Write,
+    /// Does both, or it is not known.
+    ReadWrite,
+}
+
+impl Access {
+    /// Whether it may write.
+    pub const fn writes(self) -> bool {
+        !matches!(self, Self::Read)
+    }
+}
+
+/// Kernels besides prefill.
+pub mod names {
+    /// Fills a bf16 mask.
+    pub const MASK_FILL: &str = "flash_attn_prefill_mask_fill_bf16";
+    /// Classifies tiles of a bf16 mask.
+    pub const BLK: &str = "flash_attn_prefill_blk_bf16";
+    /// Decode: one partial result for each of 32 key splits; K and V in f32.
+    pub const VEC_F32: &str = "flash_attn_vec_f32";
+    /// Decode: as [`VEC_F32`], K and V in f16.
+    pub const VEC_F16: &str = "flash_attn_vec_f16kv";
+    /// Decode: joins the partial results.
+    pub const VEC_REDUCE: &str = "flash_attn_vec_reduce";
+}
+
+/// Buffer indices of the mask-fill, tile-class and decode kernels.
+pub mod other {
+    /// Mask fill: the mask.
+    pub const FILL_OUT: usize = 0;
+    /// Mask fill: [`super::super::params::MaskFillParamsGpu`].
+    pub const FILL_PARAMS: usize = 1;
+    /// Tile classes: the mask.
+    pub const BLK_MASK: usize = 0;
+    /// Tile classes: the classes.
+    pub const BLK_OUT: usize = 1;
+    /// Tile classes: [`super::super::params::BlkParamsGpu`].
+    pub const BLK_PARAMS: usize = 2;
+    /// Decode: Q.
+    pub const VEC_Q: usize = 0;
+    /// Decode: K.
+    pub const VEC_K: usize = 1;
+    /// Decode: V.
+    pub const VEC_V: usize = 2;
+    /// Decode: partial results.
+    pub const VEC_TMP: usize = 3;
+    /// Decode: [`super::super::params::VecParamsGpu`].
+    pub const VEC_PARAMS: usize = 4;
+    /// Reduce: partial results.
+    pub const REDUCE_TMP: usize = 0;
+    /// Reduce: the output.
+    pub const REDUCE_OUT: usize = 1;
+    /// Reduce: [`super::super::params::VecParamsGpu`].
+    pub const REDUCE_PARAMS: usize = 2;
+}
+
+/// How `kernel` uses the buffer at `index`; a kernel that is not ours may do anything.
+pub fn access(kernel: &str, index: usize) -> Access {
+    let written = match kernel {
+        names::MASK_FILL => other::FILL_OUT,
+        names::BLK => other::BLK_OUT,
+        names::VEC_F32 | names::VEC_F16 => other::VEC_TMP,
+        names::VEC_REDUCE => other::REDUCE_OUT,
+        _ if super::variant::by_name(kernel).is_some() => {
+            let writes =
+                index == prefill::index(Role::Output) || index == prefill::index(Role::Lse);
+            return if writes { Access::Write } else { Access::Read };
+        }
+        _ => return Access::ReadWrite,
+    };
+    if index == written {
+        Access::Write
+    } else {
+        Access::Read
+    }
+}
+
+/// Code of an operand's element type for [`constant::MASK_DTYPE`] and [`constant::KV_DTYPE`].
+pub const fn dtype_code(operand: crate::DType, query: crate::DType) -> i32 {
+    use crate::DType;
+    match operand {
+        _ if operand as u8 == query as u8 => 0,
+        DType::F32 => 1,
+        DType::F16 => 2,
+        DType::BF16 => 3,
+        _ => 0,
+    }
+}
+
+/// The element type behind a code of [`dtype_code`].
+pub const fn coded_dtype(code: i32, query: crate::DType) -> Option<crate::DType> {
+    use crate::DType;
+    match code {
+        0 => Some(query),
+        1 => Some(DType::F32),
+        2 => Some(DType::F16),
+        3 => Some(DType::BF16),
+        _ => None,
+    }
+}
+
+/// Values of function constants, sorted by index; what is left out counts as false or 0.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Constants {
+    bools: Vec<(usize, bool)>,
+    ints: Vec<(usize, i32)>,
+}
+
+impl Constants {
+    /// Constants in any order; a later value of one index replaces an earlier one.
+    pub fn new(bools: &[(usize, bool)], ints: &[(usize, i32)]) -> Self {
+        fn sorted<T: Copy>(values: &[(usize, T)]) -> Vec<(usize, T)> {
+            let map: std::collections::BTreeMap<_, _> = values.iter().copied().collect();
+            map.into_iter().collect()
+        }
+        Self {
+            bools: sorted(bools),
+            ints: sorted(ints),
+        }
+    }
+
+    /// Value of a bool constant; false when left out.
+    pub fn bool(&self, index: usize) -> bool {
+        self.bools.iter().any(|(i, value)| *i == index && *value)
+    }
+
+    /// Value of an int constant, if given.
+    pub fn int(&self, index: usize) -> Option<i32> {
+        self.ints
+            .iter()
+            .find(|(i, _)| *i == index)
+            .map(|(_, value)| *value)
+    }
+
+    /// The bool constants, by index.
+    pub fn bools(&self) -> &[(usize, bool)] {
+        &self.bools
+    }
+
+    /// The int constants, by index.
+    pub fn ints(&self) -> &[(usize, i32)] {
+        &self.ints
+    }
+}

@@ -1,0 +1,359 @@
+//! The reference that every kernel is held against: attention in f64, and the naive computation in
+//! the operands' own dtype, whose error sets the tolerance.
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::problem::{Problem, Sequence};
+use crate::dtype::DType;
+use crate::error::{MlxError, Result};
+
+/// Elements of an operand on the host.
+#[derive(Debug, Clone, Copy)]
+pub enum Values<'a> {
+    /// binary32.
+    F32(&'a [f32]),
+    /// binary16.
+    F16(&'a [f16]),
+    /// bfloat16.
+    BF16(&'a [bf16]),
+    /// Booleans: nonzero attends.
+    U8(&'a [u8]),
+}
+
+impl<'a> Values<'a> {
+    /// Views bytes as elements of `dtype`; refuses misaligned bytes and other dtypes.
+    pub fn from_bytes(dtype: DType, bytes: &'a [u8]) -> Result<Self> {
+        fn cast<T: bytemuck::Pod>(bytes: &[u8]) -> Result<&[T]> {
+            bytemuck::try_cast_slice(bytes)
+                .map_err(|e| MlxError::InvalidArgument(format!("operand bytes: {e}")))
+        }
+        match dtype {
+            DType::F32 => cast(bytes).map(Self::F32),
+            DType::F16 => cast(bytes).map(Self::F16),
+            DType::BF16 => cast(bytes).map(Self::BF16),
+            DType::U8 => Ok(Self::U8(bytes)),
+            other => Err(MlxError::UnsupportedDtype(format!("operand: {other}"))),
+        }
+    }
+
+    /// How many elements there are.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len(),
+            Self::F16(v) => v.len(),
+            Self::BF16(v) => v.len(),
+            Self::U8(v) => v.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Element `i` as f64; NaN past the end.
+    #[inline]
+    pub fn get(&self, i: usize) -> f64 {
+        match self {
+            Self::F32(v) => v.get(i).map_or(f64::NAN, |x| f64::from(*x)),
+            Self::F16(v) => v.get(i).map_or(f64::NAN, |x| x.to_f64()),
+            Self::BF16(v) => v.get(i).map_or(f64::NAN, |x| x.to_f64()),
+            Self::U8(v) => v.get(i).map_or(f64::NAN, |x| f64::from(*x)),
+        }
+    }
+}
+
+/// A problem's inputs on the host.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// Q.
+    pub q: Values<'a>,
+    /// K.
+    pub k: Values<'a>,
+    /// V.
+    pub v: Values<'a>,
+    /// The mask, if the problem has one.
+    pub mask: Option<Values<'a>>,
+    /// Sink logits, if the problem has them.
+    pub sinks: Option<&'a [f32]>,
+    /// ALiBi slopes, if the problem has them.
+    pub alibi_slopes: Option<&'a [f32]>,
+}
+
+/// A result of the reference: dense `[B, H, qL, D]`, or `[H, total_q, D]` for packed sequences.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reference {
+    /// O.
+    pub o: Vec<f64>,
+    /// Log-sum-exp, `[B, H, qL]` or `[H, total_q]`.
+    pub lse: Vec<f64>,
+}
+
+/// How the reference computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// f64 throughout.
+    Exact,
+    /// As separate operations on tensors of the problem's dtype would: products accumulate in f32,
+    /// and scores, probabilities and output are each rounded to the dtype.
+    Naive,
+    /// The impostor: the plain mean of the visible V rows. Every numeric check must refuse it.
+    MeanOfVisible,
+}
+
+/// `x` rounded to `dtype`, to nearest, ties to even.
+pub fn round_to(dtype: DType, x: f64) -> f64 {
+    match dtype {
+        DType::F32 => f64::from(x as f32),
+        DType::F16 => f16::from_f64(x).to_f64(),
+        DType::BF16 => bf16::from_f64(x).to_f64(),
+        _ => x,
+    }
+}
+
+/// Index of row `i` of head `h` of a sequence in the reference's dense order, in rows.
+pub fn reference_row(problem: &Problem, s: &Sequence, h: usize, i: usize) -> usize {
+    problem.lse_at(s, h, i)
+}
+
+/// Computes the problem on the host.
+pub fn attention(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    precision: Precision,
+) -> Result<Reference> {
+    check(problem, inputs)?;
+    let shape = problem.shape();
+    let dim = shape.head_dim;
+    let rows: Vec<(Sequence, usize, usize)> = (0..shape.batch)
+        .flat_map(|b| {
+            let s = problem.sequence(b);
+            (0..shape.heads).flat_map(move |h| (0..s.query_len).map(move |i| (s, h, i)))
+        })
+        .collect();
+    let results: Vec<(usize, Vec<f64>, f64)> = rows
+        .into_par_iter()
+        .map(|(s, h, i)| {
+            let (o, lse) = row(problem, inputs, precision, &s, h, i);
+            (reference_row(problem, &s, h, i), o, lse)
+        })
+        .collect();
+    let mut reference = Reference {
+        o: vec![0.0; results.len() * dim],
+        lse: vec![0.0; results.len()],
+    };
+    for (index, o, lse) in results {
+        reference.o[index * dim..(index + 1) * dim].copy_from_slice(&o);
+        reference.lse[index] = lse;
+    }
+    Ok(reference)
+}
+
+fn check(problem: &Problem, inputs: &Inputs<'_>) -> Result<()> {
+    use super::problem::Role;
+    let given = [
+        (Role::Query, Some(inputs.q.len())),
+        (Role::Key, Some(inputs.k.len())),
+        (Role::Value, Some(inputs.v.len())),
+        (Role::Mask, inputs.mask.map(|m| m.len())),
+        (Role::Sinks, inputs.sinks.map(<[f32]>::len)),
+        (Role::AlibiSlopes, inputs.alibi_slopes.map(<[f32]>::len)),
+    ];
+    for (role, len) in given {
+        let Some(spec) = problem.operand(role) else {
+            continue;
+        };
+        if len.is_none_or(|len| len < spec.elements) {
+            return Err(MlxError::expected(
+                role.name(),
+                format!("{} elements", spec.elements),
+                len.map_or("none".into(), |len| len.to_string()),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Score and bias of one visible pair; `None` where it is hidden.
+fn score(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    precision: Precision,
+    s: &Sequence,
+    (h, i, j): (usize, usize, usize),
+) -> Option<f64> {
+    if !s.visibility.attended(i as i64, j as i64) {
+        return None;
+    }
+    let cell = inputs.mask.filter(|_| problem.mask().is_some());
+    let cell = cell.map(|mask| mask.get(problem.mask_at(s, h, i) + j));
+    let is_bool = problem.mask().is_some_and(|m| m.is_bool());
+    match cell {
+        Some(c) if is_bool && c == 0.0 => return None,
+        Some(c) if !is_bool && c == f64::NEG_INFINITY => return None,
+        _ => {}
+    }
+    let (q, k) = (
+        problem.q_at(s, h, i),
+        problem.k_at(s, h / problem.group(), j),
+    );
+    let dim = problem.shape().head_dim;
+    let products = (0..dim).map(|d| (inputs.q.get(q + d), inputs.k.get(k + d)));
+    let scale = f64::from(problem.scale());
+    let naive = precision == Precision::Naive;
+    let mut x = if naive {
+        let dot = products.fold(0.0f32, |sum, (a, b)| sum + a as f32 * b as f32);
+        round_to(
+            problem.dtype(),
+            round_to(problem.dtype(), f64::from(dot)) * scale,
+        )
+    } else {
+        products.map(|(a, b)| a * b).sum::<f64>() * scale
+    };
+    if let Some(c) = problem.softcap().map(f64::from) {
+        x = c * (x / c).tanh();
+    }
+    if let Some(c) = cell.filter(|_| !is_bool) {
+        x += c;
+    }
+    if let Some(slope) = inputs
+        .alibi_slopes
+        .filter(|_| problem.has_alibi())
+        .and_then(|s| s.get(h))
+    {
+        let p = i as i64 + s.visibility.q_offset;
+        x -= f64::from(*slope) * (p - j as i64).abs() as f64;
+    }
+    Some(if naive {
+        round_to(problem.dtype(), x)
+    } else {
+        x
+    })
+}
+
+fn row(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    precision: Precision,
+    s: &Sequence,
+    h: usize,
+    i: usize,
+) -> (Vec<f64>, f64) {
+    let dim = problem.shape().head_dim;
+    let visible: Vec<(usize, f64)> = (0..s.key_len)
+        .filter_map(|j| score(problem, inputs, precision, s, (h, i, j)).map(|x| (j, x)))
+        .collect();
+    if visible.is_empty() {
+        return (vec![0.0; dim], f64::NEG_INFINITY);
+    }
+    let sink = inputs
+        .sinks
+        .filter(|_| problem.has_sinks())
+        .and_then(|s| s.get(h))
+        .copied();
+    let sink = sink.map_or(f64::NEG_INFINITY, f64::from);
+    let max = visible.iter().fold(sink, |m, (_, x)| m.max(*x));
+    let sum: f64 = visible.iter().map(|(_, x)| (x - max).exp()).sum::<f64>() + (sink - max).exp();
+    let weight = |x: f64| match precision {
+        Precision::Exact => (x - max).exp() / sum,
+        Precision::Naive => round_to(problem.dtype(), (x - max).exp() / sum),
+        Precision::MeanOfVisible => 1.0 / visible.len() as f64,
+    };
+    let mut o = vec![0.0; dim];
+    for (j, x) in &visible {
+        let (p, v) = (weight(*x), problem.v_at(s, h / problem.group(), *j));
+        for (d, out) in o.iter_mut().enumerate() {
+            let term = p * inputs.v.get(v + d);
+            *out = if precision == Precision::Naive {
+                f64::from((*out + term) as f32)
+            } else {
+                *out + term
+            };
+        }
+    }
+    if precision == Precision::Naive {
+        for out in &mut o {
+            *out = round_to(problem.dtype(), *out);
+        }
+    }
+    (o, max + sum.ln())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::problem::Shape;
+
+    fn shape(query_len: usize, key_len: usize) -> Shape {
+        Shape {
+            batch: 1,
+            heads: 1,
+            kv_heads: 1,
+            query_len,
+            key_len,
+            head_dim: 32,
+        }
+    }
+
+    #[test]
+    fn equal_scores_give_the_mean_and_the_log_count() {
+        let problem = Problem::builder(DType::F32, shape(1, 4))
+            .lse(true)
+            .build()
+            .unwrap();
+        let (q, k) = (vec![0.0f32; 32], vec![1.0f32; 128]);
+        let v: Vec<f32> = (0..128).map(|i| (i / 32) as f32).collect();
+        let inputs = Inputs {
+            q: Values::F32(&q),
+            k: Values::F32(&k),
+            v: Values::F32(&v),
+            mask: None,
+            sinks: None,
+            alibi_slopes: None,
+        };
+        let r = attention(&problem, &inputs, Precision::Exact).unwrap();
+        assert!(r.o.iter().all(|o| (o - 1.5).abs() < 1e-12));
+        assert!((r.lse[0] - 4.0f64.ln()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_row_with_no_visible_key_is_zero_with_minus_infinite_lse() {
+        let offset = crate::attention::QueryOffset::At(-1);
+        let problem = Problem::builder(DType::F32, shape(2, 4))
+            .causal(true)
+            .query_offset(offset)
+            .build()
+            .unwrap();
+        let x = vec![1.0f32; 128];
+        let v = Values::F32(&x);
+        let inputs = Inputs {
+            q: v,
+            k: v,
+            v,
+            mask: None,
+            sinks: None,
+            alibi_slopes: None,
+        };
+        let r = attention(&problem, &inputs, Precision::Exact).unwrap();
+        assert_eq!(r.o[..32], [0.0; 32]);
+        assert_eq!(r.lse[0], f64::NEG_INFINITY);
+        assert_eq!(r.o[32..], [1.0; 32]);
+    }
+
+    #[test]
+    fn too_few_elements_are_refused() {
+        let problem = Problem::builder(DType::F32, shape(2, 4)).build().unwrap();
+        let x = vec![1.0f32; 127];
+        let v = Values::F32(&x);
+        let inputs = Inputs {
+            q: v,
+            k: v,
+            v,
+            mask: None,
+            sinks: None,
+            alibi_slopes: None,
+        };
+        assert!(attention(&problem, &inputs, Precision::Exact).is_err());
+    }
+}

@@ -1,0 +1,99 @@
+//! How far a result may be from the f64 reference: no further than twice the error of the naive
+//! computation in the same dtype, plus twice one rounding of the output; and a bound on the relative
+//! Frobenius error. The rule is free of scale, so it holds for any data.
+
+use super::oracle::{Reference, round_to};
+use super::problem::Problem;
+use crate::dtype::DType;
+
+/// Largest relative Frobenius error by output dtype.
+pub const fn relative_bound(dtype: DType) -> f64 {
+    match dtype {
+        DType::BF16 => 4e-3,
+        DType::F16 => 6e-4,
+        _ => 2e-6,
+    }
+}
+
+/// A result held against the reference.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Comparison {
+    /// `||o - ref|| / ||ref||`.
+    pub rel_fro: f64,
+    /// `max |o - ref|`.
+    pub max_abs: f64,
+    /// What `max_abs` may be.
+    pub tolerance: f64,
+    /// What `rel_fro` may be.
+    pub rel_tolerance: f64,
+    /// Whether both are within bounds, every element is finite, and every row without a visible key
+    /// is exactly zero.
+    pub ok: bool,
+}
+
+/// Compares `got` (in the reference's order) with `exact`, given the naive computation.
+pub fn compare(problem: &Problem, got: &[f64], exact: &Reference, naive: &Reference) -> Comparison {
+    let dtype = problem.dtype();
+    let dim = problem.shape().head_dim;
+    let largest = |f: &dyn Fn(usize) -> f64| (0..exact.o.len()).map(f).fold(0.0, f64::max);
+    let naive_error = largest(&|i| (naive.o[i] - exact.o[i]).abs());
+    let rounding = largest(&|i| (round_to(dtype, exact.o[i]) - exact.o[i]).abs());
+    let tolerance = 2.0 * naive_error + 2.0 * rounding;
+    let rel_tolerance = relative_bound(dtype);
+    let same_len = got.len() == exact.o.len();
+    let error = |i: usize| got.get(i).map_or(f64::INFINITY, |g| (g - exact.o[i]).abs());
+    let max_abs = largest(&|i| {
+        if error(i).is_nan() {
+            f64::INFINITY
+        } else {
+            error(i)
+        }
+    });
+    let squares = |f: &dyn Fn(usize) -> f64| (0..exact.o.len()).map(|i| f(i).powi(2)).sum::<f64>();
+    let norm = squares(&|i| exact.o[i]).sqrt();
+    let distance = squares(&error).sqrt();
+    let rel_fro = if norm > 0.0 {
+        distance / norm
+    } else {
+        distance
+    };
+    let hidden_rows_are_zero = exact.lse.iter().enumerate().all(|(r, lse)| {
+        *lse != f64::NEG_INFINITY
+            || got
+                .get(r * dim..(r + 1) * dim)
+                .is_some_and(|row| row.iter().all(|x| *x == 0.0))
+    });
+    Comparison {
+        rel_fro,
+        max_abs,
+        tolerance,
+        rel_tolerance,
+        ok: same_len && max_abs <= tolerance && rel_fro <= rel_tolerance && hidden_rows_are_zero,
+    }
+}
+
+/// Largest error of a log-sum-exp, or infinity where one is `-inf` or NaN and the other is not.
+/// The scores' own rounding in f32 bounds it: `4e-6 * (1 + max |lse|)` is generous for that.
+pub fn compare_lse(got: &[f32], exact: &Reference) -> (f64, f64) {
+    let finite = exact
+        .lse
+        .iter()
+        .filter(|x| x.is_finite())
+        .fold(0.0, |m: f64, x| m.max(x.abs()));
+    let error = exact.lse.iter().zip(got).map(|(e, g)| {
+        let g = f64::from(*g);
+        if *e == g {
+            0.0
+        } else if (e - g).is_finite() {
+            (e - g).abs()
+        } else {
+            f64::INFINITY
+        }
+    });
+    let worst = if got.len() == exact.lse.len() {
+        error.fold(0.0, f64::max)
+    } else {
+        f64::INFINITY
+    };
+    (worst, 2e-5 * (1.0 + finite))
+}

@@ -1,0 +1,207 @@
+//! The table of kernel variants: which kernel serves a (device family, dtype, head dim, mask kind),
+//! with its tile, its threads and its threadgroup memory. Whatever needs a tile or a name reads it
+//! here.
+
+use crate::dtype::DType;
+use crate::error::{MlxError, Result};
+
+/// Every head dimension that is served, ascending.
+pub const HEAD_DIMS: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
+
+/// Most threadgroup memory any Apple kernel may use, in bytes.
+pub const APPLE_THREADGROUP_BYTES: usize = 32_768;
+
+/// Kinds of device that differ in their kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Family {
+    /// Native functions on this machine's processors.
+    Cpu,
+    /// Metal kernels, on Apple GPUs and in the emulator.
+    Apple,
+}
+
+/// What a kernel does with a mask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum MaskKind {
+    /// Adds it, or takes none.
+    Additive,
+    /// Reads it as booleans.
+    Bool,
+}
+
+/// A tile of query rows by keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Query rows.
+    pub bq: usize,
+    /// Keys.
+    pub bk: usize,
+}
+
+impl Tile {
+    /// How many tiles cover `query_len x key_len`, along each side.
+    pub const fn count(self, query_len: usize, key_len: usize) -> (usize, usize) {
+        (query_len.div_ceil(self.bq), key_len.div_ceil(self.bk))
+    }
+}
+
+/// The tile that classes are computed over and the grid is counted in.
+pub const fn class_tile(head_dim: usize) -> Tile {
+    if head_dim >= 512 {
+        Tile { bq: 8, bk: 64 }
+    } else {
+        Tile { bq: 32, bk: 16 }
+    }
+}
+
+/// One row of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Variant {
+    /// Entry point.
+    pub kernel: &'static str,
+    /// Element type of Q, K, V and O.
+    pub dtype: DType,
+    /// Head dimension.
+    pub head_dim: usize,
+    /// What it does with a mask.
+    pub mask: MaskKind,
+    /// Query rows and keys of one tile.
+    pub tile: Tile,
+    /// Simdgroups of 32 threads in a threadgroup.
+    pub simdgroups: usize,
+    /// Threadgroup memory on Apple GPUs, in bytes; `None` where it does not fit 32 KiB.
+    pub shared_bytes: Option<usize>,
+}
+
+impl Variant {
+    /// Threads of a threadgroup.
+    pub const fn threads(&self) -> usize {
+        32 * self.simdgroups
+    }
+
+    /// Whether devices of `family` have this kernel.
+    pub fn runs_on(&self, family: Family) -> bool {
+        family == Family::Cpu || self.shared_bytes.is_some()
+    }
+}
+
+/// Threadgroup bytes of the 32-row scheme: Q and one buffer that K (transposed) and V take turns
+/// in, each row padded by 16 bytes.
+const fn shared_32x16(head_dim: usize, size: usize) -> usize {
+    let pad = 16 / size;
+    let q = 32 * (head_dim + pad);
+    let (k, v) = ((16 + pad) * head_dim, 16 * (head_dim + pad));
+    (q + if k > v { k } else { v }) * size
+}
+
+const fn row(kernel: &'static str, dtype: DType, head_dim: usize, mask: MaskKind) -> Variant {
+    let wide = head_dim >= 512;
+    let bytes = if wide {
+        28_672
+    } else {
+        shared_32x16(head_dim, dtype.size_of())
+    };
+    let fits = bytes <= APPLE_THREADGROUP_BYTES && !(wide && dtype.size_of() > 2);
+    Variant {
+        kernel,
+        dtype,
+        head_dim,
+        mask,
+        tile: class_tile(head_dim),
+        simdgroups: if wide { 8 } else { 4 },
+        shared_bytes: if fits { Some(bytes) } else { None },
+    }
+}
+
+macro_rules! rows {
+    ($($dim:literal: $stem:literal),* $(,)?) => {
+        &[$(
+            row(concat!("flash_attn_prefill_", $stem, "bf16_d", $dim), DType::BF16, $dim, MaskKind::Additive),
+            row(concat!("flash_attn_prefill_", $stem, "bf16_d", $dim, "_boolmask"), DType::BF16, $dim, MaskKind::Bool),
+            row(concat!("flash_attn_prefill_", $stem, "f16_d", $dim), DType::F16, $dim, MaskKind::Additive),
+            row(concat!("flash_attn_prefill_", $stem, "f16_d", $dim, "_boolmask"), DType::F16, $dim, MaskKind::Bool),
+            row(concat!("flash_attn_prefill_", $stem, "f32_d", $dim), DType::F32, $dim, MaskKind::Additive),
+            row(concat!("flash_attn_prefill_", $stem, "f32_d", $dim, "_boolmask"), DType::F32, $dim, MaskKind::Bool),
+        )*]
+    };
+}
+
+/// Every prefill kernel. At head dim 512 two names stand for one kernel: the plain one and the one
+/// that its own module dispatches.
+pub const PREFILL: &[Variant] = rows!(
+    32: "", 64: "", 80: "", 96: "", 128: "", 192: "", 256: "", 512: "", 512: "llamacpp_",
+);
+
+/// Finds the kernel for a problem on a family of devices.
+pub fn select(
+    family: Family,
+    dtype: DType,
+    head_dim: usize,
+    mask: MaskKind,
+) -> Result<&'static Variant> {
+    PREFILL
+        .iter()
+        .find(|v| (v.dtype, v.head_dim, v.mask) == (dtype, head_dim, mask) && v.runs_on(family))
+        .ok_or_else(|| {
+            let there: Vec<usize> = HEAD_DIMS
+                .into_iter()
+                .filter(|d| {
+                    PREFILL
+                        .iter()
+                        .any(|v| (v.dtype, v.head_dim) == (dtype, *d) && v.runs_on(family))
+                })
+                .collect();
+            MlxError::InvalidArgument(format!(
+                "head_dim: {dtype} on this device serves {there:?}, got {head_dim}"
+            ))
+        })
+}
+
+/// Finds a row by its kernel name.
+pub fn by_name(kernel: &str) -> Option<&'static Variant> {
+    PREFILL.iter().find(|v| v.kernel == kernel)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_every_combination_has_a_row() {
+        let names: HashSet<_> = PREFILL.iter().map(|v| v.kernel).collect();
+        assert_eq!(names.len(), PREFILL.len());
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            for dim in HEAD_DIMS {
+                for mask in [MaskKind::Additive, MaskKind::Bool] {
+                    let v = select(Family::Cpu, dtype, dim, mask).unwrap();
+                    assert_eq!(by_name(v.kernel), Some(v));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threadgroup_memory_fits_and_is_what_the_formula_gives() {
+        for v in PREFILL {
+            assert!(
+                v.shared_bytes.is_none_or(|b| b <= APPLE_THREADGROUP_BYTES),
+                "{v:?}"
+            );
+        }
+        let bytes = |name| by_name(name).unwrap().shared_bytes;
+        assert_eq!(bytes("flash_attn_prefill_bf16_d64"), Some(7_680));
+        assert_eq!(bytes("flash_attn_prefill_bf16_d256"), Some(29_184));
+        assert_eq!(bytes("flash_attn_prefill_llamacpp_bf16_d512"), Some(28_672));
+        assert_eq!(bytes("flash_attn_prefill_f32_d256"), None);
+    }
+
+    #[test]
+    fn a_head_dim_that_is_not_there_lists_those_that_are() {
+        let error = select(Family::Apple, DType::F32, 256, MaskKind::Additive)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("[32, 64, 80, 96, 128]"), "{error}");
+    }
+}

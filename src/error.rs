@@ -1,0 +1,66 @@
+//! The one error type of this crate.
+
+/// Why a call was refused or a command failed.
+///
+/// A refused call has encoded nothing and written nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MlxError {
+    /// No usable device was found on this machine.
+    #[error("no usable device was found")]
+    DeviceNotFound,
+    /// The device that was asked for by name cannot be used here.
+    #[error("device `{device}` is not available: {reason}")]
+    DeviceUnavailable {
+        /// The name that was asked for.
+        device: String,
+        /// Why it cannot be used, and what to do.
+        reason: String,
+    },
+    /// A committed command failed while it ran.
+    #[error("command failed: {0}")]
+    CommandBufferError(String),
+    /// A kernel could not be built for the device.
+    #[error("kernel `{name}` could not be built: {message}")]
+    ShaderCompilationError {
+        /// The kernel's name.
+        name: String,
+        /// The compiler's own message.
+        message: String,
+    },
+    /// The device has no room for a buffer of this size.
+    #[error("a buffer of {bytes} bytes could not be allocated")]
+    BufferAllocationError {
+        /// The size that was asked for, in bytes.
+        bytes: usize,
+    },
+    /// An argument is wrong; the message names it, what was expected and what was given.
+    #[error("invalid argument: {0}")]
+    InvalidArgument(String),
+    /// No kernel is known by this name.
+    #[error("kernel not found: {0}")]
+    KernelNotFound(String),
+    /// The dtype cannot be used for this operand.
+    #[error("unsupported dtype: {0}")]
+    UnsupportedDtype(String),
+    /// A file could not be read or written.
+    #[error("i/o error: {0}")]
+    IoError(String),
+    /// A safetensors file is malformed.
+    #[error("safetensors error: {0}")]
+    SafetensorsError(String),
+}
+
+/// `Result` with [`MlxError`].
+pub type Result<T> = std::result::Result<T, MlxError>;
+
+impl MlxError {
+    /// The usual shape of a refusal: which operand, what was expected, what was given.
+    pub(crate) fn expected(
+        operand: &str,
+        expected: impl std::fmt::Display,
+        got: impl std::fmt::Display,
+    ) -> Self {
+        Self::InvalidArgument(format!("{operand}: expected {expected}, got {got}"))
+    }
+}

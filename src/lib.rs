@@ -1,0 +1,7 @@
+//! Exact tiled flash attention.
+pub mod attention;
+mod dtype;
+pub mod error;
+
+pub use dtype::DType;
+pub use error::{MlxError, Result};
