@@ -1,7 +1,58 @@
-//! Exact tiled flash attention.
+//! Exact tiled flash attention for Rust inference engines, with no C toolchain in the build.
+//!
+//! One checked description of the work, [`attention::Problem`], runs on every device that
+//! [`MlxDevice`] opens. Operands are `[B, H, L, D]` (head-major), `[B, L, H, D]` (seq-major) or any
+//! strides with a contiguous head dimension; strides are in elements, offsets in bytes.
+//!
+//! ```
+//! use half::bf16;
+//! use mlx_flash_attn::attention::{Problem, Shape};
+//! use mlx_flash_attn::ops::{self, Operands};
+//! use mlx_flash_attn::{DType, KernelRegistry, MlxDevice};
+//!
+//! # fn main() -> mlx_flash_attn::Result<()> {
+//! let shape = Shape { batch: 1, heads: 8, kv_heads: 2, query_len: 100, key_len: 100, head_dim: 64 };
+//! let problem = Problem::builder(DType::BF16, shape).causal(true).build()?;
+//!
+//! let device = MlxDevice::new()?;
+//! let buffer = |heads: usize| {
+//!     let data: Vec<bf16> = (0..heads * 100 * 64).map(|i| bf16::from_f32((i as f32).sin())).collect();
+//!     device.buffer_from_slice(&data, DType::BF16, vec![1, heads, 100, 64])
+//! };
+//! let (q, k, v) = (buffer(8)?, buffer(2)?, buffer(2)?);
+//! let out = device.alloc_buffer(8 * 100 * 64 * 2, DType::BF16, vec![1, 8, 100, 64])?;
+//!
+//! let mut registry = KernelRegistry::new();
+//! let mut encoder = device.command_encoder()?;
+//! ops::attention(&mut encoder, &device, &mut registry, &problem, &Operands::new(&q, &k, &v, &out))?;
+//! encoder.commit_and_wait()?;
+//!
+//! let o: &[bf16] = out.as_slice()?;
+//! assert!(o.iter().all(|x| x.is_finite()));
+//! // Row 0 of a causal head sees key 0 alone, so it is V's row 0.
+//! assert_eq!(o[..64], v.as_slice::<bf16>()?[..64]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The modules [`ops`], [`buffer`], [`device`], [`encoder`] and [`kernel_registry`] carry the names
+//! of the crate `mlx-native`, so that a program written for it compiles with the dependency renamed.
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 pub mod attention;
+mod backend;
 mod dtype;
 pub mod error;
+pub mod ops;
+pub mod runtime;
+mod sources;
 
+pub use backend::DeviceKind;
+pub use backend::cpu::{CpuOptions, Isa};
 pub use dtype::DType;
 pub use error::{MlxError, Result};
+pub use runtime::buffer::MlxBuffer;
+pub use runtime::device::MlxDevice;
+pub use runtime::encoder::CommandEncoder;
+pub use runtime::registry::KernelRegistry;
+pub use runtime::{buffer, device, encoder, registry as kernel_registry};

@@ -1,7 +1,7 @@
 //! Buffer indices and function constants of every kernel: what the host binds and what the kernels
 //! read are both taken from here.
 
-use super::problem::Role;
+use super::operand::Role;
 
 /// Buffer indices of the prefill kernels.
 pub mod prefill {
@@ -210,7 +210,7 @@ impl Constants {
             .map(|(_, value)| *value)
     }
 
-    /// The bool constants, by index.
+    /// The bool constants that are true, by index.
     pub fn bools(&self) -> &[(usize, bool)] {
         &self.bools
     }

@@ -3,8 +3,10 @@
 //! holds memory; everything is pure and runs anywhere.
 
 pub mod bindings;
+mod builder;
 pub mod layout;
 pub mod mask;
+mod operand;
 pub mod oracle;
 pub mod params;
 pub mod plan;
@@ -13,6 +15,8 @@ pub mod tolerance;
 pub mod variant;
 mod varlen;
 
+pub use builder::ProblemBuilder;
 pub use layout::{Layout, Strides};
 pub use mask::{MaskSpec, TileClass, Visibility};
-pub use problem::{Problem, ProblemBuilder, QueryOffset, Role, Shape};
+pub use operand::{OperandSpec, Role};
+pub use problem::{Problem, QueryOffset, Sequence, Shape};

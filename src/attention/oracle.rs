@@ -151,7 +151,7 @@ pub fn attention(
 }
 
 fn check(problem: &Problem, inputs: &Inputs<'_>) -> Result<()> {
-    use super::problem::Role;
+    use super::operand::Role;
     let given = [
         (Role::Query, Some(inputs.q.len())),
         (Role::Key, Some(inputs.k.len())),

@@ -3,8 +3,9 @@
 
 use super::bindings::{Constants, constant, dtype_code, prefill};
 use super::layout::Strides;
+use super::operand::Role;
 use super::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
-use super::problem::{Problem, QueryOffset, Role};
+use super::problem::{Problem, QueryOffset};
 use super::variant::{self, Family, MaskKind, Variant};
 use crate::error::{MlxError, Result};
 

@@ -1,0 +1,134 @@
+//! Typed access to what a dispatch binds, with every bound checked: a dispatch may come from any
+//! caller of the encoder.
+
+use bytemuck::{AnyBitPattern, Pod};
+
+use crate::attention::bindings::Access;
+use crate::backend::{Arg, Dispatch};
+use crate::error::{MlxError, Result};
+
+/// The bound arguments of one dispatch.
+pub(crate) struct Args<'a>(&'a Dispatch);
+
+impl<'a> Args<'a> {
+    pub(crate) fn new(dispatch: &'a Dispatch) -> Self {
+        Self(dispatch)
+    }
+
+    fn fail(
+        &self,
+        index: usize,
+        expected: impl std::fmt::Display,
+        got: impl std::fmt::Display,
+    ) -> MlxError {
+        let name = &self.0.kernel.name;
+        MlxError::CommandBufferError(format!(
+            "{name}: buffer {index}: expected {expected}, got {got}"
+        ))
+    }
+
+    fn get(&self, index: usize) -> Option<&'a Arg> {
+        self.0
+            .args
+            .iter()
+            .find(|(i, _)| *i == index)
+            .map(|(_, arg)| arg)
+    }
+
+    /// Address of `elements` elements of `size` bytes at an index, aligned to them.
+    pub(crate) fn pointer(
+        &self,
+        index: usize,
+        elements: usize,
+        size: usize,
+        access: Access,
+    ) -> Result<*mut u8> {
+        let (base, len) = match self.get(index) {
+            None => return Err(self.fail(index, "a binding", "none")),
+            Some(Arg::Memory {
+                memory,
+                offset,
+                len,
+            }) => {
+                // SAFETY: the encoder keeps `offset + len` inside the memory.
+                (unsafe { memory.host(access)?.add(*offset) }, *len)
+            }
+            Some(Arg::Bytes(_)) if access.writes() => {
+                return Err(self.fail(index, "a buffer to write", "bytes"));
+            }
+            Some(Arg::Bytes(bytes)) => (bytes.as_ptr().cast_mut(), bytes.len()),
+        };
+        if elements.checked_mul(size).is_none_or(|bytes| bytes > len) {
+            return Err(self.fail(
+                index,
+                format!("{elements} elements of {size} bytes"),
+                format!("{len} bytes"),
+            ));
+        }
+        if !(base as usize).is_multiple_of(size) {
+            return Err(self.fail(
+                index,
+                format!("an address on {size} bytes"),
+                format!("{base:?}"),
+            ));
+        }
+        Ok(base)
+    }
+
+    /// A struct of params, read by value.
+    pub(crate) fn params<T: AnyBitPattern>(&self, index: usize) -> Result<T> {
+        let bytes = self.bytes(index, size_of::<T>())?;
+        Ok(bytemuck::pod_read_unaligned(&bytes))
+    }
+
+    /// Elements read by value.
+    pub(crate) fn elements<T: Pod>(&self, index: usize, count: usize) -> Result<Vec<T>> {
+        let len = count
+            .checked_mul(size_of::<T>())
+            .ok_or_else(|| self.fail(index, "a count that fits", count))?;
+        let bytes = self.bytes(index, len)?;
+        Ok(bytes
+            .chunks_exact(size_of::<T>())
+            .map(bytemuck::pod_read_unaligned)
+            .collect())
+    }
+
+    fn bytes(&self, index: usize, len: usize) -> Result<Vec<u8>> {
+        match self.get(index) {
+            Some(Arg::Bytes(bytes)) if bytes.len() >= len => Ok(bytes[..len].to_vec()),
+            Some(Arg::Bytes(bytes)) => Err(self.fail(index, format!("{len} bytes"), bytes.len())),
+            _ => {
+                let ptr = self.pointer(index, len, 1, Access::Read)?;
+                // SAFETY: `pointer` checked the length; nobody writes while commands run.
+                Ok(unsafe { std::slice::from_raw_parts(ptr, len) }.to_vec())
+            }
+        }
+    }
+
+    /// Elements to read in place.
+    pub(crate) fn slice<T: Pod>(&self, index: usize, count: usize) -> Result<&'a [T]> {
+        let ptr = self.pointer(index, count, size_of::<T>(), Access::Read)?;
+        // SAFETY: checked length and alignment; the dispatch keeps the memory alive for 'a, and the
+        // encoder refuses a dispatch whose outputs overlap its inputs.
+        Ok(unsafe { std::slice::from_raw_parts(ptr.cast(), count) })
+    }
+
+    /// Elements to write in place. Callers take each index once.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) fn slice_mut<T: Pod>(&self, index: usize, count: usize) -> Result<&'a mut [T]> {
+        let ptr = self.pointer(index, count, size_of::<T>(), Access::Write)?;
+        // SAFETY: as for `slice`; written operands overlap nothing else.
+        Ok(unsafe { std::slice::from_raw_parts_mut(ptr.cast(), count) })
+    }
+
+    /// Refuses a dispatch in which a written binding overlaps another.
+    pub(crate) fn check_aliasing(&self) -> Result<()> {
+        crate::backend::overlap(self.0).map_or(Ok(()), |(a, b)| {
+            Err(self.fail(
+                a,
+                "an output that overlaps nothing",
+                format!("the memory of buffer {b}"),
+            ))
+        })
+    }
+}

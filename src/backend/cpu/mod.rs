@@ -1,0 +1,197 @@
+//! The CPU device: every kernel of this crate as a native function under the kernel's own name.
+
+mod args;
+mod isa;
+mod job;
+mod kernels;
+mod masks;
+mod memory;
+mod prefill;
+mod vec;
+
+use std::sync::{Arc, LazyLock};
+use std::time::Instant;
+
+pub use isa::Isa;
+
+use super::{Backend, DeviceKind, Dispatch, Kernel, Limits, Memory, Pending, Step, Timing};
+use crate::attention::bindings::{Constants, names};
+use crate::attention::variant::{self, Family};
+use crate::error::{MlxError, Result};
+
+/// How to open the CPU device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CpuOptions {
+    /// Instruction set; the machine's best when not given.
+    pub isa: Option<Isa>,
+    /// Threads of a pool of its own; rayon's global pool when not given.
+    pub threads: Option<usize>,
+}
+
+impl CpuOptions {
+    /// Options from `MLX_FLASH_CPU_ISA` and `MLX_FLASH_THREADS`.
+    pub fn from_env() -> Result<Self> {
+        let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let isa = var("MLX_FLASH_CPU_ISA").map(|name| {
+            Isa::by_name(&name).ok_or_else(|| {
+                MlxError::expected(
+                    "MLX_FLASH_CPU_ISA",
+                    format!("one of {}", Isa::ALL.map(Isa::name).join(", ")),
+                    name,
+                )
+            })
+        });
+        let threads = var("MLX_FLASH_THREADS").map(|n| {
+            n.parse()
+                .ok()
+                .filter(|n| *n >= 1)
+                .ok_or_else(|| MlxError::expected("MLX_FLASH_THREADS", "a count of at least 1", n))
+        });
+        Ok(Self {
+            isa: isa.transpose()?,
+            threads: threads.transpose()?,
+        })
+    }
+}
+
+/// The processors of this machine.
+pub(crate) struct Cpu {
+    isa: Isa,
+    pool: Option<rayon::ThreadPool>,
+}
+
+/// A kernel's native function.
+type Native = fn(&Cpu, &Dispatch) -> Result<()>;
+
+impl Cpu {
+    pub(crate) fn open(options: CpuOptions) -> Result<Self> {
+        let isa = options.isa.unwrap_or_else(Isa::best);
+        if !isa.is_available() {
+            return Err(MlxError::DeviceUnavailable {
+                device: format!("cpu ({isa})"),
+                reason: format!("this machine's best instruction set is {}", Isa::best()),
+            });
+        }
+        let pool = match options.threads {
+            None => None,
+            Some(n) => Some(
+                rayon::ThreadPoolBuilder::new()
+                    .num_threads(n)
+                    .build()
+                    .map_err(|e| MlxError::DeviceUnavailable {
+                        device: format!("cpu with {n} threads"),
+                        reason: e.to_string(),
+                    })?,
+            ),
+        };
+        Ok(Self { isa, pool })
+    }
+
+    pub(crate) fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    fn threads(&self) -> usize {
+        self.pool
+            .as_ref()
+            .map_or_else(rayon::current_num_threads, |p| p.current_num_threads())
+    }
+
+    fn run(&self, steps: &[Step]) -> Result<()> {
+        for step in steps {
+            // Dispatches run one after another, each on all threads, so barriers hold by themselves.
+            let Step::Dispatch(dispatch) = step else {
+                continue;
+            };
+            let Some(native) = dispatch.kernel.state.downcast_ref::<Native>() else {
+                return Err(MlxError::CommandBufferError(format!(
+                    "{}: was built for another device",
+                    dispatch.kernel.name
+                )));
+            };
+            native(self, dispatch)?;
+        }
+        Ok(())
+    }
+}
+
+/// The native function of a kernel.
+fn native(kernel: &str) -> Option<Native> {
+    Some(match kernel {
+        names::MASK_FILL => masks::fill,
+        names::BLK => masks::classify,
+        names::VEC_F32 | names::VEC_F16 => vec::partials,
+        names::VEC_REDUCE => vec::reduce,
+        _ if variant::by_name(kernel).is_some() => prefill::run,
+        _ => return None,
+    })
+}
+
+impl Backend for Cpu {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Cpu
+    }
+
+    fn family(&self) -> Family {
+        Family::Cpu
+    }
+
+    fn name(&self) -> String {
+        format!("CPU ({}, {} threads)", self.isa, self.threads())
+    }
+
+    fn details(&self) -> Vec<(&'static str, String)> {
+        let available = Isa::ALL
+            .into_iter()
+            .filter(|isa| isa.is_available())
+            .map(Isa::name);
+        vec![
+            ("instruction set", self.isa.to_string()),
+            ("available", available.collect::<Vec<_>>().join(", ")),
+            ("threads", self.threads().to_string()),
+        ]
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>> {
+        Ok(Arc::new(memory::HostMemory::zeroed(bytes)?))
+    }
+
+    fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Kernel> {
+        let native = native(kernel).ok_or_else(|| MlxError::ShaderCompilationError {
+            name: kernel.into(),
+            message: "the CPU device runs this crate's own kernels only".into(),
+        })?;
+        let threads = variant::by_name(kernel).map_or(1024, |v| v.threads() as u64);
+        Ok(Kernel {
+            name: kernel.into(),
+            constants: constants.clone(),
+            limits: Limits {
+                thread_execution_width: 32,
+                max_threads: threads.max(32),
+                static_threadgroup_bytes: 0,
+            },
+            state: Box::new(native),
+        })
+    }
+
+    fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {
+        static CLOCK: LazyLock<Instant> = LazyLock::new(Instant::now);
+        let clock = *CLOCK;
+        let start = clock.elapsed().as_secs_f64();
+        let result = match &self.pool {
+            Some(pool) => pool.install(|| self.run(&steps)),
+            None => self.run(&steps),
+        };
+        let end = clock.elapsed().as_secs_f64();
+        Arc::new(Done(result.map(|()| Timing { start, end })))
+    }
+}
+
+/// A command that ran while it was submitted.
+struct Done(Result<Timing>);
+
+impl Pending for Done {
+    fn wait(&self) -> Result<Timing> {
+        self.0.clone()
+    }
+}

@@ -1,0 +1,172 @@
+//! What a device does for the runtime: hold memory, build kernels, run dispatches. Each backend
+//! knows only this seam and the pure attention core.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::attention::bindings::{self, Access, Constants};
+use crate::attention::variant::Family;
+use crate::error::Result;
+
+pub(crate) mod cpu;
+
+/// Kinds of device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum DeviceKind {
+    /// This machine's processors.
+    Cpu,
+    /// An Apple GPU.
+    Metal,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// The Metal kernels, run on this machine's processors.
+    Emulator,
+}
+
+impl DeviceKind {
+    /// Every kind.
+    pub const ALL: [DeviceKind; 4] = [Self::Cpu, Self::Metal, Self::Cuda, Self::Emulator];
+
+    /// Name as `MLX_FLASH_DEVICE` takes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Metal => "metal",
+            Self::Cuda => "cuda",
+            Self::Emulator => "emulator",
+        }
+    }
+
+    /// Finds a kind by name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A device's memory, visible to the host.
+pub(crate) trait Memory: Send + Sync + fmt::Debug {
+    /// Size in bytes.
+    fn len(&self) -> usize;
+
+    /// Address at which the host sees the memory as the device last left it. With an `access` that
+    /// writes, what the host leaves there is what the device sees next.
+    fn host(&self, access: Access) -> Result<*mut u8>;
+}
+
+/// What a built kernel allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limits {
+    pub(crate) thread_execution_width: u64,
+    pub(crate) max_threads: u64,
+    pub(crate) static_threadgroup_bytes: u64,
+}
+
+/// A kernel with its constants, built for one device.
+pub(crate) struct Kernel {
+    pub(crate) name: String,
+    pub(crate) constants: Constants,
+    pub(crate) limits: Limits,
+    /// The backend's own.
+    pub(crate) state: Box<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kernel")
+            .field("name", &self.name)
+            .field("constants", &self.constants)
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is bound at an index.
+#[derive(Debug, Clone)]
+pub(crate) enum Arg {
+    /// Part of a device's memory, inside its bounds.
+    Memory {
+        memory: Arc<dyn Memory>,
+        offset: usize,
+        len: usize,
+    },
+    /// Bytes copied into the command.
+    Bytes(Arc<[u8]>),
+}
+
+/// One kernel over one grid.
+#[derive(Debug, Clone)]
+pub(crate) struct Dispatch {
+    pub(crate) kernel: Arc<Kernel>,
+    pub(crate) args: Vec<(usize, Arg)>,
+    #[allow(dead_code)] // The CPU derives its work from the params.
+    pub(crate) grid: [u64; 3],
+    #[allow(dead_code)]
+    pub(crate) threadgroup: [u64; 3],
+}
+
+/// One step of a command: dispatches between two barriers do not depend on each other.
+#[derive(Debug, Clone)]
+pub(crate) enum Step {
+    Dispatch(Dispatch),
+    Barrier,
+}
+
+/// When a command ran, in seconds on the device's clock.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Timing {
+    pub(crate) start: f64,
+    pub(crate) end: f64,
+}
+
+/// A submitted command.
+pub(crate) trait Pending: Send + Sync {
+    /// Blocks until it has run; the same answer every time.
+    fn wait(&self) -> Result<Timing>;
+}
+
+/// A device.
+pub(crate) trait Backend: Send + Sync {
+    fn kind(&self) -> DeviceKind;
+    fn family(&self) -> Family;
+    fn name(&self) -> String;
+    /// What it can do, a line each.
+    fn details(&self) -> Vec<(&'static str, String)>;
+    /// Zeroed memory of at least 1 byte.
+    fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>>;
+    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Kernel>;
+    fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending>;
+}
+
+/// The first written binding of a dispatch that overlaps another, with that other.
+pub(crate) fn overlap(dispatch: &Dispatch) -> Option<(usize, usize)> {
+    let ranges: Vec<(usize, *const (), std::ops::Range<usize>)> = dispatch
+        .args
+        .iter()
+        .filter_map(|(index, arg)| match arg {
+            Arg::Memory {
+                memory,
+                offset,
+                len,
+            } => Some((*index, Arc::as_ptr(memory).cast(), *offset..*offset + *len)),
+            Arg::Bytes(_) => None,
+        })
+        .collect();
+    let writes = |index| bindings::access(&dispatch.kernel.name, index) == Access::Write;
+    ranges
+        .iter()
+        .filter(|(index, ..)| writes(*index))
+        .find_map(|(a, memory, range)| {
+            let clash = ranges.iter().find(|(b, other, r)| {
+                a != b && memory == other && r.start < range.end && range.start < r.end
+            });
+            clash.map(|(b, ..)| (*a, *b))
+        })
+}

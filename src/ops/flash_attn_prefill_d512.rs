@@ -1,0 +1,74 @@
+//! Tiled prefill at head dim 512: 8 query rows a threadgroup, 64 keys a chunk, 4 or 8 simdgroups.
+//!
+//! Operands, masks and errors are those of [`super::flash_attn_prefill`], head-major.
+
+use crate::attention::bindings::constant;
+use crate::ops::flash_attn_prefill::dispatchers;
+pub use crate::ops::flash_attn_prefill::{
+    AttnMaskParamsGpu, AttnParamsGpu, FlashAttnPrefillParams,
+};
+use crate::runtime::registry::KernelRegistry;
+use crate::sources;
+
+/// Query rows of a threadgroup.
+pub const NQPSG_D512: u32 = 8;
+/// Keys of a chunk.
+pub const NCPSG_D512: u32 = 64;
+/// Simdgroups of a threadgroup, unless the caller asks for 4.
+pub const NSG_D512: u32 = 8;
+/// Function constant (int) that holds the simdgroups.
+pub const FC_IDX_NSG: usize = constant::NSG;
+/// Threadgroup memory, in bytes.
+pub const TGMEM_BYTES_D512: u32 = 28_672;
+
+/// The kernels of this module.
+const KERNELS: [&str; 4] = [
+    "flash_attn_prefill_llamacpp_bf16_d512",
+    "flash_attn_prefill_llamacpp_bf16_d512_boolmask",
+    "flash_attn_prefill_llamacpp_f16_d512",
+    "flash_attn_prefill_llamacpp_f16_d512_boolmask",
+];
+
+/// Registers this module's kernels. A new registry knows them already.
+pub fn register(registry: &mut KernelRegistry) {
+    for name in KERNELS {
+        registry.register_source(name, sources::PREFILL_TEXT);
+    }
+}
+
+dispatchers! {
+    /// bf16, additive bf16 mask.
+    dispatch_flash_attn_prefill_bf16_d512("flash_attn_prefill_llamacpp_bf16_d512");
+    /// bf16, additive bf16 mask with the classes of its 8x64 tiles.
+    dispatch_flash_attn_prefill_bf16_d512_with_blk("flash_attn_prefill_llamacpp_bf16_d512", blk: blk);
+    /// bf16, additive bf16 mask, with 4 or 8 simdgroups.
+    dispatch_flash_attn_prefill_bf16_d512_with_nsg("flash_attn_prefill_llamacpp_bf16_d512", nsg: nsg);
+    /// bf16, additive bf16 mask with the classes of its 8x64 tiles, with 4 or 8 simdgroups.
+    dispatch_flash_attn_prefill_bf16_d512_with_nsg_and_blk("flash_attn_prefill_llamacpp_bf16_d512", blk: blk, nsg: nsg);
+    /// bf16, bool mask.
+    dispatch_flash_attn_prefill_bf16_d512_boolmask("flash_attn_prefill_llamacpp_bf16_d512_boolmask");
+    /// f16, additive f16 mask.
+    dispatch_flash_attn_prefill_f16_d512("flash_attn_prefill_llamacpp_f16_d512");
+    /// f16, additive f16 mask with the classes of its 8x64 tiles, with 4 or 8 simdgroups.
+    dispatch_flash_attn_prefill_f16_d512_with_nsg_and_blk("flash_attn_prefill_llamacpp_f16_d512", blk: blk, nsg: nsg);
+    /// f16, bool mask.
+    dispatch_flash_attn_prefill_f16_d512_boolmask("flash_attn_prefill_llamacpp_f16_d512_boolmask");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::variant;
+
+    #[test]
+    fn constants_are_the_tables() {
+        for name in KERNELS {
+            let v = variant::by_name(name).unwrap();
+            assert_eq!(v.tile.bq as u32, NQPSG_D512);
+            assert_eq!(v.tile.bk as u32, NCPSG_D512);
+            assert_eq!(v.simdgroups as u32, NSG_D512);
+            assert_eq!(v.shared_bytes, Some(TGMEM_BYTES_D512 as usize));
+        }
+        assert_eq!(FC_IDX_NSG, 322);
+    }
+}

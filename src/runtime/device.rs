@@ -1,0 +1,151 @@
+//! Devices: found, opened by name, and asked for buffers and encoders.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytemuck::Pod;
+
+use super::buffer::MlxBuffer;
+use super::encoder::CommandEncoder;
+use crate::attention::variant::Family;
+use crate::backend::cpu::{Cpu, CpuOptions};
+use crate::backend::{Backend, DeviceKind};
+use crate::dtype::DType;
+use crate::error::{MlxError, Result};
+
+/// An opaque reference to a device, for [`super::registry::KernelRegistry`].
+#[derive(Clone)]
+pub struct DeviceHandle {
+    pub(crate) backend: Arc<dyn Backend>,
+    /// Tells devices apart in pipeline caches.
+    pub(crate) id: u64,
+}
+
+impl fmt::Debug for DeviceHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DeviceHandle({} #{})", self.backend.kind(), self.id)
+    }
+}
+
+/// A device that runs this crate's kernels. Clones share it.
+#[derive(Debug, Clone)]
+pub struct MlxDevice(DeviceHandle);
+
+impl MlxDevice {
+    /// The device that `MLX_FLASH_DEVICE` names, else the best of this machine: Metal, CUDA, CPU.
+    pub fn new() -> Result<Self> {
+        match std::env::var("MLX_FLASH_DEVICE") {
+            Ok(name) if !name.is_empty() && name != "auto" => match DeviceKind::by_name(&name) {
+                Some(kind) => Self::open(kind),
+                None => Err(MlxError::expected(
+                    "MLX_FLASH_DEVICE",
+                    "auto, cpu, metal, cuda or emulator",
+                    name,
+                )),
+            },
+            _ => [DeviceKind::Metal, DeviceKind::Cuda, DeviceKind::Cpu]
+                .into_iter()
+                .find_map(|kind| Self::open(kind).ok())
+                .ok_or(MlxError::DeviceNotFound),
+        }
+    }
+
+    /// Opens a device by kind; the CPU as `MLX_FLASH_CPU_ISA` and `MLX_FLASH_THREADS` say.
+    pub fn open(kind: DeviceKind) -> Result<Self> {
+        match kind {
+            DeviceKind::Cpu => Self::cpu(CpuOptions::from_env()?),
+            other => Err(MlxError::DeviceUnavailable {
+                device: other.name().into(),
+                reason: "this build has no such backend; use `cpu`".into(),
+            }),
+        }
+    }
+
+    /// Opens the CPU with given options.
+    pub fn cpu(options: CpuOptions) -> Result<Self> {
+        Ok(Self::from_backend(Arc::new(Cpu::open(options)?)))
+    }
+
+    fn from_backend(backend: Arc<dyn Backend>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(DeviceHandle {
+            backend,
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+        })
+    }
+
+    /// What kind of device this is.
+    pub fn kind(&self) -> DeviceKind {
+        self.0.backend.kind()
+    }
+
+    /// Which rows of the variant table it runs.
+    pub fn family(&self) -> Family {
+        self.0.backend.family()
+    }
+
+    /// Name for people.
+    pub fn name(&self) -> String {
+        self.0.backend.name()
+    }
+
+    /// What the device can do, as (what, value) pairs for people.
+    pub fn details(&self) -> Vec<(&'static str, String)> {
+        self.0.backend.details()
+    }
+
+    /// A reference that [`super::registry::KernelRegistry`] takes; callers only pass it on.
+    pub fn metal_device(&self) -> &DeviceHandle {
+        &self.0
+    }
+
+    /// An encoder for this device's commands.
+    pub fn command_encoder(&self) -> Result<CommandEncoder> {
+        Ok(CommandEncoder::new(self.0.clone()))
+    }
+
+    /// A zeroed buffer of `byte_len` bytes, which must hold `shape`.
+    pub fn alloc_buffer(
+        &self,
+        byte_len: usize,
+        dtype: DType,
+        shape: Vec<usize>,
+    ) -> Result<MlxBuffer> {
+        if byte_len == 0 {
+            return Err(MlxError::expected("byte_len", "at least 1 byte", 0));
+        }
+        let needed = shape
+            .iter()
+            .try_fold(dtype.size_of(), |bytes, size| bytes.checked_mul(*size))
+            .filter(|bytes| *bytes <= byte_len);
+        if needed.is_none() {
+            return Err(MlxError::expected(
+                "byte_len",
+                format!("room for {shape:?} elements of {dtype}"),
+                format!("{byte_len} bytes"),
+            ));
+        }
+        let memory = self.0.backend.allocate(byte_len)?;
+        Ok(MlxBuffer::new(memory, self.kind(), dtype, shape))
+    }
+
+    /// A buffer that holds a copy of `data`, whose element size must be `dtype`'s.
+    pub fn buffer_from_slice<T: Pod>(
+        &self,
+        data: &[T],
+        dtype: DType,
+        shape: Vec<usize>,
+    ) -> Result<MlxBuffer> {
+        if size_of::<T>() != dtype.size_of() {
+            return Err(MlxError::expected(
+                "data",
+                format!("{}-byte elements of {dtype}", dtype.size_of()),
+                format!("{}-byte elements", size_of::<T>()),
+            ));
+        }
+        let mut buffer = self.alloc_buffer(size_of_val(data), dtype, shape)?;
+        buffer.as_mut_slice::<T>()?.copy_from_slice(data);
+        Ok(buffer)
+    }
+}

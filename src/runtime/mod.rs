@@ -1,0 +1,10 @@
+//! What a GPU program holds: a device, buffers, an encoder, a registry of kernels. The same on every
+//! device.
+
+pub mod buffer;
+pub mod capture;
+pub mod device;
+pub mod encoder;
+pub mod registry;
+
+mod hazards;
