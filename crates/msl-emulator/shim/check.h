@@ -145,6 +145,12 @@ static void check_device(const Access &a, ulong addr, uint size) {
     }
     w->last_range = r;
   }
+  if (a.write && !r->writable) {
+    // The same memory may be bound a second time, for writing.
+    for (const Range *o = l->ranges; o < end; o++) {
+      if (o->writable && addr >= reinterpret_cast<ulong>(o->lo) && addr + size <= reinterpret_cast<ulong>(o->hi)) r = o;
+    }
+  }
   const ulong at = addr - reinterpret_cast<ulong>(r->lo);
   if (a.write && !r->writable) {
     Fault &f = access_fault(a, FAULT_READ_ONLY, size);
@@ -205,6 +211,7 @@ __attribute__((noinline)) static void check_access(Worker *w, ulong addr, uint s
 
 // The common case, a thread's own stack, ends here.
 MSL_FN void on_access(const void *p, uint size, uint align, bool write, void *pc) {
+  if (__builtin_expect(!running, 0)) return;
   const ulong addr = reinterpret_cast<ulong>(p);
   Worker *w = worker();
   if (addr - w->lane->stack_lo < MSL_STACK) return;

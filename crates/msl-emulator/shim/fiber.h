@@ -212,6 +212,9 @@ static void lay_out(Worker *w, const Launch *l, uint n, ulong seed) {
   }
 }
 
+// Set by the first run: what the loader runs before must not look for a worker.
+static bool running = false;
+
 static uint start(Worker *w, const Launch *l, uint n, ulong seed, void (*task)()) {
   w->launch = l;
   w->status = 0;
@@ -221,6 +224,7 @@ static uint start(Worker *w, const Launch *l, uint n, ulong seed, void (*task)()
   w->last_clock = w->last_device_clock = 0;
   w->last_range = l->ranges;
   lay_out(w, l, n, seed);
+  running = true;
   w->lane = &w->lanes[0];
   switch_stack(&w->main_sp, w->lane->sp);
   return w->status;
@@ -236,5 +240,19 @@ static uint run_group(Worker *w, const Launch *l, ulong group) {
   return start(w, l, l->threads[0] * l->threads[1] * l->threads[2],
                l->shuffle ? mix(l->shuffle ^ mix(group)) : 0, l->entry);
 }
+
+// Runs `task` on a fiber of its own, with no memory bound.
+static void run_alone(Worker *w, void (*task)()) {
+  Launch l = Launch();
+  l.threads[0] = l.threads[1] = l.threads[2] = 1;
+  l.module_hi = ~0ul;
+  start(w, &l, 1, 0, task);
+}
+
+#ifdef MSL_CHECKED
+static constexpr uint is_checked = 1;
+#else
+static constexpr uint is_checked = 0;
+#endif
 
 } // namespace msl_rt
