@@ -7,7 +7,9 @@ use crate::{
 };
 
 fn unsupported<T>() -> Result<T> {
-    Err(Error::Unsupported("the emulator runs on x86_64 and aarch64 Unix systems".into()))
+    Err(Error::Unsupported(
+        "the emulator runs on x86_64 and aarch64 Unix systems".into(),
+    ))
 }
 
 /// Finds the C++ compiler; there is none to use here.

@@ -41,7 +41,10 @@ impl<'a> Binding<'a> {
     /// Memory that the kernel may only read.
     #[must_use]
     pub fn read_only(bytes: &'a [u8]) -> Self {
-        Self { writable: false, ..Self::raw(bytes.as_ptr().cast_mut(), bytes.len(), false) }
+        Self {
+            writable: false,
+            ..Self::raw(bytes.as_ptr().cast_mut(), bytes.len(), false)
+        }
     }
 
     /// Memory that the kernel may read and write.
@@ -53,14 +56,26 @@ impl<'a> Binding<'a> {
     /// Memory given by address. [`Library::dispatch`](crate::Library::dispatch) says what it must be.
     #[must_use]
     pub fn raw(ptr: *mut u8, len: usize, writable: bool) -> Self {
-        Self { ptr, len, writable, inline: None, memory: PhantomData }
+        Self {
+            ptr,
+            len,
+            writable,
+            inline: None,
+            memory: PhantomData,
+        }
     }
 
     /// A copy of a few bytes, as `setBytes`: at most 4096.
     #[must_use]
     pub fn bytes(bytes: impl Into<Vec<u8>>) -> Self {
         let inline = bytes.into();
-        Self { ptr: std::ptr::null_mut(), len: inline.len(), writable: false, inline: Some(inline), memory: PhantomData }
+        Self {
+            ptr: std::ptr::null_mut(),
+            len: inline.len(),
+            writable: false,
+            inline: Some(inline),
+            memory: PhantomData,
+        }
     }
 }
 

@@ -164,7 +164,11 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [gx, gy, gz] = self.threadgroup;
         let [x, y, z] = self.thread;
-        write!(f, "kernel `{}`, threadgroup ({gx}, {gy}, {gz}), thread ({x}, {y}, {z})", self.kernel)?;
+        write!(
+            f,
+            "kernel `{}`, threadgroup ({gx}, {gy}, {gz}), thread ({x}, {y}, {z})",
+            self.kernel
+        )?;
         match (self.line, &self.symbol) {
             (Some(line), _) => write!(f, ", {}:{line}", self.file)?,
             (None, Some(symbol)) => write!(f, ", in {symbol}")?,
@@ -187,7 +191,10 @@ impl Error {
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+        Self::Io {
+            path: path.into(),
+            source,
+        }
     }
 }
 

@@ -52,14 +52,19 @@ pub(crate) fn tokens(text: &str) -> Vec<Token> {
                 i += 1;
             }
             Kind::Ident
-        } else if c.is_ascii_digit() || (c == b'.' && b.get(i + 1).is_some_and(u8::is_ascii_digit)) {
+        } else if c.is_ascii_digit() || (c == b'.' && b.get(i + 1).is_some_and(u8::is_ascii_digit))
+        {
             i = end_of_number(b, i);
             Kind::Number
         } else if c == b'"' || c == b'\'' {
             i = end_of_quote(b, i);
             Kind::Text
         } else {
-            i += if matches!(b.get(i..i + 2), Some(b"::" | b"->")) { 2 } else { 1 };
+            i += if matches!(b.get(i..i + 2), Some(b"::" | b"->")) {
+                2
+            } else {
+                1
+            };
             // Text past ASCII is one token a character.
             while i < b.len() && !text.is_char_boundary(i) {
                 i += 1;
@@ -67,7 +72,11 @@ pub(crate) fn tokens(text: &str) -> Vec<Token> {
             Kind::Punct
         };
         fresh = false;
-        out.push(Token { kind, at: start..i, line });
+        out.push(Token {
+            kind,
+            at: start..i,
+            line,
+        });
     }
     out
 }
@@ -119,7 +128,11 @@ pub(crate) struct Text<'a> {
 
 impl<'a> Text<'a> {
     pub(crate) fn new(text: &'a str) -> Self {
-        Self { text, tokens: tokens(text), edits: Vec::new() }
+        Self {
+            text,
+            tokens: tokens(text),
+            edits: Vec::new(),
+        }
     }
 
     /// The text of token `i`; empty past the end.
@@ -136,7 +149,10 @@ impl<'a> Text<'a> {
     }
 
     pub(crate) fn line(&self, i: usize) -> u32 {
-        self.tokens.get(i).or(self.tokens.last()).map_or(0, |t| t.line)
+        self.tokens
+            .get(i)
+            .or(self.tokens.last())
+            .map_or(0, |t| t.line)
     }
 
     /// The source between two tokens, both included.
@@ -215,7 +231,10 @@ impl<'a> Text<'a> {
     /// Replaces tokens by text that keeps their line count.
     pub(crate) fn replace(&mut self, range: Range<usize>, with: String) {
         let old = self.span(range.clone());
-        let lines = old.matches('\n').count().saturating_sub(with.matches('\n').count());
+        let lines = old
+            .matches('\n')
+            .count()
+            .saturating_sub(with.matches('\n').count());
         let at = self.tokens[range.start].at.start..self.tokens[range.end - 1].at.end;
         self.edits.push((at, with + &"\n".repeat(lines)));
     }
@@ -228,7 +247,8 @@ impl<'a> Text<'a> {
 
     /// The text with its edits made; an edit inside another is dropped.
     pub(crate) fn finish(mut self) -> String {
-        self.edits.sort_by_key(|(at, _)| (at.start, std::cmp::Reverse(at.end)));
+        self.edits
+            .sort_by_key(|(at, _)| (at.start, std::cmp::Reverse(at.end)));
         let mut out = String::with_capacity(self.text.len() * 2);
         let mut done = 0;
         for (at, with) in &self.edits {

@@ -18,7 +18,12 @@ pub struct CompileOptions {
 
 impl Default for CompileOptions {
     fn default() -> Self {
-        Self { name: "program.metal".into(), defines: Vec::new(), include_dirs: Vec::new(), check_types: true }
+        Self {
+            name: "program.metal".into(),
+            defines: Vec::new(),
+            include_dirs: Vec::new(),
+            check_types: true,
+        }
     }
 }
 
@@ -26,7 +31,10 @@ impl CompileOptions {
     /// The defaults, with a name for messages.
     #[must_use]
     pub fn named(name: impl Into<String>) -> Self {
-        Self { name: name.into(), ..Self::default() }
+        Self {
+            name: name.into(),
+            ..Self::default()
+        }
     }
 
     /// Adds a macro.
@@ -57,7 +65,11 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { threadgroup_bytes: 32_768, max_threads: 1024, simd_width: 32 }
+        Self {
+            threadgroup_bytes: 32_768,
+            max_threads: 1024,
+            simd_width: 32,
+        }
     }
 }
 
@@ -79,7 +91,10 @@ impl DispatchOptions {
     /// Every access checked.
     #[must_use]
     pub fn checked() -> Self {
-        Self { check: true, ..Self::default() }
+        Self {
+            check: true,
+            ..Self::default()
+        }
     }
 
     /// Sets the order of lanes and threadgroups.

@@ -17,7 +17,10 @@ struct Compiler {
 
 fn compiler() -> Result<&'static Compiler> {
     static FOUND: OnceLock<std::result::Result<Compiler, String>> = OnceLock::new();
-    FOUND.get_or_init(find).as_ref().map_err(|e| Error::NoCompiler(e.clone()))
+    FOUND
+        .get_or_init(find)
+        .as_ref()
+        .map_err(|e| Error::NoCompiler(e.clone()))
 }
 
 /// Finds the C++ compiler: `MSL_EMULATOR_CXX`, else `clang++`, else `clang++-16` to `-22`.
@@ -32,11 +35,22 @@ fn find() -> std::result::Result<Compiler, String> {
     if let Some(chosen) = std::env::var_os("MSL_EMULATOR_CXX").filter(|v| !v.is_empty()) {
         let path = PathBuf::from(chosen);
         return version(&path).map_or_else(
-            || Err(format!("MSL_EMULATOR_CXX is {}, which is no clang++ that runs", path.display())),
-            |version| Ok(Compiler { path: path.clone(), version }),
+            || {
+                Err(format!(
+                    "MSL_EMULATOR_CXX is {}, which is no clang++ that runs",
+                    path.display()
+                ))
+            },
+            |version| {
+                Ok(Compiler {
+                    path: path.clone(),
+                    version,
+                })
+            },
         );
     }
-    let names = std::iter::once("clang++".to_owned()).chain((16..=22).map(|n| format!("clang++-{n}")));
+    let names =
+        std::iter::once("clang++".to_owned()).chain((16..=22).map(|n| format!("clang++-{n}")));
     for name in names {
         let path = PathBuf::from(name);
         if let Some(version) = version(&path).filter(|v| major(v) >= 16) {
@@ -48,7 +62,11 @@ fn find() -> std::result::Result<Compiler, String> {
 }
 
 fn version(path: &Path) -> Option<String> {
-    let out = Command::new(path).arg("--version").stdin(Stdio::null()).output().ok()?;
+    let out = Command::new(path)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+        .ok()?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     (out.status.success() && text.contains("clang")).then_some(text)
 }
@@ -56,7 +74,11 @@ fn version(path: &Path) -> Option<String> {
 fn major(version: &str) -> u32 {
     // Apple numbers its own releases; 15 is the first with what is needed here.
     let floor = if version.contains("Apple") { 1 } else { 0 };
-    let number = version.split("version ").nth(1).and_then(|v| v.split('.').next()).and_then(|v| v.parse().ok());
+    let number = version
+        .split("version ")
+        .nth(1)
+        .and_then(|v| v.split('.').next())
+        .and_then(|v| v.parse().ok());
     number.unwrap_or(0u32) + floor
 }
 
@@ -120,6 +142,8 @@ const CHECKED: &[&str] = &[
     "-tsan-instrument-read-before-write=1",
     "-mllvm",
     "-tsan-instrument-func-entry-exit=0",
+    "-mllvm",
+    "-tsan-instrument-atomics=0",
 ];
 
 /// Everything that decides what the compiler makes of a text.
@@ -168,14 +192,30 @@ fn run(args: &[&str], paths: &[&Path], input: &[u8]) -> Result<Output> {
 }
 
 /// Expands includes and macros; line markers stay.
-pub(crate) fn preprocess(source: &str, options: &CompileOptions, headers: &Headers) -> Result<String> {
+pub(crate) fn preprocess(
+    source: &str,
+    options: &CompileOptions,
+    headers: &Headers,
+) -> Result<String> {
     let mut args: Vec<String> = COMMON.iter().map(|s| (*s).to_owned()).collect();
     args.extend(
-        ["-E", "-std=c++14", "-D__METAL__=1", "-D__METAL_VERSION__=310", "-D__METAL_MACOS__=1", "-D__HAVE_BFLOAT__=1"]
-            .map(str::to_owned),
+        [
+            "-E",
+            "-std=c++14",
+            "-D__METAL__=1",
+            "-D__METAL_VERSION__=310",
+            "-D__METAL_MACOS__=1",
+            "-D__HAVE_BFLOAT__=1",
+        ]
+        .map(str::to_owned),
     );
     args.push(format!("-I{}", headers.macros.display()));
-    args.extend(options.include_dirs.iter().map(|d| format!("-I{}", d.display())));
+    args.extend(
+        options
+            .include_dirs
+            .iter()
+            .map(|d| format!("-I{}", d.display())),
+    );
     args.extend(options.defines.iter().map(|(k, v)| format!("-D{k}={v}")));
     args.push("-".into());
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -184,16 +224,32 @@ pub(crate) fn preprocess(source: &str, options: &CompileOptions, headers: &Heade
     if !out.ok {
         return Err(Error::Compile { log: out.log });
     }
-    String::from_utf8(out.stdout).map_err(|_| Error::Compile { log: "the text is not UTF-8".into() })
+    String::from_utf8(out.stdout).map_err(|_| Error::Compile {
+        log: "the text is not UTF-8".into(),
+    })
 }
 
 /// Checks types with real address spaces.
 pub(crate) fn check_types(code: &str, headers: &Headers) -> Result<()> {
     let include = format!("-I{}", headers.shim.display());
-    let args = [COMMON, &["-std=c++14", "-fsyntax-only", "-ferror-limit=0", &include, "-"]].concat();
+    let args = [
+        COMMON,
+        &[
+            "-std=c++14",
+            "-fsyntax-only",
+            "-ferror-limit=0",
+            &include,
+            "-",
+        ],
+    ]
+    .concat();
     let out = run(&args, &[], code.as_bytes())?;
     let log = genuine_errors(&out.log);
-    if out.ok || log.is_empty() { Ok(()) } else { Err(Error::Compile { log }) }
+    if out.ok || log.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Compile { log })
+    }
 }
 
 /// Drops complaints about members of objects in named address spaces: Metal gives classes the
@@ -204,9 +260,19 @@ fn genuine_errors(log: &str) -> String {
     for line in log.lines() {
         let is_error = line.contains(": error: ");
         if is_error {
-            let harmless = ["no viable overloaded", "no matching constructor for", "object parameter", "'this' argument"];
-            keep = !harmless.iter().any(|h| line.contains(h));
-        } else if !line.contains(": note: ") {
+            let harmless = [
+                "no viable overloaded",
+                "no matching constructor for",
+                "object parameter",
+                "'this' argument",
+            ];
+            let mixed = [
+                "incompatible operand types",
+                "no matching conversion for functional-style cast",
+            ];
+            let classes = mixed.iter().any(|m| line.contains(m)) && !line.contains('*');
+            keep = !classes && !harmless.iter().any(|h| line.contains(h));
+        } else if !line.contains(": note: ") || line.contains("/cxx/") {
             continue;
         }
         if keep {
@@ -241,12 +307,25 @@ pub(crate) fn build(code: &str, checked: bool, headers: &Headers, path: &Path) -
     let object = cache::temporary(&path.with_extension("o"));
     let shared = cache::temporary(path);
     let mode = if checked { CHECKED } else { FAST };
-    let args = [COMMON, CODE, mode, target_flags(), &[&include, "-c", "-", "-o"]].concat();
+    let args = [
+        COMMON,
+        CODE,
+        mode,
+        target_flags(),
+        &[&include, "-c", "-", "-o"],
+    ]
+    .concat();
     let compiled = run(&args, &[&object], code.as_bytes())?;
     if !compiled.ok {
-        return Err(Error::Compile { log: readable(&compiled.log) });
+        return Err(Error::Compile {
+            log: readable(&compiled.log),
+        });
     }
-    let linked = run(&["-shared", "-nostdlib++", "-o"], &[&shared, &object, Path::new("-lm")], b"");
+    let linked = run(
+        &["-shared", "-nostdlib++", "-o"],
+        &[&shared, &object, Path::new("-lm")],
+        b"",
+    );
     let _ = std::fs::remove_file(&object);
     let linked = linked?;
     if !linked.ok {

@@ -6,7 +6,11 @@ use crate::error::{Error, Result};
 use crate::reflect::{ConstantInfo, KernelInfo};
 
 /// Checks that the kernel's constants are set and typed right.
-pub(crate) fn check(kernel: &KernelInfo, constants: &[ConstantInfo], dispatch: &Dispatch<'_>) -> Result<()> {
+pub(crate) fn check(
+    kernel: &KernelInfo,
+    constants: &[ConstantInfo],
+    dispatch: &Dispatch<'_>,
+) -> Result<()> {
     for info in constants {
         match dispatch.constants.get(&info.index) {
             Some(value) => {
@@ -43,7 +47,9 @@ pub(crate) fn check(kernel: &KernelInfo, constants: &[ConstantInfo], dispatch: &
 pub(crate) unsafe fn set(module: &Module, constants: &[ConstantInfo], dispatch: &Dispatch<'_>) {
     for (record, info) in module.constants().iter().zip(constants) {
         let value = dispatch.constants.get(&info.index);
-        let bytes = value.and_then(|v| encode(&info.type_name, *v)).unwrap_or_default();
+        let bytes = value
+            .and_then(|v| encode(&info.type_name, *v))
+            .unwrap_or_default();
         let len = (record.size as usize).min(bytes.len());
         // SAFETY: the record points to a global of `size` bytes and to a flag, both of this module,
         // which nobody reads while the lock is held.
@@ -86,10 +92,18 @@ fn half_bits(v: f32) -> u16 {
     if a >= 65_520.0 {
         return sign | 0x7c00;
     }
-    let exponent = if a < 2.0f32.powi(-14) { -14 } else { ((a.to_bits() >> 23) as i32) - 127 };
+    let exponent = if a < 2.0f32.powi(-14) {
+        -14
+    } else {
+        ((a.to_bits() >> 23) as i32) - 127
+    };
     let places = (a * 2.0f32.powi(10 - exponent)).round_ties_even() as u32;
     // A mantissa that rounds up to the next power of two carries into the exponent by itself.
-    let biased = if exponent == -14 { places } else { (((exponent + 14) as u32) << 10) + places };
+    let biased = if exponent == -14 {
+        places
+    } else {
+        (((exponent + 14) as u32) << 10) + places
+    };
     sign | biased as u16
 }
 
@@ -100,7 +114,14 @@ mod tests {
 
     #[test]
     fn halves_round_to_nearest_even() {
-        for (v, bits) in [(0.0, 0), (1.0, 0x3c00), (-2.0, 0xc000), (65504.0, 0x7bff), (1e-7, 2), (0.1, 0x2e66)] {
+        for (v, bits) in [
+            (0.0, 0),
+            (1.0, 0x3c00),
+            (-2.0, 0xc000),
+            (65504.0, 0x7bff),
+            (1e-7, 2),
+            (0.1, 0x2e66),
+        ] {
             assert_eq!(half_bits(v), bits, "{v}");
         }
         for bits in 0..0x7c00u16 {

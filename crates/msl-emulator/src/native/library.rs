@@ -33,7 +33,10 @@ pub struct Library {
 
 impl fmt::Debug for Library {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Library").field("file", &self.file).field("kernels", &self.kernels).finish_non_exhaustive()
+        f.debug_struct("Library")
+            .field("file", &self.file)
+            .field("kernels", &self.kernels)
+            .finish_non_exhaustive()
     }
 }
 
@@ -56,21 +59,26 @@ impl Library {
         hash.add(program.code.as_bytes());
         let stem = dir.join(format!("{:032x}", hash.value()));
         let path = with_suffix(&stem, "-fast.so");
-        if !path.exists() {
-            compiler::build(&program.code, false, &headers, &path)?;
-        }
-        let types = with_suffix(&stem, "-types");
-        if options.check_types && !types.exists() {
-            let twin = translate::translate(&expanded, &options.name, Pass::Types)?;
-            compiler::check_types(&twin.code, &headers)?;
-            cache::write(&types, b"")?;
+        cache::make_once(&path, || {
+            compiler::build(&program.code, false, &headers, &path)
+        })?;
+        if options.check_types {
+            let types = with_suffix(&stem, "-types");
+            cache::make_once(&types, || {
+                let twin = translate::translate(&expanded, &options.name, Pass::Types)?;
+                compiler::check_types(&twin.code, &headers)?;
+                cache::write(&types, b"")
+            })?;
         }
         let fast = module::load(&path, false)?;
         let mut kernels = program.kernels;
         for (info, record) in kernels.iter_mut().zip(fast.kernels()) {
             info.max_threads = (record.max_threads > 0).then_some(record.max_threads);
-            info.threadgroup_bytes =
-                fast.variables(record).iter().map(|v| v.bytes.next_multiple_of(v.align)).sum();
+            info.threadgroup_bytes = fast
+                .variables(record)
+                .iter()
+                .map(|v| v.bytes.next_multiple_of(v.align))
+                .sum();
         }
         Ok(Self {
             file: options.name.clone(),
@@ -118,18 +126,32 @@ impl Library {
     /// given by [`Binding::raw`](crate::Binding::raw) must be valid for the dispatch, for writes too
     /// where so declared, and used by nobody else meanwhile. When `options.check` is false the kernel
     /// must stay within its bindings and must not write to the read-only ones: nothing watches it.
-    pub unsafe fn dispatch(&self, dispatch: &mut Dispatch<'_>, options: &DispatchOptions) -> Result<Counters> {
+    pub unsafe fn dispatch(
+        &self,
+        dispatch: &mut Dispatch<'_>,
+        options: &DispatchOptions,
+    ) -> Result<Counters> {
         let index = self.index(&dispatch.kernel)?;
-        let module = if options.check { self.checked()? } else { Arc::clone(&self.fast) };
+        let module = if options.check {
+            self.checked()?
+        } else {
+            Arc::clone(&self.fast)
+        };
         // SAFETY: passed on to the caller.
         unsafe { run::run(self, &module, index, dispatch, options) }
     }
 
     fn index(&self, name: &str) -> Result<usize> {
-        self.kernels.iter().position(|k| k.name == name).ok_or_else(|| {
-            let known: Vec<&str> = self.kernels.iter().map(|k| k.name.as_str()).collect();
-            Error::UnknownKernel { name: name.into(), known: known.join(", ") }
-        })
+        self.kernels
+            .iter()
+            .position(|k| k.name == name)
+            .ok_or_else(|| {
+                let known: Vec<&str> = self.kernels.iter().map(|k| k.name.as_str()).collect();
+                Error::UnknownKernel {
+                    name: name.into(),
+                    known: known.join(", "),
+                }
+            })
     }
 
     fn checked(&self) -> Result<Arc<Module>> {
@@ -138,9 +160,9 @@ impl Library {
             return Ok(Arc::clone(module));
         }
         let path = with_suffix(&self.stem, "-checked.so");
-        if !path.exists() {
-            compiler::build(&self.code, true, &self.headers, &path)?;
-        }
+        cache::make_once(&path, || {
+            compiler::build(&self.code, true, &self.headers, &path)
+        })?;
         let module = module::load(&path, true)?;
         *checked = Some(Arc::clone(&module));
         Ok(module)

@@ -71,10 +71,20 @@ fn open(path: &Path, checked: bool) -> Result<Module> {
     // SAFETY: `get` gives the address of the symbol, read here as a pointer to the table itself.
     let table: &'static Table = unsafe { &**table };
     if table.abi != abi::VERSION || (table.checked != 0) != checked {
-        return Err(Error::Load(format!("{} is of another version; remove it", path.display())));
+        return Err(Error::Load(format!(
+            "{} is of another version; remove it",
+            path.display()
+        )));
     }
     let (lo, hi) = extent(std::ptr::from_ref(table).addr() as u64)?;
-    Ok(Module { table, path: path.to_owned(), lock: Mutex::new(()), lo, hi, _library: library })
+    Ok(Module {
+        table,
+        path: path.to_owned(),
+        lock: Mutex::new(()),
+        lo,
+        hi,
+        _library: library,
+    })
 }
 
 /// The addresses of the object that holds `inside`.
@@ -84,16 +94,26 @@ fn extent(inside: u64) -> Result<(u64, u64)> {
         inside: u64,
         found: Option<(u64, u64)>,
     }
-    unsafe extern "C" fn visit(info: *mut libc::dl_phdr_info, _: usize, data: *mut std::ffi::c_void) -> i32 {
+    unsafe extern "C" fn visit(
+        info: *mut libc::dl_phdr_info,
+        _: usize,
+        data: *mut std::ffi::c_void,
+    ) -> i32 {
         // SAFETY: the loader passes a valid description, and `data` is the search below.
         let (info, search) = unsafe { (&*info, &mut *data.cast::<Search>()) };
         if info.dlpi_phnum == 0 {
             return 0;
         }
         // SAFETY: the loader's description has this many headers.
-        let headers = unsafe { std::slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
+        let headers =
+            unsafe { std::slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
         let loads = headers.iter().filter(|h| h.p_type == libc::PT_LOAD);
-        let ends = loads.map(|h| (info.dlpi_addr + h.p_vaddr, info.dlpi_addr + h.p_vaddr + h.p_memsz));
+        let ends = loads.map(|h| {
+            (
+                info.dlpi_addr + h.p_vaddr,
+                info.dlpi_addr + h.p_vaddr + h.p_memsz,
+            )
+        });
         let (lo, hi) = ends.fold((u64::MAX, 0), |(lo, hi), (a, b)| (lo.min(a), hi.max(b)));
         if (lo..hi).contains(&search.inside) {
             search.found = Some((lo, hi));
@@ -101,10 +121,15 @@ fn extent(inside: u64) -> Result<(u64, u64)> {
         }
         0
     }
-    let mut search = Search { inside, found: None };
+    let mut search = Search {
+        inside,
+        found: None,
+    };
     // SAFETY: `visit` reads what the loader gives and writes the search, which outlives the call.
     unsafe { libc::dl_iterate_phdr(Some(visit), (&raw mut search).cast()) };
-    search.found.ok_or_else(|| Error::Load("the loader does not know the program".into()))
+    search
+        .found
+        .ok_or_else(|| Error::Load("the loader does not know the program".into()))
 }
 
 /// Elsewhere the size is not to be had: constants lie within a few megabytes of the table.
@@ -141,10 +166,22 @@ impl Module {
         let mut next = unsafe { *self.table.threadgroup };
         while !next.is_null() {
             // SAFETY: a record of the list; only its offset is ever written, and it is not read here.
-            let (key, site, bytes, align, following) =
-                unsafe { ((*next).key, (*next).site, (*next).bytes, (*next).align, (*next).next) };
+            let (key, site, bytes, align, following) = unsafe {
+                (
+                    (*next).key,
+                    (*next).site,
+                    (*next).bytes,
+                    (*next).align,
+                    (*next).next,
+                )
+            };
             if key == kernel.key {
-                out.push(Variable { site, bytes, align, record: next });
+                out.push(Variable {
+                    site,
+                    bytes,
+                    align,
+                    record: next,
+                });
             }
             next = following;
         }

@@ -37,13 +37,16 @@ impl Region {
 
     /// Gives it back for others.
     pub(crate) fn put_back(self) {
-        IDLE.lock().unwrap_or_else(PoisonError::into_inner).push(self);
+        IDLE.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(self);
     }
 
     fn reserve() -> Result<Self> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANON | libc::MAP_NORESERVE;
         // SAFETY: a fresh anonymous mapping, at an address that the system chooses.
-        let wide = unsafe { libc::mmap(ptr::null_mut(), 2 * REGION, libc::PROT_NONE, flags, -1, 0) };
+        let wide =
+            unsafe { libc::mmap(ptr::null_mut(), 2 * REGION, libc::PROT_NONE, flags, -1, 0) };
         if wide == libc::MAP_FAILED {
             return Err(system());
         }
@@ -57,7 +60,11 @@ impl Region {
                 libc::munmap(wide, before);
             }
             libc::munmap(wide.byte_add(before + REGION), REGION - before);
-            libc::mprotect(wide.byte_add(before), STACKS, libc::PROT_READ | libc::PROT_WRITE) == 0
+            libc::mprotect(
+                wide.byte_add(before),
+                STACKS,
+                libc::PROT_READ | libc::PROT_WRITE,
+            ) == 0
         };
         let kept = wide.wrapping_byte_add(before);
         match NonNull::new(kept) {
@@ -71,7 +78,11 @@ impl Region {
             let low = STACKS + self.stacks * STACK + GUARD;
             // SAFETY: this stack lies in the region, past its guard.
             let rc = unsafe {
-                libc::mprotect(self.base.as_ptr().byte_add(low), STACK - GUARD, libc::PROT_READ | libc::PROT_WRITE)
+                libc::mprotect(
+                    self.base.as_ptr().byte_add(low),
+                    STACK - GUARD,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                )
             };
             if rc != 0 {
                 return Err(system());

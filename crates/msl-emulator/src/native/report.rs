@@ -35,9 +35,18 @@ pub(crate) fn describe(
     };
     let (line, symbol) = place(raw.line, raw.pc);
     // A small "address" is a line: see cell_pc in the shim.
-    let (other_line, _) =
-        if raw.other_pc > 0 && raw.other_pc < 1 << 20 { (Some(raw.other_pc as u32), None) } else { place(raw.other_line, raw.other_pc) };
-    let scene = Scene { kernel, dispatch, arena, raw, other_line };
+    let (other_line, _) = if raw.other_pc > 0 && raw.other_pc < 1 << 20 {
+        (Some(raw.other_pc as u32), None)
+    } else {
+        place(raw.other_line, raw.other_pc)
+    };
+    let scene = Scene {
+        kernel,
+        dispatch,
+        arena,
+        raw,
+        other_line,
+    };
     let kind = match raw.kind {
         fault::OUT_OF_BOUNDS => FaultKind::OutOfBounds,
         fault::READ_ONLY => FaultKind::ReadOnlyWrite,
@@ -83,14 +92,26 @@ impl Scene<'_> {
             matches!(a.kind, ArgumentKind::Buffer { index: i, space, .. }
                 if i == index && space != AddressSpace::Threadgroup)
         });
-        named.map_or(format!("buffer({index})"), |a| format!("buffer({index}) `{}`", a.name))
+        named.map_or(format!("buffer({index})"), |a| {
+            format!("buffer({index}) `{}`", a.name)
+        })
     }
 
     /// The threadgroup variable at or before an offset of the arena, and the offset in it.
     fn variable(&self, offset: u32) -> String {
-        let found = self.arena.extents.iter().zip(&self.arena.names).filter(|(v, _)| v.lo <= offset).max_by_key(|(v, _)| v.lo);
+        let found = self
+            .arena
+            .extents
+            .iter()
+            .zip(&self.arena.names)
+            .filter(|(v, _)| v.lo <= offset)
+            .max_by_key(|(v, _)| v.lo);
         found.map_or("threadgroup memory".into(), |(v, name)| {
-            format!("threadgroup variable `{name}` at byte {} of {}", offset - v.lo, v.hi - v.lo)
+            format!(
+                "threadgroup variable `{name}` at byte {} of {}",
+                offset - v.lo,
+                v.hi - v.lo
+            )
         })
     }
 
@@ -98,24 +119,39 @@ impl Scene<'_> {
         let raw = self.raw;
         let does = if raw.write != 0 { "writes" } else { "reads" };
         let what = format!("{does} {} bytes", raw.size);
-        let at_line = self.other_line.map_or(String::new(), |l| format!(" at line {l}"));
+        let at_line = self
+            .other_line
+            .map_or(String::new(), |l| format!(" at line {l}"));
         match kind {
             FaultKind::OutOfBounds => {
                 let len = self.dispatch.bindings.get(&raw.index).map(|b| b.len as i64);
                 match len {
-                    Some(len) if raw.offset > -(1 << 20) - len && raw.offset < (1 << 20) + 2 * len => format!(
-                        "{what} at byte {} of {}, which has {len}: out of bounds",
-                        raw.offset,
-                        self.buffer(raw.index)
+                    Some(len)
+                        if raw.offset > -(1 << 20) - len && raw.offset < (1 << 20) + 2 * len =>
+                    {
+                        format!(
+                            "{what} at byte {} of {}, which has {len}: out of bounds",
+                            raw.offset,
+                            self.buffer(raw.index)
+                        )
+                    }
+                    _ => format!(
+                        "{what} where nothing is bound: out of bounds, or through a null pointer"
                     ),
-                    _ => format!("{what} where nothing is bound: out of bounds, or through a null pointer"),
                 }
             }
             FaultKind::ReadOnlyWrite => {
-                format!("{what} at byte {} of {}, which is bound read-only", raw.offset, self.buffer(raw.index))
+                format!(
+                    "{what} at byte {} of {}, which is bound read-only",
+                    raw.offset,
+                    self.buffer(raw.index)
+                )
             }
             FaultKind::ThreadgroupOutOfBounds => {
-                format!("{what} outside of {}: out of bounds", self.variable(raw.offset as u32))
+                format!(
+                    "{what} outside of {}: out of bounds",
+                    self.variable(raw.offset as u32)
+                )
             }
             FaultKind::ThreadgroupRace => format!(
                 "race: {what} of {}, which {} accessed{at_line} with no barrier between",
@@ -143,9 +179,14 @@ impl Scene<'_> {
                 )
             }
             FaultKind::Unwritten => {
-                format!("{what} of {}, which no thread has written", self.variable(raw.offset as u32))
+                format!(
+                    "{what} of {}, which no thread has written",
+                    self.variable(raw.offset as u32)
+                )
             }
-            FaultKind::Misaligned => format!("{what} at an address that is not a multiple of their type's size"),
+            FaultKind::Misaligned => {
+                format!("{what} at an address that is not a multiple of their type's size")
+            }
             FaultKind::OtherThread => format!("{what} of another thread's memory"),
             FaultKind::Divergence => format!(
                 "divergence: reaches {}, which {} does not: it {}",
@@ -158,7 +199,10 @@ impl Scene<'_> {
                 }
             ),
             FaultKind::LanesDisagree => {
-                format!("lanes of the simdgroup pass different pointers or values to {}", op_name(raw.op))
+                format!(
+                    "lanes of the simdgroup pass different pointers or values to {}",
+                    op_name(raw.op)
+                )
             }
         }
     }
@@ -179,13 +223,17 @@ fn op_name(op: u32) -> &'static str {
 
 /// Line and function of a return address.
 fn locate(library: &Library, module: &Module, pc: u64) -> (Option<u32>, Option<String>) {
-    let Ok(loader) = Loader::new(&module.path) else { return (None, None) };
+    let Ok(loader) = Loader::new(&module.path) else {
+        return (None, None);
+    };
     // The call, not what follows it.
     let at = pc.wrapping_sub(module.lo).wrapping_sub(1);
     let mut line = None;
     if let Ok(mut frames) = loader.find_frames(at) {
         while let Ok(Some(frame)) = frames.next() {
-            let Some(location) = frame.location else { continue };
+            let Some(location) = frame.location else {
+                continue;
+            };
             // The innermost frame in the program, past what the shim inlined into it.
             if line.is_none() && location.file.is_some_and(|f| f.ends_with(&library.file)) {
                 line = location.line;

@@ -52,22 +52,41 @@ pub(crate) unsafe fn run(
     validate::grid(kernel, dispatch, &options.limits)?;
     constants::check(kernel, &library.constants, dispatch)?;
     validate::bindings(library, kernel, module.argument_sizes(record), dispatch)?;
-    let arena = validate::arena(library, module, index, dispatch, &options.limits, options.check)?;
+    let arena = validate::arena(
+        library,
+        module,
+        index,
+        dispatch,
+        &options.limits,
+        options.check,
+    )?;
 
-    // SAFETY: passed on to the caller.
-    let stage = if options.check { Some(unsafe { Stage::new(dispatch) }?) } else { None };
+    let stage = if options.check {
+        // SAFETY: passed on to the caller.
+        Some(unsafe { Stage::new(dispatch) }?)
+    } else {
+        None
+    };
     let mut inline = Vec::new();
-    let mut buffers = [Buffer { ptr: ptr::null_mut(), len: 0 }; BUFFERS];
+    let mut buffers = [Buffer {
+        ptr: ptr::null_mut(),
+        len: 0,
+    }; BUFFERS];
     for (&i, binding) in &dispatch.bindings {
         let ptr = match (&stage, &binding.inline) {
             (Some(stage), _) => stage.pointers.get(&i).copied().unwrap_or(ptr::null_mut()),
             (None, Some(bytes)) => {
                 inline.push(Inline::new(bytes));
-                inline.last_mut().map_or(ptr::null_mut(), |v| v.0.as_mut_ptr().cast())
+                inline
+                    .last_mut()
+                    .map_or(ptr::null_mut(), |v| v.0.as_mut_ptr().cast())
             }
             (None, None) => binding.ptr,
         };
-        buffers[i as usize] = Buffer { ptr, len: binding.len as u64 };
+        buffers[i as usize] = Buffer {
+            ptr,
+            len: binding.len as u64,
+        };
     }
     let mut arena_offset = [0u32; BUFFERS];
     for &(i, offset) in &arena.arguments {
@@ -88,7 +107,6 @@ pub(crate) unsafe fn run(
         module_lo: module.lo,
         module_hi: module.hi,
         shuffle: options.shuffle_seed.map_or(0, |s| s | 1 << 63),
-        stop: ptr::null_mut(),
     };
 
     let lock = module.lock.lock().unwrap_or_else(PoisonError::into_inner);
@@ -108,7 +126,9 @@ pub(crate) unsafe fn run(
             }
             Ok(counters(&counts))
         }
-        Err(fault) => Err(Error::Fault(Box::new(report::describe(library, module, kernel, dispatch, &arena, &fault)))),
+        Err(fault) => Err(Error::Fault(Box::new(report::describe(
+            library, module, kernel, dispatch, &arena, &fault,
+        )))),
     }
 }
 
@@ -125,12 +145,22 @@ impl Order {
         fn gcd(a: u64, b: u64) -> u64 {
             if b == 0 { a } else { gcd(b, a % b) }
         }
-        let Some(seed) = seed.filter(|_| n > 1) else { return Self { n, step: 1, first: 0 } };
+        let Some(seed) = seed.filter(|_| n > 1) else {
+            return Self {
+                n,
+                step: 1,
+                first: 0,
+            };
+        };
         let mut step = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) % n;
         while gcd(step.max(1), n) != 1 || step == 0 {
             step = (step + 1) % n;
         }
-        Self { n, step, first: seed % n }
+        Self {
+            n,
+            step,
+            first: seed % n,
+        }
     }
 
     fn group(self, i: u64) -> u64 {
@@ -144,10 +174,22 @@ type Outcome = std::result::Result<Counts, RawFault>;
 fn spread(module: &Module, launch: &Launch, options: &DispatchOptions) -> Result<Outcome> {
     let groups = launch.groups.iter().map(|&n| u64::from(n)).product::<u64>();
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    let wanted = if options.threads == 0 { cores() } else { options.threads };
-    let workers = wanted.min(usize::try_from(groups).unwrap_or(usize::MAX)).max(1);
-    let fibers = launch.threads.iter().map(|&n| n as usize).product::<usize>();
-    let regions = (0..workers).map(|_| Region::take(fibers)).collect::<Result<Vec<_>>>()?;
+    let wanted = if options.threads == 0 {
+        cores()
+    } else {
+        options.threads
+    };
+    let workers = wanted
+        .min(usize::try_from(groups).unwrap_or(usize::MAX))
+        .max(1);
+    let fibers = launch
+        .threads
+        .iter()
+        .map(|&n| n as usize)
+        .product::<usize>();
+    let mut regions = (0..workers)
+        .map(|_| Region::take(fibers))
+        .collect::<Result<Vec<_>>>()?;
     // SAFETY: the worker has a stack ready, and the module's lock is held, so that its globals may
     // be written.
     unsafe { (module.table().derive)(regions[0].worker()) };
@@ -156,7 +198,7 @@ fn spread(module: &Module, launch: &Launch, options: &DispatchOptions) -> Result
     let next = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
     let shared = Shared(launch);
-    let work = |region: &Region| -> Outcome {
+    let work = |region: &mut Region| -> Outcome {
         let shared = &shared;
         let worker = region.worker();
         // SAFETY: the counts lie in the worker's memory, which this thread alone uses.
@@ -180,10 +222,14 @@ fn spread(module: &Module, launch: &Launch, options: &DispatchOptions) -> Result
         Ok(unsafe { *counts })
     };
     let outcomes: Vec<Option<Outcome>> = if workers == 1 {
-        vec![Some(work(&regions[0]))]
+        vec![Some(work(&mut regions[0]))]
     } else {
         std::thread::scope(|s| {
-            let handles: Vec<_> = regions.iter().map(|r| s.spawn(|| work(r))).collect();
+            let work = &work;
+            let handles: Vec<_> = regions
+                .iter_mut()
+                .map(|r| s.spawn(move || work(r)))
+                .collect();
             handles.into_iter().map(|h| h.join().ok()).collect()
         })
     };

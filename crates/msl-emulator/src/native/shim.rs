@@ -67,7 +67,10 @@ pub(crate) fn fingerprint() -> u128 {
 /// Writes the headers to the cache, unless they are there.
 pub(crate) fn headers(cache: &Path) -> Result<Headers> {
     let root = cache.join(format!("shim-{:032x}", fingerprint()));
-    let headers = Headers { macros: root.join("std"), shim: root.join("cxx") };
+    let headers = Headers {
+        macros: root.join("std"),
+        shim: root.join("cxx"),
+    };
     if root.join("complete").exists() {
         return Ok(headers);
     }

@@ -25,7 +25,10 @@ impl Mapping {
         if base == libc::MAP_FAILED {
             return Err(Error::io("checked memory", std::io::Error::last_os_error()));
         }
-        Ok(Self { base: base.cast(), len })
+        Ok(Self {
+            base: base.cast(),
+            len,
+        })
     }
 }
 
@@ -55,7 +58,10 @@ pub(crate) struct Stage {
 
 /// Start and end of what is bound, as addresses.
 fn span(b: &Binding<'_>) -> (usize, usize) {
-    let start = b.inline.as_ref().map_or(b.ptr.addr(), |v| v.as_ptr().addr());
+    let start = b
+        .inline
+        .as_ref()
+        .map_or(b.ptr.addr(), |v| v.as_ptr().addr());
     (start, start + b.len)
 }
 
@@ -85,17 +91,31 @@ impl Stage {
                 _ => joined.push((lo, hi, writable)),
             }
         }
-        let mut stage = Self { copies: Vec::new(), pointers: BTreeMap::new(), ranges: Vec::new() };
+        let mut stage = Self {
+            copies: Vec::new(),
+            pointers: BTreeMap::new(),
+            ranges: Vec::new(),
+        };
         for (lo, hi, writable) in joined {
             stage.copies.push(reserve(lo, hi - lo, writable)?);
         }
         for (&index, binding) in &dispatch.bindings {
             let (lo, hi) = span(binding);
-            let Some(copy) = stage.copies.iter().find(|c| lo >= c.from && hi <= c.from + c.len) else { continue };
+            let Some(copy) = stage
+                .copies
+                .iter()
+                .find(|c| lo >= c.from && hi <= c.from + c.len)
+            else {
+                continue;
+            };
             let at = copy.at.wrapping_add(lo - copy.from);
             // SAFETY: the binding is valid for reads; its place in the copy has room for it.
             unsafe { ptr::copy_nonoverlapping(source(binding), at, binding.len) };
-            let shadow = if copy.shadow.is_null() { copy.shadow } else { copy.shadow.wrapping_add(2 * (lo - copy.from)) };
+            let shadow = if copy.shadow.is_null() {
+                copy.shadow
+            } else {
+                copy.shadow.wrapping_add(2 * (lo - copy.from))
+            };
             stage.pointers.insert(index, at);
             stage.ranges.push(Range {
                 lo: at,
@@ -138,10 +158,18 @@ fn reserve(from: usize, len: usize, writable: bool) -> Result<Copy> {
     let mut mappings = vec![mapping];
     let mut shadow = ptr::null_mut();
     if writable {
-        let bytes = len.checked_mul(16).ok_or_else(|| Error::Unsupported("a binding too large to check".into()))?;
+        let bytes = len
+            .checked_mul(16)
+            .ok_or_else(|| Error::Unsupported("a binding too large to check".into()))?;
         let stamps = Mapping::new(bytes, libc::PROT_READ | libc::PROT_WRITE)?;
         shadow = stamps.base.cast();
         mappings.push(stamps);
     }
-    Ok(Copy { from, len, at, shadow, _mappings: mappings })
+    Ok(Copy {
+        from,
+        len,
+        at,
+        shadow,
+        _mappings: mappings,
+    })
 }

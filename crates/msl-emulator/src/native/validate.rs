@@ -21,29 +21,46 @@ pub(crate) struct Arena {
 }
 
 fn limit(kernel: &KernelInfo, message: String) -> Error {
-    Error::Limit { kernel: kernel.name.clone(), message }
+    Error::Limit {
+        kernel: kernel.name.clone(),
+        message,
+    }
 }
 
 /// Checks the grid.
 pub(crate) fn grid(kernel: &KernelInfo, dispatch: &Dispatch<'_>, limits: &Limits) -> Result<()> {
     if limits.simd_width != 32 {
-        return Err(Error::Unsupported(format!("a simdgroup of {} threads; only 32 is emulated", limits.simd_width)));
+        return Err(Error::Unsupported(format!(
+            "a simdgroup of {} threads; only 32 is emulated",
+            limits.simd_width
+        )));
     }
     let product = |v: [u32; 3]| v.iter().try_fold(1u64, |p, &n| p.checked_mul(u64::from(n)));
     let Some(threads) = product(dispatch.threads).filter(|&n| n > 0) else {
-        return Err(limit(kernel, format!("a threadgroup of {:?} threads", dispatch.threads)));
+        return Err(limit(
+            kernel,
+            format!("a threadgroup of {:?} threads", dispatch.threads),
+        ));
     };
     if product(dispatch.threadgroups).is_none() {
-        return Err(limit(kernel, format!("a grid of {:?} threadgroups", dispatch.threadgroups)));
+        return Err(limit(
+            kernel,
+            format!("a grid of {:?} threadgroups", dispatch.threadgroups),
+        ));
     }
     let device = u64::from(limits.max_threads.min(1024));
     if threads > device {
-        return Err(limit(kernel, format!("{threads} threads in a threadgroup; the device allows {device}")));
+        return Err(limit(
+            kernel,
+            format!("{threads} threads in a threadgroup; the device allows {device}"),
+        ));
     }
     if let Some(own) = kernel.max_threads.filter(|&n| threads > u64::from(n)) {
         return Err(limit(
             kernel,
-            format!("{threads} threads in a threadgroup; max_total_threads_per_threadgroup is {own}"),
+            format!(
+                "{threads} threads in a threadgroup; max_total_threads_per_threadgroup is {own}"
+            ),
         ));
     }
     Ok(())
@@ -68,9 +85,19 @@ fn exists(library: &Library, dispatch: &Dispatch<'_>, gate: Option<&str>) -> boo
 }
 
 /// Checks that buffers are bound, and large enough for what is passed by reference.
-pub(crate) fn bindings(library: &Library, kernel: &KernelInfo, sizes: &[u32], dispatch: &Dispatch<'_>) -> Result<()> {
+pub(crate) fn bindings(
+    library: &Library,
+    kernel: &KernelInfo,
+    sizes: &[u32],
+    dispatch: &Dispatch<'_>,
+) -> Result<()> {
     for (argument, &size) in kernel.arguments.iter().zip(sizes) {
-        let ArgumentKind::Buffer { index, space, gate, .. } = &argument.kind else { continue };
+        let ArgumentKind::Buffer {
+            index, space, gate, ..
+        } = &argument.kind
+        else {
+            continue;
+        };
         if !exists(library, dispatch, gate.as_deref()) {
             continue;
         }
@@ -81,10 +108,16 @@ pub(crate) fn bindings(library: &Library, kernel: &KernelInfo, sizes: &[u32], di
             argument: argument.name.clone(),
         };
         if *space == AddressSpace::Threadgroup {
-            dispatch.threadgroup_memory.get(index).ok_or_else(|| missing("threadgroup"))?;
+            dispatch
+                .threadgroup_memory
+                .get(index)
+                .ok_or_else(|| missing("threadgroup"))?;
             continue;
         }
-        let binding = dispatch.bindings.get(index).ok_or_else(|| missing("buffer"))?;
+        let binding = dispatch
+            .bindings
+            .get(index)
+            .ok_or_else(|| missing("buffer"))?;
         let wrong = |message: String| Error::Binding {
             kernel: kernel.name.clone(),
             index: *index,
@@ -92,7 +125,10 @@ pub(crate) fn bindings(library: &Library, kernel: &KernelInfo, sizes: &[u32], di
             message,
         };
         if binding.len < size as usize {
-            return Err(wrong(format!("{} bytes bound, its type has {size}", binding.len)));
+            return Err(wrong(format!(
+                "{} bytes bound, its type has {size}",
+                binding.len
+            )));
         }
         if binding.inline.is_some() && binding.len > 4096 {
             return Err(wrong(format!("{} inline bytes; at most 4096", binding.len)));
@@ -118,8 +154,13 @@ pub(crate) fn arena(
 ) -> Result<Arena> {
     const GAP: u32 = 256;
     let kernel = &library.kernels[index];
-    let mut arena =
-        Arena { variables: Vec::new(), arguments: Vec::new(), extents: Vec::new(), names: Vec::new(), bytes: 0 };
+    let mut arena = Arena {
+        variables: Vec::new(),
+        arguments: Vec::new(),
+        extents: Vec::new(),
+        names: Vec::new(),
+        bytes: 0,
+    };
     let mut wanted = 0u64;
     let mut offset = 0u32;
     let mut place = |bytes: u64, align: u32, name: String, arena: &mut Arena| -> Result<u32> {
@@ -134,7 +175,10 @@ pub(crate) fn arena(
         let at = offset.next_multiple_of(align);
         let end = at.saturating_add(bytes as u32);
         if end.saturating_add(GAP) > ARENA {
-            return Err(limit(kernel, format!("more than {ARENA} bytes of threadgroup memory, gaps included")));
+            return Err(limit(
+                kernel,
+                format!("more than {ARENA} bytes of threadgroup memory, gaps included"),
+            ));
         }
         offset = end + if checked { GAP } else { 0 };
         arena.extents.push(ArenaVar { lo: at, hi: end });
@@ -143,13 +187,25 @@ pub(crate) fn arena(
         Ok(at)
     };
     for v in module.variables(&module.kernels()[index]) {
-        let name = library.storage.get(v.site as usize).map_or(String::new(), |s| s.0.clone());
+        let name = library
+            .storage
+            .get(v.site as usize)
+            .map_or(String::new(), |s| s.0.clone());
         let at = place(u64::from(v.bytes), v.align, name, &mut arena)?;
         arena.variables.push((v, at));
     }
     for argument in &kernel.arguments {
-        let ArgumentKind::Buffer { index, space: AddressSpace::Threadgroup, .. } = argument.kind else { continue };
-        let Some(&bytes) = dispatch.threadgroup_memory.get(&index) else { continue };
+        let ArgumentKind::Buffer {
+            index,
+            space: AddressSpace::Threadgroup,
+            ..
+        } = argument.kind
+        else {
+            continue;
+        };
+        let Some(&bytes) = dispatch.threadgroup_memory.get(&index) else {
+            continue;
+        };
         let at = place(bytes as u64, 16, argument.name.clone(), &mut arena)?;
         arena.arguments.push((index as usize, at));
     }

@@ -35,12 +35,22 @@ pub(crate) struct Constants {
     pub(crate) optional: HashSet<String>,
 }
 
-const TYPES: [&str; 12] =
-    ["bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half", "bfloat", "float"];
+const TYPES: [&str; 12] = [
+    "bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half", "bfloat",
+    "float",
+];
 
 /// Finds them.
-pub(crate) fn find(text: &Text<'_>, attributes: &Attributes, declarations: &[Declaration]) -> Step<Constants> {
-    let mut out = Constants { declared: Vec::new(), derived: Vec::new(), optional: HashSet::new() };
+pub(crate) fn find(
+    text: &Text<'_>,
+    attributes: &Attributes,
+    declarations: &[Declaration],
+) -> Step<Constants> {
+    let mut out = Constants {
+        declared: Vec::new(),
+        derived: Vec::new(),
+        optional: HashSet::new(),
+    };
     for i in 0..text.tokens.len() {
         if text.get(i) == "is_function_constant_defined" && text.get(i + 1) == "(" {
             out.optional.insert(text.get(i + 2).to_owned());
@@ -54,39 +64,74 @@ pub(crate) fn find(text: &Text<'_>, attributes: &Attributes, declarations: &[Dec
         }
         let range = d.tokens.clone();
         let line = text.line(range.start);
-        let is_constant = range.clone().take_while(|&i| i < name_at).any(|i| text.get(i) == "constant");
+        let is_constant = range
+            .clone()
+            .take_while(|&i| i < name_at)
+            .any(|i| text.get(i) == "constant");
         if !is_constant {
             continue;
         }
         let name = text.get(name_at).to_owned();
         let type_text = type_of(text, range.start..name_at);
-        if let Some(a) = attributes.within(range.clone()).find(|a| a.name == "function_constant") {
+        if let Some(a) = attributes
+            .within(range.clone())
+            .find(|a| a.name == "function_constant")
+        {
             let Some(index) = integer(&a.args).and_then(|v| u32::try_from(v).ok()) else {
-                return bad(line, format!("function_constant({}) is not an index", a.args));
+                return bad(
+                    line,
+                    format!("function_constant({}) is not an index", a.args),
+                );
             };
             if !TYPES.contains(&type_text.as_str()) {
-                return bad(line, format!("function constant of type `{type_text}` is not supported"));
+                return bad(
+                    line,
+                    format!("function constant of type `{type_text}` is not supported"),
+                );
             }
-            if let Some(twin) = out.declared.iter().find(|c: &&Declared| c.info.index == index) {
-                return bad(line, format!("function constant {index} is both `{}` and `{name}`", twin.info.name));
+            if let Some(twin) = out
+                .declared
+                .iter()
+                .find(|c: &&Declared| c.info.index == index)
+            {
+                return bad(
+                    line,
+                    format!(
+                        "function constant {index} is both `{}` and `{name}`",
+                        twin.info.name
+                    ),
+                );
             }
             known.insert(name.clone());
             out.declared.push(Declared {
                 path: format!("{}{name}", d.scope),
                 scope: d.scope.clone(),
-                info: ConstantInfo { name, index, type_name: type_text, line },
+                info: ConstantInfo {
+                    name,
+                    index,
+                    type_name: type_text,
+                    line,
+                },
                 tokens: range,
             });
             continue;
         }
-        let Some(eq) = range.clone().find(|&i| text.get(i) == "=") else { continue };
+        let Some(eq) = range.clone().find(|&i| text.get(i) == "=") else {
+            continue;
+        };
         let value = eq + 1..range.end - 1;
         let depends = value
             .clone()
             .any(|i| known.contains(text.get(i)) || text.get(i) == "is_function_constant_defined");
         if depends {
             known.insert(name.clone());
-            out.derived.push(Derived { name, scope: d.scope.clone(), type_text, value, tokens: range });
+            out.derived.push(Derived {
+                name,
+                scope: d.scope.clone(),
+                type_text,
+                value,
+                tokens: range,
+            });
         }
     }
     Ok(out)
@@ -95,7 +140,12 @@ pub(crate) fn find(text: &Text<'_>, attributes: &Attributes, declarations: &[Dec
 fn type_of(text: &Text<'_>, range: Range<usize>) -> String {
     range
         .map(|i| text.get(i))
-        .filter(|t| !matches!(*t, "constant" | "static" | "const" | "constexpr" | "extern" | "inline"))
+        .filter(|t| {
+            !matches!(
+                *t,
+                "constant" | "static" | "const" | "constexpr" | "extern" | "inline"
+            )
+        })
         .collect::<Vec<_>>()
         .join(" ")
 }
@@ -115,7 +165,9 @@ pub(crate) fn rewrite(text: &mut Text<'_>, constants: &Constants, pass: Pass) {
         let value = clean_numbers(text.span(d.value.clone()));
         let with = match pass {
             Pass::Types => {
-                format!("extern const {ty} {name}; static inline {ty} msl_derive_{n}() {{ return {value}; }}")
+                format!(
+                    "extern const {ty} {name}; static inline {ty} msl_derive_{n}() {{ return {value}; }}"
+                )
             }
             Pass::Code => format!(
                 "static {ty} {name}; __attribute__((no_sanitize(\"thread\"))) static void msl_derive_{n}() \
@@ -142,6 +194,9 @@ impl Declared {
 impl Constants {
     /// Every name that stands for a function constant or a global computed from one.
     pub(crate) fn derived_value(&self, name: &str) -> Option<Range<usize>> {
-        self.derived.iter().find(|d| d.name == name).map(|d| d.value.clone())
+        self.derived
+            .iter()
+            .find(|d| d.name == name)
+            .map(|d| d.value.clone())
     }
 }

@@ -90,7 +90,9 @@ fn one(text: &Text<'_>, attributes: &Attributes, start: usize, scope: String) ->
                 d.tokens.end = i;
                 return d;
             }
-            "struct" | "class" | "union" | "enum" | "using" | "typedef" if !named && d.params.is_none() => {
+            "struct" | "class" | "union" | "enum" | "using" | "typedef"
+                if !named && d.params.is_none() =>
+            {
                 is_type = true;
                 let mut n = i + 1;
                 while let Some(end) = attributes.skip(n) {
@@ -105,7 +107,9 @@ fn one(text: &Text<'_>, attributes: &Attributes, start: usize, scope: String) ->
                     i = n;
                 }
             }
-            "decltype" | "alignas" | "__attribute__" | "static_assert" if text.get(i + 1) == "(" => {
+            "decltype" | "alignas" | "__attribute__" | "static_assert"
+                if text.get(i + 1) == "(" =>
+            {
                 i = text.closing(i + 1).unwrap_or(i);
             }
             "operator" if d.params.is_none() => {

@@ -48,7 +48,8 @@ pub(crate) fn program(
         }
         Pass::Code => "#define device\n#define constant const\n#define threadgroup\n",
     };
-    out += "#define thread\n#define is_function_constant_defined(x) msl_fcdef_##x\n# 1 \"program\"\n";
+    out +=
+        "#define thread\n#define is_function_constant_defined(x) msl_fcdef_##x\n# 1 \"program\"\n";
     out += body;
     if pass == Pass::Code {
         tables(&mut out, kernels, constants);
@@ -64,7 +65,11 @@ fn tables(out: &mut String, kernels: &Kernels, constants: &Constants) {
         let mut call = format!("msl_rt::invoke(&{}", e.function);
         for a in &e.info.arguments {
             let fetch = match &a.kind {
-                ArgumentKind::Buffer { index, space: AddressSpace::Threadgroup, .. } => format!("ArgArena<{index}>"),
+                ArgumentKind::Buffer {
+                    index,
+                    space: AddressSpace::Threadgroup,
+                    ..
+                } => format!("ArgArena<{index}>"),
                 ArgumentKind::Buffer { index, .. } => format!("ArgBuffer<{index}>"),
                 ArgumentKind::BuiltIn(name) => built_in(name).unwrap_or_default().to_owned(),
             };
@@ -81,10 +86,19 @@ fn tables(out: &mut String, kernels: &Kernels, constants: &Constants) {
             e.limit.as_deref().unwrap_or("0"),
         );
     }
-    let _ = writeln!(out, "static const msl_rt::KernelRecord msl_kernels[] = {{\n{records}  {{}}}};");
+    let _ = writeln!(
+        out,
+        "static const msl_rt::KernelRecord msl_kernels[] = {{\n{records}  {{}}}};"
+    );
     *out += "static const msl_rt::ConstantRecord msl_constants[] = {\n";
     for c in &constants.declared {
-        let _ = writeln!(out, "  {{{}, sizeof({p}), &{p}, &{}}},", c.info.index, c.defined_path(), p = c.path);
+        let _ = writeln!(
+            out,
+            "  {{{}, sizeof({p}), &{p}, &{}}},",
+            c.info.index,
+            c.defined_path(),
+            p = c.path
+        );
     }
     *out += "  {}};\nstatic void msl_derive_all() {\n";
     for (n, d) in constants.derived.iter().enumerate() {

@@ -36,10 +36,19 @@ pub(crate) struct Kernels {
 }
 
 /// Finds them.
-pub(crate) fn find(text: &Text<'_>, attributes: &Attributes, declarations: &[Declaration]) -> Step<Kernels> {
-    let mut out = Kernels { entries: Vec::new(), definitions: Vec::new() };
+pub(crate) fn find(
+    text: &Text<'_>,
+    attributes: &Attributes,
+    declarations: &[Declaration],
+) -> Step<Kernels> {
+    let mut out = Kernels {
+        entries: Vec::new(),
+        definitions: Vec::new(),
+    };
     for d in declarations {
-        let (Some(name_at), Some(params)) = (d.name, d.params) else { continue };
+        let (Some(name_at), Some(params)) = (d.name, d.params) else {
+            continue;
+        };
         let head = d.tokens.start..name_at;
         let marked = head.clone().any(|i| text.get(i) == "kernel")
             || attributes.within(head.clone()).any(|a| a.name == "kernel");
@@ -69,7 +78,9 @@ pub(crate) fn find(text: &Text<'_>, attributes: &Attributes, declarations: &[Dec
     for d in declarations.iter().filter(|d| d.instantiation) {
         let head = d.tokens.clone();
         let marked = head.clone().any(|i| text.get(i) == "kernel")
-            || attributes.within(head.clone()).any(|a| a.name == "kernel" || a.name == "host_name");
+            || attributes
+                .within(head.clone())
+                .any(|a| a.name == "kernel" || a.name == "host_name");
         if !marked {
             continue;
         }
@@ -77,10 +88,16 @@ pub(crate) fn find(text: &Text<'_>, attributes: &Attributes, declarations: &[Dec
         let Some(function) = instantiated(text, attributes, head.start + 1..head.end - 1) else {
             return bad(line, "cannot read this explicit instantiation");
         };
-        let open = function.clone().find(|&i| text.get(i) == "<").unwrap_or(function.end);
+        let open = function
+            .clone()
+            .find(|&i| text.get(i) == "<")
+            .unwrap_or(function.end);
         let base = text.get(open - 1);
         let Some(index) = out.definitions.iter().position(|def| def.name == base) else {
-            return bad(line, format!("no kernel template `{base}` for this instantiation"));
+            return bad(
+                line,
+                format!("no kernel template `{base}` for this instantiation"),
+            );
         };
         let expression = text.span(function.clone()).to_owned();
         let host = host_name(attributes, head).unwrap_or_else(|| expression.clone());
@@ -102,7 +119,11 @@ fn host_name(attributes: &Attributes, range: Range<usize>) -> Option<String> {
 }
 
 /// The tokens that name the function in `template decltype(f<a>) f<a>` or `template void f<a>(...)`.
-fn instantiated(text: &Text<'_>, attributes: &Attributes, range: Range<usize>) -> Option<Range<usize>> {
+fn instantiated(
+    text: &Text<'_>,
+    attributes: &Attributes,
+    range: Range<usize>,
+) -> Option<Range<usize>> {
     let mut i = range.start;
     loop {
         if let Some(end) = attributes.skip(i) {
@@ -113,18 +134,30 @@ fn instantiated(text: &Text<'_>, attributes: &Attributes, range: Range<usize>) -
             break;
         }
     }
-    i = if text.get(i) == "decltype" { text.closing(i + 1)? + 1 } else { i + 1 };
+    i = if text.get(i) == "decltype" {
+        text.closing(i + 1)? + 1
+    } else {
+        i + 1
+    };
     while let Some(end) = attributes.skip(i) {
         i = end;
     }
     let start = i;
     while i < range.end && text.get(i) != "(" {
-        i = if text.get(i) == "<" { text.closing_angle(i)? + 1 } else { i + 1 };
+        i = if text.get(i) == "<" {
+            text.closing_angle(i)? + 1
+        } else {
+            i + 1
+        };
     }
     (start < i).then_some(start..i)
 }
 
-fn arguments(text: &Text<'_>, attributes: &Attributes, params: Range<usize>) -> Step<Vec<ArgumentInfo>> {
+fn arguments(
+    text: &Text<'_>,
+    attributes: &Attributes,
+    params: Range<usize>,
+) -> Step<Vec<ArgumentInfo>> {
     let parts = text.split_commas(params);
     let mut out = Vec::with_capacity(parts.len());
     let mut unnumbered = Vec::new();
@@ -155,20 +188,44 @@ fn arguments(text: &Text<'_>, attributes: &Attributes, params: Range<usize>) -> 
         .find(|(word, _)| has(word))
         .map(|(_, space)| space);
         let list: Vec<_> = attributes.within(part.clone()).collect();
-        let gate = list.iter().find(|a| a.name == "function_constant").map(|a| a.args.clone());
+        let gate = list
+            .iter()
+            .find(|a| a.name == "function_constant")
+            .map(|a| a.args.clone());
         let Some(space) = space else {
-            let built_in = list.iter().map(|a| a.name.as_str()).find(|n| super::emit::built_in(n).is_some());
+            let built_in = list
+                .iter()
+                .map(|a| a.name.as_str())
+                .find(|n| super::emit::built_in(n).is_some());
             let Some(built_in) = built_in else {
-                return bad(line, format!("kernel argument `{name}` has no address space and no known attribute"));
+                return bad(
+                    line,
+                    format!("kernel argument `{name}` has no address space and no known attribute"),
+                );
             };
-            out.push(ArgumentInfo { name, kind: ArgumentKind::BuiltIn(built_in.to_owned()) });
+            out.push(ArgumentInfo {
+                name,
+                kind: ArgumentKind::BuiltIn(built_in.to_owned()),
+            });
             continue;
         };
-        let table = if space == AddressSpace::Threadgroup { "threadgroup" } else { "buffer" };
+        let table = if space == AddressSpace::Threadgroup {
+            "threadgroup"
+        } else {
+            "buffer"
+        };
         let index = match list.iter().find(|a| a.name == table) {
-            Some(a) => match integer(&a.args).and_then(|v| u32::try_from(v).ok()).filter(|&v| v < 31) {
+            Some(a) => match integer(&a.args)
+                .and_then(|v| u32::try_from(v).ok())
+                .filter(|&v| v < 31)
+            {
                 Some(v) => v,
-                None => return bad(line, format!("{table}({}) is not an index below 31", a.args)),
+                None => {
+                    return bad(
+                        line,
+                        format!("{table}({}) is not an index below 31", a.args),
+                    );
+                }
             },
             None => {
                 unnumbered.push(out.len());
@@ -176,7 +233,15 @@ fn arguments(text: &Text<'_>, attributes: &Attributes, params: Range<usize>) -> 
             }
         };
         let is_const = space == AddressSpace::Constant || has("const");
-        out.push(ArgumentInfo { name, kind: ArgumentKind::Buffer { index, space, is_const, gate } });
+        out.push(ArgumentInfo {
+            name,
+            kind: ArgumentKind::Buffer {
+                index,
+                space,
+                is_const,
+                gate,
+            },
+        });
     }
     number(&mut out, &unnumbered);
     Ok(out)
@@ -186,7 +251,13 @@ fn arguments(text: &Text<'_>, attributes: &Attributes, params: Range<usize>) -> 
 fn number(arguments: &mut [ArgumentInfo], unnumbered: &[usize]) {
     for &i in unnumbered {
         let is_group = |k: &ArgumentKind| {
-            matches!(k, ArgumentKind::Buffer { space: AddressSpace::Threadgroup, .. })
+            matches!(
+                k,
+                ArgumentKind::Buffer {
+                    space: AddressSpace::Threadgroup,
+                    ..
+                }
+            )
         };
         let mine = is_group(&arguments[i].kind);
         let taken: BTreeSet<u32> = arguments
@@ -207,7 +278,10 @@ fn number(arguments: &mut [ArgumentInfo], unnumbered: &[usize]) {
 impl Kernels {
     fn add(&mut self, index: usize, name: String, function: String, args: &str, line: u32) {
         let d = &self.definitions[index];
-        let limit = d.limit.as_ref().map(|_| format!("{}msl_limit_{index}{args}", d.declaration.scope));
+        let limit = d
+            .limit
+            .as_ref()
+            .map(|_| format!("{}msl_limit_{index}{args}", d.declaration.scope));
         self.entries.push(Entry {
             info: KernelInfo {
                 name,
@@ -225,7 +299,10 @@ impl Kernels {
 
     /// The expression that names a kernel inside its own body.
     pub(crate) fn key(&self, text: &Text<'_>, d: &Declaration) -> Option<String> {
-        let def = self.definitions.iter().find(|k| k.declaration.tokens == d.tokens)?;
+        let def = self
+            .definitions
+            .iter()
+            .find(|k| k.declaration.tokens == d.tokens)?;
         let Some((open, close)) = def.declaration.template else {
             return Some(def.name.clone());
         };
@@ -233,8 +310,14 @@ impl Kernels {
             .split_commas(open + 1..close)
             .into_iter()
             .map(|part| {
-                let end = part.clone().find(|&i| text.get(i) == "=").unwrap_or(part.end);
-                let name = (part.start..end).rev().find(|&i| text.is_ident(i)).map_or("", |i| text.get(i));
+                let end = part
+                    .clone()
+                    .find(|&i| text.get(i) == "=")
+                    .unwrap_or(part.end);
+                let name = (part.start..end)
+                    .rev()
+                    .find(|&i| text.is_ident(i))
+                    .map_or("", |i| text.get(i));
                 let pack = (part.start..end).any(|i| text.get(i) == ".");
                 format!("{name}{}", if pack { "..." } else { "" })
             })
@@ -247,9 +330,15 @@ impl Kernels {
 pub(crate) fn declare_limits(text: &mut Text<'_>, kernels: &Kernels) {
     for (index, d) in kernels.definitions.iter().enumerate() {
         let Some(limit) = &d.limit else { continue };
-        let header = d.declaration.template.map_or(String::new(), |(open, close)| {
-            format!("template {} ", text.span(open..close + 1).replace('\n', " "))
-        });
+        let header = d
+            .declaration
+            .template
+            .map_or(String::new(), |(open, close)| {
+                format!(
+                    "template {} ",
+                    text.span(open..close + 1).replace('\n', " ")
+                )
+            });
         let with = format!(" {header}static constexpr unsigned msl_limit_{index} = ({limit});");
         text.insert_after(d.declaration.tokens.end - 1, with);
     }

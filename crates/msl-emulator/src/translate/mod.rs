@@ -44,12 +44,19 @@ pub(crate) struct Bad {
 pub(crate) type Step<T> = std::result::Result<T, Bad>;
 
 fn bad<T>(line: u32, message: impl Into<String>) -> Step<T> {
-    Err(Bad { line, message: message.into() })
+    Err(Bad {
+        line,
+        message: message.into(),
+    })
 }
 
 /// Reads and rewrites `expanded`, the preprocessed text of the program `file`.
 pub(crate) fn translate(expanded: &str, file: &str, pass: Pass) -> Result<Program> {
-    run(expanded, pass).map_err(|b| Error::Text { file: file.into(), line: b.line, message: b.message })
+    run(expanded, pass).map_err(|b| Error::Text {
+        file: file.into(),
+        line: b.line,
+        message: b.message,
+    })
 }
 
 fn run(expanded: &str, pass: Pass) -> Step<Program> {

@@ -17,7 +17,8 @@ pub(crate) fn required_constants(
     let mut by_name: BTreeMap<&str, Vec<&Declaration>> = BTreeMap::new();
     for d in declarations {
         let is_constant = |name: &str| {
-            constants.declared.iter().any(|c| c.info.name == name) || constants.derived_value(name).is_some()
+            constants.declared.iter().any(|c| c.info.name == name)
+                || constants.derived_value(name).is_some()
         };
         if let Some(name) = d.name.map(|n| text.get(n)).filter(|n| !is_constant(n)) {
             by_name.entry(name).or_default().push(d);
@@ -31,8 +32,12 @@ pub(crate) fn required_constants(
             if !seen.insert(name) {
                 continue;
             }
-            let mut ranges: Vec<_> =
-                by_name.get(name).into_iter().flatten().map(|d| d.tokens.clone()).collect();
+            let mut ranges: Vec<_> = by_name
+                .get(name)
+                .into_iter()
+                .flatten()
+                .map(|d| d.tokens.clone())
+                .collect();
             ranges.extend(constants.derived_value(name));
             for i in ranges.into_iter().flatten().filter(|&i| text.is_ident(i)) {
                 let word = text.get(i);

@@ -16,7 +16,9 @@ pub(crate) fn rewrite(
 ) -> Step<Vec<(String, u32)>> {
     let mut sites = Vec::new();
     for d in declarations {
-        let Some((open, close)) = d.body else { continue };
+        let Some((open, close)) = d.body else {
+            continue;
+        };
         let mut i = open + 1;
         while i < close {
             if text.get(i) != "threadgroup" || !matches!(text.get(i - 1), "{" | "}" | ";" | ")") {
@@ -29,7 +31,10 @@ pub(crate) fn rewrite(
             };
             let line = text.line(i);
             let Some(key) = kernels.key(text, d) else {
-                return bad(line, "threadgroup variables can only be declared in a kernel");
+                return bad(
+                    line,
+                    "threadgroup variables can only be declared in a kernel",
+                );
             };
             let with = declare(text, i + 1..end, &key, pass, &mut sites)?;
             text.replace(i..end + 1, with);

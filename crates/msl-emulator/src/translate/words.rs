@@ -36,8 +36,11 @@ fn is_member(text: &Text<'_>, i: usize) -> bool {
 /// Unsuffixed literals are float, `h` ones half.
 fn number(word: &str) -> Option<String> {
     let hex = word.starts_with("0x") || word.starts_with("0X");
-    let real =
-        if hex { word.contains(['p', 'P']) } else { word.contains(['.', 'e', 'E']) };
+    let real = if hex {
+        word.contains(['p', 'P'])
+    } else {
+        word.contains(['.', 'e', 'E'])
+    };
     if let Some(digits) = word.strip_suffix(['h', 'H']) {
         return (!hex || real).then(|| {
             let dot = if real { "" } else { ".0" };
@@ -68,23 +71,36 @@ pub(crate) fn swizzles(text: &Text<'_>) -> String {
 fn macro_for(n: usize, used: &BTreeSet<&str>) -> String {
     let mut out = format!("#define MSL_SWIZZLES_{n}");
     for word in used {
-        let fields: Vec<usize> =
-            word.bytes().filter_map(|c| b"xyzwrgba".iter().position(|&l| l == c).map(|p| p % 4)).collect();
+        let fields: Vec<usize> = word
+            .bytes()
+            .filter_map(|c| b"xyzwrgba".iter().position(|&l| l == c).map(|p| p % 4))
+            .collect();
         if fields.iter().any(|&f| f >= n) {
             continue;
         }
         let names = ["x", "y", "z", "w"];
         let distinct = (0..fields.len()).all(|i| !fields[..i].contains(&fields[i]));
-        let ty = if fields.len() == 1 { "T".to_owned() } else { format!("vec<T, {}>", fields.len()) };
+        let ty = if fields.len() == 1 {
+            "T".to_owned()
+        } else {
+            format!("vec<T, {}>", fields.len())
+        };
         let get: Vec<&str> = fields.iter().map(|&f| names[f]).collect();
-        out += &format!(" MSL_INLINE {ty} msl_get_{word}() const {{ return {ty}({}); }}", get.join(", "));
+        out += &format!(
+            " MSL_INLINE {ty} msl_get_{word}() const {{ return {ty}({}); }}",
+            get.join(", ")
+        );
         let mut access = format!("get = msl_get_{word}");
         if distinct {
             let put: String = fields
                 .iter()
                 .enumerate()
                 .map(|(i, &f)| {
-                    let source = if fields.len() == 1 { "v".to_owned() } else { format!("v.{}", names[i]) };
+                    let source = if fields.len() == 1 {
+                        "v".to_owned()
+                    } else {
+                        format!("v.{}", names[i])
+                    };
                     format!(" {} = {source};", names[f])
                 })
                 .collect();
