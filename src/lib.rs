@@ -1,5 +1,6 @@
 //! Exact tiled flash attention.
 pub mod attention;
+mod backend;
 mod dtype;
 pub mod error;
 

@@ -20,8 +20,13 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, from the plainest up.
-    pub const ALL: [Isa; 5] =
-        [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Isa; 5] = [
+        Self::Portable,
+        Self::Neon,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Bf16,
+    ];
 
     /// Name as `MLX_FLASH_CPU_ISA` takes it.
     pub const fn name(self) -> &'static str {
@@ -70,7 +75,11 @@ impl Isa {
 
     /// The best that this machine has.
     pub fn best() -> Self {
-        Self::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Self::Portable)
+        Self::ALL
+            .into_iter()
+            .rev()
+            .find(|isa| isa.is_available())
+            .unwrap_or(Self::Portable)
     }
 }
 

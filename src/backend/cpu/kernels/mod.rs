@@ -1,0 +1,37 @@
+//! Attention on the CPU. The keys and values of a head are packed once, in strips; query rows take
+//! them strip by strip with an online softmax, in f32. Everything is written once, over the vectors
+//! of [`simd::Simd`] and the units of [`micro::Kernel`], and made for each instruction set in
+//! [`table`].
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512bf16;
+mod call;
+mod math;
+mod micro;
+mod pack;
+mod portable;
+mod schedule;
+mod scratch;
+mod simd;
+mod softmax;
+mod span;
+mod split;
+mod step;
+mod table;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+use super::isa::Isa;
+use super::job::Job;
+
+/// Computes O, and the log-sum-exp where it is asked for, on up to `threads` threads of the current
+/// rayon pool. The bits of the result depend on `isa` but not on `threads`.
+pub(crate) fn run(job: &Job<'_>, isa: Isa, threads: usize) {
+    let kernels = table::select(isa, job.problem.kv_dtype());
+    schedule::run(&call::Call::new(job, kernels), threads.max(1));
+}

@@ -1,0 +1,5 @@
+//! The CPU device.
+
+mod isa;
+mod job;
+mod kernels;
