@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::DType;
 use crate::attention::problem::Sequence;
 use crate::attention::variant::{Tile as ClassTile, class_tile};
 use crate::attention::{MaskSpec, Problem, Role};
@@ -28,6 +29,9 @@ pub(super) struct Call<'a> {
     pub(super) dim_units: usize,
     /// Keys of a strip.
     pub(super) strip: usize,
+    /// Most terms that are summed in one run; runs' sums are then added up. Rounding grows with the
+    /// length of a run, which only f32 results would show.
+    pub(super) run: usize,
     /// Query heads that share a key/value head.
     pub(super) group: usize,
     pub(super) scale: f32,
@@ -60,6 +64,11 @@ impl<'a> Call<'a> {
             dim,
             dim_units,
             strip: STRIP.min(STRIP_BYTES / (4 * dim_units)),
+            run: if problem.dtype() == DType::F32 {
+                128
+            } else {
+                512
+            },
             group: problem.group(),
             scale: problem.scale(),
             softcap: problem.softcap(),

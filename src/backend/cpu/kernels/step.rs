@@ -146,13 +146,22 @@ impl Products<'_> {
             // SAFETY: rows and panels are there.
             unsafe {
                 let b = self.packed.k.add(panel * depth * width);
-                let acc = [[s.splat(0.0); NR]; MR];
-                let acc = product::<K, MR, NR, QUERY_ROW>(kernel, depth, self.queries, b, acc);
-                for (r, row) in acc.iter().enumerate() {
-                    for (j, x) in row.iter().enumerate() {
-                        let at = self.scores.add(r * STRIP + panel * width + j * lanes);
-                        s.store(at, s.mul(*x, scale));
+                let scores = self.scores.add(panel * width);
+                let mut from = 0;
+                while from < depth {
+                    let run = self.call.run.min(depth - from);
+                    let acc = [[s.splat(0.0); NR]; MR];
+                    let (a, b) = (self.queries.add(from), b.add(from * width));
+                    let acc = product::<K, MR, NR, QUERY_ROW>(kernel, run, a, b, acc);
+                    let (first, last) = (from == 0, from + run == depth);
+                    for (r, row) in acc.iter().enumerate() {
+                        for (j, x) in row.iter().enumerate() {
+                            let at = scores.add(r * STRIP + j * lanes);
+                            let x = if first { *x } else { s.add(s.load(at), *x) };
+                            s.store(at, if last { s.mul(x, scale) } else { x });
+                        }
                     }
+                    from += run;
                 }
             }
         }
@@ -192,17 +201,14 @@ impl Products<'_> {
                 .packed
                 .v
                 .add(column * self.call.strip / K::PAIR + first * NV * lanes);
-            let mut acc = [[s.splat(0.0); NV]; MR];
-            for (r, row) in acc.iter_mut().enumerate() {
-                for (j, x) in row.iter_mut().enumerate() {
-                    *x = s.load(self.outputs.add(r * dim + column + j * lanes));
-                }
-            }
             let count = steps(self.all.end) - first;
+            // From 0 in each strip: the sum of a long row is the more exact for it.
+            let acc = [[s.splat(0.0); NV]; MR];
             let acc = product::<K, MR, NV, STRIP>(kernel, count, a, b, acc);
             for (r, row) in acc.iter().enumerate() {
                 for (j, x) in row.iter().enumerate() {
-                    s.store(self.outputs.add(r * dim + column + j * lanes), *x);
+                    let at = self.outputs.add(r * dim + column + j * lanes);
+                    s.store(at, s.add(s.load(at), *x));
                 }
             }
         }
