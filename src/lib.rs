@@ -46,6 +46,7 @@ pub mod error;
 pub mod ops;
 pub mod runtime;
 mod sources;
+pub mod verify;
 
 pub use backend::DeviceKind;
 pub use backend::cpu::{CpuOptions, Isa};

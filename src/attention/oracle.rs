@@ -95,8 +95,9 @@ pub struct Reference {
 pub enum Precision {
     /// f64 throughout.
     Exact,
-    /// As separate operations on tensors of the problem's dtype would: products accumulate in f32,
-    /// and scores, probabilities and output are each rounded to the dtype.
+    /// As separate operations on tensors of the problem's dtype would: the result of each is rounded
+    /// to the dtype (product, scale, the steps of a softcap, biases, probabilities, output), while
+    /// products accumulate and the softmax works in f32.
     Naive,
     /// The impostor: the plain mean of the visible V rows. Every numeric check must refuse it.
     MeanOfVisible,
@@ -213,20 +214,24 @@ fn score(
     let products = (0..dim).map(|d| (inputs.q.get(q + d), inputs.k.get(k + d)));
     let scale = f64::from(problem.scale());
     let naive = precision == Precision::Naive;
-    let mut x = if naive {
-        let dot = products.fold(0.0f32, |sum, (a, b)| sum + a as f32 * b as f32);
-        round_to(
-            problem.dtype(),
-            round_to(problem.dtype(), f64::from(dot)) * scale,
-        )
-    } else {
-        products.map(|(a, b)| a * b).sum::<f64>() * scale
+    let round = |x: f64| {
+        if naive {
+            round_to(problem.dtype(), x)
+        } else {
+            x
+        }
     };
+    let dot = if naive {
+        f64::from(products.fold(0.0f32, |sum, (a, b)| sum + a as f32 * b as f32))
+    } else {
+        products.map(|(a, b)| a * b).sum()
+    };
+    let mut x = round(round(dot) * scale);
     if let Some(c) = problem.softcap().map(f64::from) {
-        x = c * (x / c).tanh();
+        x = round(c * round(round(x / c).tanh()));
     }
     if let Some(c) = cell.filter(|_| !is_bool) {
-        x += c;
+        x = round(x + c);
     }
     if let Some(slope) = inputs
         .alibi_slopes
@@ -234,13 +239,9 @@ fn score(
         .and_then(|s| s.get(h))
     {
         let p = i as i64 + s.visibility.q_offset;
-        x -= f64::from(*slope) * (p - j as i64).abs() as f64;
+        x = round(x - round(f64::from(*slope) * (p - j as i64).abs() as f64));
     }
-    Some(if naive {
-        round_to(problem.dtype(), x)
-    } else {
-        x
-    })
+    Some(x)
 }
 
 fn row(
@@ -265,10 +266,23 @@ fn row(
         .copied();
     let sink = sink.map_or(f64::NEG_INFINITY, f64::from);
     let max = visible.iter().fold(sink, |m, (_, x)| m.max(*x));
-    let sum: f64 = visible.iter().map(|(_, x)| (x - max).exp()).sum::<f64>() + (sink - max).exp();
+    let (f32s, naive) = (DType::F32, precision == Precision::Naive);
+    let exp = |x: f64| {
+        if naive {
+            round_to(f32s, round_to(f32s, x - max).exp())
+        } else {
+            (x - max).exp()
+        }
+    };
+    let terms = visible.iter().map(|(_, x)| exp(*x)).chain([exp(sink)]);
+    let sum = if naive {
+        f64::from(terms.fold(0.0f32, |sum, term| sum + term as f32))
+    } else {
+        terms.sum()
+    };
     let weight = |x: f64| match precision {
-        Precision::Exact => (x - max).exp() / sum,
-        Precision::Naive => round_to(problem.dtype(), (x - max).exp() / sum),
+        Precision::Exact => exp(x) / sum,
+        Precision::Naive => round_to(problem.dtype(), round_to(f32s, exp(x) / sum)),
         Precision::MeanOfVisible => 1.0 / visible.len() as f64,
     };
     let mut o = vec![0.0; dim];
@@ -276,14 +290,14 @@ fn row(
         let (p, v) = (weight(*x), problem.v_at(s, h / problem.group(), *j));
         for (d, out) in o.iter_mut().enumerate() {
             let term = p * inputs.v.get(v + d);
-            *out = if precision == Precision::Naive {
+            *out = if naive {
                 f64::from((*out + term) as f32)
             } else {
                 *out + term
             };
         }
     }
-    if precision == Precision::Naive {
+    if naive {
         for out in &mut o {
             *out = round_to(problem.dtype(), *out);
         }

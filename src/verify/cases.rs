@@ -1,0 +1,350 @@
+//! The matrix: which cases there are.
+
+use super::case::{Bounds, Case, Entry, MaskKind, Placement};
+use super::data::Random;
+use crate::attention::QueryOffset;
+use crate::attention::variant::{self, Family, HEAD_DIMS};
+use crate::dtype::DType;
+use crate::runtime::device::MlxDevice;
+
+/// How much of the matrix to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// A tenth of it, in which every head dim, dtype, mask kind, layout and feature occurs.
+    Quick,
+    /// All of it.
+    Full,
+}
+
+const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
+const PLACEMENTS: [Placement; 3] = [
+    Placement::HeadMajor,
+    Placement::SeqMajor,
+    Placement::Strided,
+];
+
+/// Cases of each (head dim, dtype, mask kind, layout) in the whole matrix.
+const ROUNDS: usize = 3;
+
+/// Most products of one case (`B * H * qL * kL * D`), so that the oracle keeps up.
+const BUDGET: usize = 6_000_000;
+
+/// Query and key lengths: around the edges of tiles of 8, 16, 32 and 64, either one the longer.
+const LENGTHS: [(usize, usize); 30] = [
+    (1, 1),
+    (1, 2),
+    (1, 17),
+    (1, 129),
+    (2, 300),
+    (5, 128),
+    (7, 9),
+    (8, 8),
+    (9, 7),
+    (15, 33),
+    (16, 16),
+    (17, 15),
+    (20, 70),
+    (31, 65),
+    (32, 48),
+    (33, 33),
+    (40, 128),
+    (48, 31),
+    (63, 32),
+    (64, 64),
+    (65, 63),
+    (65, 130),
+    (70, 20),
+    (96, 96),
+    (100, 100),
+    (127, 40),
+    (128, 5),
+    (129, 1),
+    (140, 64),
+    (3, 340),
+];
+
+/// Lengths of packed queries and keys.
+const PACKED: [(&[u32], &[u32]); 5] = [
+    (&[3, 0, 17], &[3, 0, 17]),
+    (&[1, 1, 1], &[5, 40, 17]),
+    (&[0, 33, 8, 2], &[7, 20, 0, 64]),
+    (&[16, 5, 40], &[48, 5, 33]),
+    (&[65], &[64]),
+];
+
+/// Query heads and key/value heads.
+const HEADS: [(usize, usize); 8] = [
+    (1, 1),
+    (2, 2),
+    (2, 1),
+    (4, 2),
+    (4, 1),
+    (3, 1),
+    (6, 2),
+    (6, 3),
+];
+
+const fn bounds(
+    label: &'static str,
+    causal: bool,
+    offset: QueryOffset,
+    window: Option<u32>,
+    window_right: Option<u32>,
+) -> Bounds {
+    Bounds {
+        label,
+        causal,
+        offset,
+        window,
+        window_right,
+    }
+}
+
+const TOP_LEFT: QueryOffset = QueryOffset::At(0);
+const BOTTOM_RIGHT: QueryOffset = QueryOffset::BottomRight;
+
+/// Causal bounds and windows. Negative offsets and far windows leave rows that see nothing.
+const BOUNDS: [Bounds; 14] = [
+    bounds("full", false, TOP_LEFT, None, None),
+    bounds("causal", true, TOP_LEFT, None, None),
+    bounds("causal.br", true, BOTTOM_RIGHT, None, None),
+    bounds("causal.at5", true, QueryOffset::At(5), None, None),
+    bounds("causal.at-3", true, QueryOffset::At(-3), None, None),
+    bounds("window1", true, TOP_LEFT, Some(1), None),
+    bounds("window7", true, TOP_LEFT, Some(7), None),
+    bounds("window17.br", true, BOTTOM_RIGHT, Some(17), None),
+    bounds("window80", true, TOP_LEFT, Some(80), None),
+    bounds("left33", false, TOP_LEFT, Some(33), None),
+    bounds("left6.at60", false, QueryOffset::At(60), Some(6), None),
+    bounds("left5.right3", false, BOTTOM_RIGHT, Some(5), Some(3)),
+    bounds("right0", false, TOP_LEFT, None, Some(0)),
+    bounds("right20", false, TOP_LEFT, None, Some(20)),
+];
+
+/// The cases of `scope` that this device's row of the variant table serves.
+pub fn cases(scope: Scope, device: &MlxDevice) -> Vec<Case> {
+    let family = device.family();
+    let mut all = Vec::new();
+    grid(scope, family, &mut all);
+    let extra = [edges(), masks(), long(), decode(), wide()].concat();
+    let step = match scope {
+        // Prime to the lists' own periods.
+        Scope::Quick => 11,
+        Scope::Full => 1,
+    };
+    all.extend(extra.into_iter().step_by(step));
+    all.retain(|case| is_served(case, family));
+    all
+}
+
+fn is_served(case: &Case, family: Family) -> bool {
+    let kind = match case.mask_dtype {
+        DType::U8 if case.mask != MaskKind::None => variant::MaskKind::Bool,
+        _ => variant::MaskKind::Additive,
+    };
+    match case.entry {
+        // The decode kernels take any head dim; the table is for prefill.
+        Entry::Decode => true,
+        _ => variant::select(family, case.dtype, case.head_dim, kind).is_ok(),
+    }
+}
+
+/// Every head dim x dtype x mask kind x layout; the features are drawn for each.
+fn grid(scope: Scope, family: Family, all: &mut Vec<Case>) {
+    let mut random = Random::new(1);
+    for (d, head_dim) in HEAD_DIMS.into_iter().enumerate() {
+        for (t, dtype) in DTYPES.into_iter().enumerate() {
+            for (m, mask) in MaskKind::ALL.into_iter().enumerate() {
+                if mask == MaskKind::PlaneF32 && dtype == DType::F32 {
+                    continue;
+                }
+                for (l, placement) in PLACEMENTS.into_iter().enumerate() {
+                    for round in 0..ROUNDS {
+                        // Drawn in either scope, so that a case has the same features in both.
+                        let mut case = draw(&mut random, family, head_dim, dtype, mask, placement);
+                        // Some cases in which no row sees two keys are wanted, but few.
+                        for _ in 0..2 {
+                            if is_trivial(&case) {
+                                case = draw(&mut random, family, head_dim, dtype, mask, placement);
+                            }
+                        }
+                        let in_quick = round == 0 && l == (d + t + m) % PLACEMENTS.len();
+                        if scope == Scope::Full || in_quick {
+                            all.push(case);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn draw(
+    random: &mut Random,
+    family: Family,
+    head_dim: usize,
+    dtype: DType,
+    mask: MaskKind,
+    placement: Placement,
+) -> Case {
+    let one_in = |random: &mut Random, n: usize| random.below(n) == 0;
+    let (heads, kv_heads) = random.pick(&HEADS);
+    let batch = random.pick(&[1, 1, 2, 3]);
+    let packed = one_in(random, 6).then(|| random.pick(&PACKED));
+    let fits = |(q, k): &(usize, usize)| batch * heads * q * k * head_dim <= BUDGET;
+    let fitting: Vec<_> = LENGTHS.into_iter().filter(fits).collect();
+    let softcap = random.pick(&[None, None, None, Some(1.5), Some(5.0), Some(20.0)]);
+    let mask_dtype = match mask {
+        MaskKind::None | MaskKind::Plane => dtype,
+        MaskKind::PlaneF32 => DType::F32,
+        MaskKind::PlaneBool => DType::U8,
+        MaskKind::PerHead | MaskKind::Broadcast | MaskKind::Padding => {
+            random.pick(&[dtype, DType::U8, DType::F32])
+        }
+    };
+    let half_keys = family == Family::Cpu && dtype == DType::F32 && one_in(random, 6);
+    Case {
+        kv_dtype: if half_keys { DType::F16 } else { dtype },
+        batch,
+        heads,
+        kv_heads,
+        packed: packed.map(|(q, k)| (q.to_vec(), k.to_vec())),
+        placement,
+        mask,
+        mask_dtype,
+        bounds: random.pick(&BOUNDS),
+        softcap,
+        sinks: one_in(random, 4),
+        alibi: one_in(random, 5),
+        lse: one_in(random, 2),
+        gain: random.pick(&[1.0, 1.0, 1.5, 2.0]),
+        ..Case::new(head_dim, dtype, random.pick(&fitting))
+    }
+}
+
+/// Whether causal bound and windows alone leave every row at most one key, though not by design.
+fn is_trivial(case: &Case) -> bool {
+    case.bounds.window != Some(1)
+        && case.problem().is_ok_and(|problem| {
+            (0..problem.shape().batch).all(|b| {
+                let s = problem.sequence(b);
+                (0..s.query_len).all(|i| s.visibility.keys(i as i64, s.key_len).len() < 2)
+            })
+        })
+}
+
+/// Every head dim and dtype with lengths around the edges of tiles.
+fn edges() -> Vec<Case> {
+    let edge = [7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65];
+    let mut random = Random::new(2);
+    let each = HEAD_DIMS
+        .into_iter()
+        .flat_map(|d| DTYPES.map(|t| (d, t)))
+        .flat_map(|pair| (0..6).map(move |i| (pair, i)));
+    each.map(|((head_dim, dtype), i)| Case {
+        heads: 1,
+        placement: PLACEMENTS[i % 3],
+        bounds: BOUNDS[i % 3],
+        lse: i % 2 == 0,
+        ..Case::new(head_dim, dtype, (random.pick(&edge), random.pick(&edge)))
+    })
+    .collect()
+}
+
+/// Every head dim and dtype with tile classes from the device's own pre-pass, over a mask of the
+/// host's and over masks that the device fills.
+fn masks() -> Vec<Case> {
+    let offset = bounds("at9.w20", true, QueryOffset::At(9), Some(20), None);
+    let built = [
+        None,
+        Some(bounds("causal", true, TOP_LEFT, None, None)),
+        Some(bounds("window24", false, TOP_LEFT, Some(24), None)),
+        Some(offset),
+    ];
+    let each = HEAD_DIMS
+        .into_iter()
+        .flat_map(|d| DTYPES.map(|t| (d, t)))
+        .flat_map(|pair| [0, 1, 2, 3, 4].map(|i| (pair, i)));
+    each.map(|((head_dim, dtype), i)| Case {
+        mask: MaskKind::Plane,
+        mask_dtype: DType::BF16,
+        built: built[i % 4],
+        // The last one tries the fill alone.
+        tile_classes: i != 4,
+        batch: 1 + i % 2,
+        placement: PLACEMENTS[i % 3],
+        bounds: BOUNDS[[0, 0, 1, 6, 0][i]],
+        sinks: i == 2,
+        ..Case::new(
+            head_dim,
+            dtype,
+            [(65, 130), (100, 100), (33, 70), (80, 64), (40, 128)][i],
+        )
+    })
+    .collect()
+}
+
+/// Longer than any tile and any split of the keys.
+fn long() -> Vec<Case> {
+    let each = HEAD_DIMS.into_iter().flat_map(|d| DTYPES.map(|t| (d, t)));
+    each.enumerate()
+        .map(|(i, (head_dim, dtype))| {
+            let lengths = [(5, 1030), (310, 50), (24, 520)][i % 3];
+            Case {
+                heads: 1,
+                bounds: BOUNDS[[0, 1, 2, 8][i % 4]],
+                placement: PLACEMENTS[i % 3],
+                gain: 2.0,
+                lse: true,
+                ..Case::new(head_dim, dtype, lengths)
+            }
+        })
+        .collect()
+}
+
+/// The decode entry, K and V in f32 and f16.
+fn decode() -> Vec<Case> {
+    let each = HEAD_DIMS
+        .into_iter()
+        .flat_map(|d| [DType::F32, DType::F16].map(|t| (d, t)))
+        .flat_map(|pair| [0, 1, 2].map(|i| (pair, i)));
+    each.enumerate()
+        .map(|(n, ((head_dim, kv_dtype), i))| {
+            let (heads, kv_heads) = HEADS[n % HEADS.len()];
+            let last = [
+                bounds("full", false, BOTTOM_RIGHT, None, None),
+                bounds("left1.br", false, BOTTOM_RIGHT, Some(1), None),
+                bounds("left40.br", false, BOTTOM_RIGHT, Some(40), None),
+            ];
+            Case {
+                entry: Entry::Decode,
+                kv_dtype,
+                heads,
+                kv_heads,
+                bounds: last[n % 3],
+                softcap: [None, Some(2.0)][n % 2],
+                ..Case::new(head_dim, DType::F32, (1, [1, 33, 200][i]))
+            }
+        })
+        .collect()
+}
+
+/// The entry for head dim 512, with 4 and 8 simdgroups.
+fn wide() -> Vec<Case> {
+    let dtypes = [DType::BF16, DType::F16].into_iter();
+    let each = dtypes.flat_map(|t| [4, 8].map(|nsg| (t, nsg)));
+    each.flat_map(|(dtype, nsg)| {
+        let plain = Case {
+            entry: Entry::D512 { nsg },
+            bounds: BOUNDS[1],
+            ..Case::new(512, dtype, (33, 70))
+        };
+        let masked = Case {
+            mask: MaskKind::Plane,
+            tile_classes: dtype == DType::BF16,
+            ..plain.clone()
+        };
+        [plain, masked]
+    })
+    .collect()
+}
