@@ -17,7 +17,7 @@ use crate::output::{Results, Status};
 use crate::plot::{self, Bar, Reference};
 use crate::progress;
 use crate::random::Random;
-use crate::table::{Table, milliseconds};
+use crate::table::{Table, milliseconds, significant};
 
 /// Runs take turns over at least this many bytes of operands, so that no cache holds the keys and
 /// values of the next run, ...
@@ -242,7 +242,7 @@ fn table(lines: &[BenchLine]) -> Table {
             milliseconds(line.ms_median),
             milliseconds(line.ms_min),
             milliseconds(line.ms_max),
-            format!("{:.3}", line.tflops),
+            significant(line.tflops),
         ];
         row.extend(line.share.map(|share| format!("{:.1} %", share * 100.0)));
         table.row(row);
@@ -258,11 +258,15 @@ fn draw(title: &str, lines: &[BenchLine], peak: Option<f64>) -> String {
             value: line.tflops,
             low: line.tflops * line.ms_median / line.ms_max,
             high: line.tflops * line.ms_median / line.ms_min,
-            note: format!("{:.3} in {}", line.tflops, milliseconds(line.ms_median)),
+            note: format!(
+                "{} in {}",
+                significant(line.tflops),
+                milliseconds(line.ms_median)
+            ),
         })
         .collect();
     let peak = peak.map(|value| Reference {
-        label: format!("measured peak {value:.1}"),
+        label: format!("measured peak {}", significant(value)),
         value,
     });
     let axis = "TFLOP/s, median; line: slowest to fastest run";

@@ -17,17 +17,13 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
+// Each command is described by its options' own text.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Compute attention over the tensors of a safetensors file
     Run(RunArgs),
-    /// Check a device against the float64 reference: head dims x dtypes x masks x layouts
     Verify(VerifyArgs),
-    /// Measure attention on random inputs of given shapes
     Bench(BenchArgs),
-    /// List the devices and what each can do
     Devices(DevicesArgs),
-    /// Draw which tiles of the score matrix are skipped, free of mask, or masked
     Tiles(TilesArgs),
 }
 
@@ -88,7 +84,8 @@ pub(crate) struct RunArgs {
 /// Check a device against the float64 reference.
 ///
 /// Runs the contract as a matrix of head dims, dtypes, masks and layouts and prints what passed.
-/// Exits with 1 if a case failed.
+/// Operands are surrounded by values that no kernel may read. A case that the device has no kernel
+/// for is counted as skipped. Exits with 1 if a case failed.
 #[derive(Debug, Args)]
 pub(crate) struct VerifyArgs {
     /// Device to check
@@ -102,7 +99,7 @@ pub(crate) struct VerifyArgs {
     pub(crate) json: bool,
 }
 
-/// Measure attention on random inputs.
+/// Measure attention on random inputs of given shapes.
 ///
 /// Each shape is warmed up, then run for at least a second; on a GPU its own clock counts. TFLOP/s
 /// counts 4*D operations a visible pair. With `--causal` or `--window` the last query sees the last
@@ -110,7 +107,7 @@ pub(crate) struct VerifyArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
-  mlx-flash-attn bench --shape 1,32,8,4096,4096,128 --shape 1,32,8,1,4096,128 --causal --plot bench.svg")]
+  mlx-flash-attn bench --shape 1,32,8,4096,4096,128 --shape 1,32,8,1,4096,128 --causal")]
 pub(crate) struct BenchArgs {
     /// Batch, query heads, key/value heads, query length, key length, head dim; repeatable
     #[arg(

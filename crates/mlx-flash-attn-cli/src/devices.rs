@@ -1,7 +1,7 @@
 //! `devices`: what there is and what each can do.
 
 use anyhow::Result;
-use mlx_flash_attn::{DeviceKind, MlxDevice};
+use mlx_flash_attn::{DeviceKind, MlxDevice, MlxError};
 
 use crate::cli::DevicesArgs;
 use crate::json::DeviceLine;
@@ -38,7 +38,10 @@ fn describe(kind: DeviceKind, default: Option<DeviceKind>) -> DeviceLine {
         default: default == Some(kind),
         name: opened.as_ref().ok().map(MlxDevice::name),
         details: opened.as_ref().map(MlxDevice::details).unwrap_or_default(),
-        reason: opened.err().map(|error| error.to_string()),
+        reason: opened.err().map(|error| match error {
+            MlxError::DeviceUnavailable { reason, .. } => reason,
+            other => other.to_string(),
+        }),
     }
 }
 
@@ -47,8 +50,8 @@ fn for_people(line: &DeviceLine) -> String {
     let default = if line.default { ", the default" } else { "" };
     match (&line.name, &line.reason) {
         (Some(name), _) => fields.add(line.device, format_args!("{name}{default}")),
-        (None, Some(reason)) => fields.add(line.device, format_args!("no: {reason}")),
-        (None, None) => fields.add(line.device, "no"),
+        (None, Some(reason)) => fields.add(line.device, format_args!("not available: {reason}")),
+        (None, None) => fields.add(line.device, "not available"),
     }
     for (what, value) in &line.details {
         fields.add(&format!("  {what}"), value);

@@ -28,18 +28,6 @@ impl Counts {
         self.skip + self.mixed + self.free
     }
 
-    fn add(&mut self, row: &RowSpan, tiles: &Range<usize>) {
-        let overlap = |r: &Range<usize>| {
-            r.end
-                .min(tiles.end)
-                .saturating_sub(r.start.max(tiles.start)) as u64
-        };
-        let (computed, free) = (overlap(&row.computed), overlap(&row.free));
-        self.free += free;
-        self.mixed += computed - free;
-        self.skip += tiles.len() as u64 - computed;
-    }
-
     /// The class that all tiles share; mixed where they differ.
     pub(crate) fn class(&self) -> TileClass {
         let total = self.total();
@@ -68,31 +56,22 @@ impl Grid {
     }
 
     fn row(&self, row: usize) -> RowSpan {
-        let (_, across) = self.tiles();
-        let first = row * self.tile.bq;
-        let rows = first..(first + self.tile.bq).min(self.query_len);
-        let class = |column: usize| {
-            let keys = column * self.tile.bk..(column + 1) * self.tile.bk;
-            self.visibility.tile_class(rows.clone(), keys, self.key_len)
+        let Tile { bq, bk } = self.tile;
+        let first = row * bq;
+        let rows = first..(first + bq).min(self.query_len);
+        let any = self.visibility.keys_any(rows.clone(), self.key_len);
+        let all = self.visibility.keys_all(rows, self.key_len);
+        // The last tile may be cut short by the keys' end.
+        let free_end = match all.end == self.key_len {
+            true => all.end.div_ceil(bk),
+            false => all.end / bk,
         };
-        // Some column that is computed, or none: where the row's keys begin.
-        let seen = self.visibility.keys_any(rows.clone(), self.key_len);
-        if seen.is_empty() {
-            return RowSpan {
-                computed: 0..0,
-                free: 0..0,
-            };
-        }
-        let start = seen.start / self.tile.bk;
-        let end = partition(start, across, |c| class(c) != TileClass::Skip);
-        // Free tiles lie together: after a masked left edge, before a masked right edge.
-        let all = self.visibility.keys_all(rows.clone(), self.key_len);
-        let free_start = all.start.div_ceil(self.tile.bk).max(start);
-        let free_end = partition(free_start, end.max(free_start), |c| {
-            class(c) == TileClass::Free
-        });
+        let free_start = all.start.div_ceil(bk);
         RowSpan {
-            computed: start..end,
+            computed: match any.is_empty() {
+                true => 0..0,
+                false => any.start / bk..any.end.div_ceil(bk),
+            },
             free: free_start.min(free_end)..free_end,
         }
     }
@@ -101,34 +80,75 @@ impl Grid {
     pub(crate) fn cells(&self, down: usize, across: usize) -> Vec<Vec<Counts>> {
         let (rows, columns) = self.tiles();
         let cells = columns.div_ceil(across);
-        (0..rows)
-            .step_by(down)
-            .map(|first| {
-                let mut line = vec![Counts::default(); cells];
-                for row in first..(first + down).min(rows) {
-                    let span = self.row(row);
-                    for (c, counts) in line.iter_mut().enumerate() {
-                        counts.add(&span, &(c * across..((c + 1) * across).min(columns)));
+        let line = |first: usize| {
+            let here = first..(first + down).min(rows);
+            let (mut computed, mut free) = (Edges::new(cells, across), Edges::new(cells, across));
+            for span in here.clone().map(|row| self.row(row)) {
+                computed.add(&span.computed);
+                free.add(&span.free);
+            }
+            let (computed, free) = (computed.sums(), free.sums());
+            let counts = computed.into_iter().zip(free).enumerate();
+            counts
+                .map(|(c, (computed, free))| {
+                    let width = across.min(columns - c * across);
+                    Counts {
+                        skip: (here.len() * width) as u64 - computed,
+                        mixed: computed - free,
+                        free,
                     }
-                }
-                line
-            })
-            .collect()
+                })
+                .collect()
+        };
+        (0..rows).step_by(down).map(line).collect()
     }
 }
 
-/// The first of `start..end` for which `holds` fails, where it holds for a first part only.
-fn partition(start: usize, end: usize, holds: impl Fn(usize) -> bool) -> usize {
-    let (mut low, mut high) = (start, end);
-    while low < high {
-        let middle = low + (high - low) / 2;
-        if holds(middle) {
-            low = middle + 1;
-        } else {
-            high = middle;
+/// Sums how many tiles of many intervals lie in each cell of `across` tiles, at a cost that does not
+/// grow with the intervals or the cells: each end of an interval touches the cell that it lies in.
+#[derive(Debug)]
+struct Edges {
+    across: usize,
+    /// By cell: ends in it less starts in it, and the same weighted by their place in the cell.
+    ends: Vec<(i64, i64)>,
+}
+
+impl Edges {
+    fn new(cells: usize, across: usize) -> Self {
+        Self {
+            across,
+            // Intervals end one past the last tile.
+            ends: vec![(0, 0); cells + 1],
         }
     }
-    low
+
+    fn add(&mut self, tiles: &Range<usize>) {
+        for (tile, sign) in [(tiles.start, -1), (tiles.end, 1)] {
+            if let Some((count, weight)) = self.ends.get_mut(tile / self.across) {
+                *count += sign;
+                *weight += sign * (tile % self.across) as i64;
+            }
+        }
+    }
+
+    fn sums(&self) -> Vec<u64> {
+        let across = self.across as i64;
+        let mut later = 0;
+        let mut sums: Vec<u64> = self
+            .ends
+            .iter()
+            .rev()
+            .map(|(count, weight)| {
+                // An interval that ends in a later cell has all of this one.
+                let sum = weight + later * across;
+                later += count;
+                sum.unsigned_abs()
+            })
+            .collect();
+        sums.reverse();
+        sums.pop();
+        sums
+    }
 }
 
 #[cfg(test)]

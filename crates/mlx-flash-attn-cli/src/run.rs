@@ -41,7 +41,7 @@ pub(crate) fn execute(args: &RunArgs, results: &mut Results) -> Result<Status> {
     } else {
         let mut fields = Fields::default();
         fields.add("device", device.name());
-        fields.add("problem", &job.summary);
+        job.summary.describe(&mut fields);
         fields.add("time", milliseconds(ms));
         fields.add("output", args.output.display());
         if let Some(verdict) = &verdict {
@@ -66,7 +66,7 @@ struct Job {
     mask: Option<MlxBuffer>,
     sinks: Option<MlxBuffer>,
     lse: Option<MlxBuffer>,
-    summary: String,
+    summary: Summary,
 }
 
 impl Job {
@@ -125,7 +125,7 @@ impl Job {
                 .lse
                 .then(|| zeros(DType::F32, vec![batch, heads, query_len]))
                 .transpose()?,
-            summary: summary(input, args.layout),
+            summary: Summary::new(input, args.layout),
         })
     }
 
@@ -199,25 +199,42 @@ fn upload(device: &MlxDevice, tensor: &Tensor<'_>) -> mlx_flash_attn::Result<Mlx
     Ok(buffer)
 }
 
-/// One line about what is computed.
-fn summary(input: &Input<'_>, layout: LayoutArg) -> String {
-    let q = &input.q;
-    let mut parts = vec![
-        format!("q {} {:?} {}", q.dtype, q.shape, layout.name()),
-        format!("k, v {} {:?}", input.k.dtype, input.k.shape),
-    ];
-    if let Some((mask, spec)) = &input.mask {
-        let dtype = if spec.is_bool() {
-            "bool"
-        } else {
-            mask.dtype.name()
-        };
-        parts.push(format!("mask {dtype} {:?}", mask.shape));
+/// What is computed, for people.
+struct Summary {
+    q: String,
+    kv: String,
+    mask: Option<String>,
+    sinks: bool,
+}
+
+impl Summary {
+    fn new(input: &Input<'_>, layout: LayoutArg) -> Self {
+        let mask = input.mask.as_ref().map(|(mask, spec)| {
+            let dtype = if spec.is_bool() {
+                "bool"
+            } else {
+                mask.dtype.name()
+            };
+            format!("{dtype} {:?}", mask.shape)
+        });
+        Self {
+            q: format!("{} {:?} {}", input.q.dtype, input.q.shape, layout.name()),
+            kv: format!("{} {:?}", input.k.dtype, input.k.shape),
+            mask,
+            sinks: input.sinks.is_some(),
+        }
     }
-    if input.sinks.is_some() {
-        parts.push("sinks".into());
+
+    fn describe(&self, fields: &mut Fields) {
+        fields.add("q", &self.q);
+        fields.add("k, v", &self.kv);
+        if let Some(mask) = &self.mask {
+            fields.add("mask", mask);
+        }
+        if self.sinks {
+            fields.add("sinks", "one for each head");
+        }
     }
-    parts.join(", ")
 }
 
 fn note_what_has_no_effect(args: &RunArgs, input: &Input<'_>, path: &Path) {

@@ -18,6 +18,7 @@ text { fill: #1f2328; }
 .skip { fill: #eaeef2; }
 .mixed { fill: #d4a72c; }
 .free { fill: #0969da; }
+.skip, .mixed, .free { shape-rendering: crispEdges; }
 @media (prefers-color-scheme: dark) {
   svg { background: #0d1117; }
   text { fill: #f0f6fc; }

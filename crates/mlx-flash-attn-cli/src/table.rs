@@ -90,6 +90,12 @@ pub(crate) fn milliseconds(ms: f64) -> String {
     }
 }
 
+/// A positive number with three significant digits.
+pub(crate) fn significant(x: f64) -> String {
+    let decimals = (2.0 - x.log10().floor().clamp(-9.0, 2.0)) as usize;
+    format!("{x:.decimals$}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,6 +107,12 @@ mod tests {
         table.row(["a long one", "10"]);
         let expected = "shape        ms\n---------------\n1,2         3.5\na long one   10\n";
         assert_eq!(table.to_string(), expected);
+    }
+
+    #[test]
+    fn three_digits() {
+        let all = [0.000_212_34, 0.0567, 1.2345, 45.678, 987.6].map(significant);
+        assert_eq!(all, ["0.000212", "0.0567", "1.23", "45.7", "988"]);
     }
 
     #[test]

@@ -177,7 +177,7 @@ fn draw(title: &str, grid: &Grid, cell: &Cell, cells: &[Vec<Counts>], counts: &C
     let columns = cells.first().map_or(1, Vec::len).max(1);
     // Tiles keep their proportions where the picture stays readable.
     let aspect = (grid.query_len as f64 / grid.key_len as f64).clamp(0.1, 1.0);
-    let (left, top, width) = (60.0, 84.0, 560.0);
+    let (left, top, width) = (84.0, 84.0, 560.0);
     let height = (width * aspect).max(40.0);
     let (w, h) = (width / columns as f64, height / cells.len().max(1) as f64);
     let bottom = top + height;
