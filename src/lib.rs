@@ -57,3 +57,8 @@ pub use runtime::device::MlxDevice;
 pub use runtime::encoder::CommandEncoder;
 pub use runtime::registry::KernelRegistry;
 pub use runtime::{buffer, device, encoder, registry as kernel_registry};
+
+/// The README's quickstart, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

@@ -116,6 +116,7 @@ struct KernelRecord {
   void (*entry)();
   const uint *arg_sizes;
   uint n_args;
+  uint max_threads; // 0: no limit of its own
 };
 
 struct ConstantRecord {

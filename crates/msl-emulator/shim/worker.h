@@ -22,7 +22,6 @@ struct Lane {
   uint line;    // where
   uint pos[3];
   ulong stack_lo;
-  ulong pad[1];
 };
 
 struct MatrixOp {
@@ -44,6 +43,7 @@ struct Simd {
   uint sync_line;
   uint sync_tid;
   uint sync_seq;
+  uint barrier_head;
   uint head;     // matrix operations begun
   uint min_seq;  // a lower bound of what every lane has passed
   uint last_clock; // of the last simdgroup barrier that orders threadgroup memory
@@ -78,8 +78,6 @@ struct Worker {
   uint last_device_clock;
   uint group[3];
   uint group_stamp;
-  uint ready_threads; // threads whose lanes are laid out
-  uint spins;
   const Range *last_range;
   Counts counts;
   Fault fault;
