@@ -185,14 +185,17 @@ pub struct Constants {
 }
 
 impl Constants {
-    /// Constants in any order; a later value of one index replaces an earlier one.
+    /// Constants in any order; a later value of one index replaces an earlier one. A bool that is
+    /// false is the same as one that is left out.
     pub fn new(bools: &[(usize, bool)], ints: &[(usize, i32)]) -> Self {
         fn sorted<T: Copy>(values: &[(usize, T)]) -> Vec<(usize, T)> {
             let map: std::collections::BTreeMap<_, _> = values.iter().copied().collect();
             map.into_iter().collect()
         }
+        let mut bools = sorted(bools);
+        bools.retain(|(_, value)| *value);
         Self {
-            bools: sorted(bools),
+            bools,
             ints: sorted(ints),
         }
     }
@@ -218,5 +221,25 @@ impl Constants {
     /// The int constants, by index.
     pub fn ints(&self) -> &[(usize, i32)] {
         &self.ints
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Constants;
+
+    #[test]
+    fn false_is_the_same_as_left_out() {
+        let c = Constants::new(&[(300, false), (200, true), (301, true), (301, false)], &[]);
+        assert_eq!(c, Constants::new(&[(200, true)], &[]));
+        assert_eq!(c.bools(), [(200, true)]);
+        assert!(c.bool(200) && !c.bool(301) && !c.bool(7));
+    }
+
+    #[test]
+    fn order_does_not_count_and_the_last_value_does() {
+        let c = Constants::new(&[], &[(401, 16), (400, 32), (401, 64)]);
+        assert_eq!(c, Constants::new(&[], &[(400, 32), (401, 64)]));
+        assert_eq!((c.int(401), c.int(322)), (Some(64), None));
     }
 }

@@ -59,15 +59,19 @@ impl Strides {
         batch * self.batch + head * self.head + pos * self.seq
     }
 
-    /// Elements from the first to one past the last; refuses what does not fit `isize` in bytes.
+    /// Elements from the first to one past the last; refuses what does not fit `isize` in bytes, and
+    /// strides that do not, even those that nothing steps over: kernels get them all as `i64`.
     pub(crate) fn span(&self, operand: &str, extent: Extent) -> Result<usize> {
-        let last = |count: usize, stride: usize| (count - 1).checked_mul(stride);
+        let most = isize::MAX as usize / 8;
+        let last = |count: usize, stride: usize| {
+            (count - 1).checked_mul(stride).filter(|_| stride <= most)
+        };
         (|| {
             last(extent.batch, self.batch)?
                 .checked_add(last(extent.heads, self.head)?)?
                 .checked_add(last(extent.len, self.seq)?)?
                 .checked_add(extent.row)
-                .filter(|elements| *elements <= isize::MAX as usize / 8)
+                .filter(|elements| *elements <= most)
         })()
         .ok_or_else(|| {
             MlxError::InvalidArgument(format!(
@@ -158,6 +162,8 @@ mod tests {
             seq: 1,
         };
         assert!(s.span("k", E).is_err());
+        // Also where there is one batch alone: the stride still goes to the kernel.
+        assert!(s.span("k", Extent { batch: 1, ..E }).is_err());
         assert!(Layout::HeadMajor.strides(usize::MAX, 2, 2).is_none());
     }
 }

@@ -183,7 +183,16 @@ pub fn flash_attn_vec(
         splits: SPLITS,
         _pad: 0,
     };
-    // Both pipelines first: an error must leave the encoder as it was.
+    // Both dispatches' checks first: an error must leave the encoder as it was.
+    for (name, buffer) in [
+        ("Q", q),
+        ("K", k),
+        ("V", v),
+        ("output", output),
+        ("tmp", tmp),
+    ] {
+        encoder.check_buffer(name, buffer)?;
+    }
     registry.get_pipeline(names::VEC_REDUCE, device.metal_device())?;
     let pipeline = registry.get_pipeline(kernel, device.metal_device())?;
     let heads = u64::from(params.num_heads);

@@ -86,6 +86,19 @@ pub struct CommandEncoder {
 struct Submitted {
     command: Arc<dyn Pending>,
     writes: Vec<PendingWrite>,
+    /// Whether a wait has told how it ended.
+    reported: bool,
+    /// How an earlier commit ended that nobody waited for.
+    earlier: Result<()>,
+}
+
+impl Submitted {
+    fn wait(&mut self) -> Result<backend::Timing> {
+        let timing = self.command.wait();
+        self.writes.clear();
+        self.reported = true;
+        self.earlier.clone().and(timing)
+    }
 }
 
 impl std::fmt::Debug for CommandEncoder {
@@ -137,6 +150,12 @@ impl CommandEncoder {
     /// Encodes captured nodes, as often as wanted. Hazards with what is already recorded are found
     /// anew.
     pub fn replay(&mut self, nodes: &[CapturedNode]) -> Result<()> {
+        // All checks first: an error must leave the encoder as it was.
+        for node in nodes {
+            if let CapturedNode::Dispatch(dispatch) = node {
+                self.check(dispatch)?;
+            }
+        }
         for node in nodes {
             match node {
                 CapturedNode::Barrier => self.memory_barrier(),
@@ -244,20 +263,25 @@ impl CommandEncoder {
         Ok(())
     }
 
+    /// Refuses a view that is out of bounds and memory of another device.
+    pub(crate) fn check_buffer(&self, operand: &str, buffer: &MlxBuffer) -> Result<()> {
+        buffer.check()?;
+        let (ours, theirs) = (self.device.backend.kind(), buffer.storage().device);
+        if ours == theirs {
+            return Ok(());
+        }
+        Err(MlxError::expected(
+            operand,
+            format!("memory of the {ours} device"),
+            format!("memory of the {theirs} device"),
+        ))
+    }
+
     fn check(&self, dispatch: &CapturedDispatch) -> Result<()> {
         let name = &dispatch.kernel.name;
         for (index, binding) in &dispatch.bindings {
-            let CapturedBinding::Buffer(buffer, _) = binding else {
-                continue;
-            };
-            buffer.check()?;
-            let (ours, theirs) = (self.device.backend.kind(), buffer.storage().device);
-            if ours != theirs {
-                return Err(MlxError::expected(
-                    &format!("{name}: buffer {index}"),
-                    format!("memory of the {ours} device"),
-                    format!("memory of the {theirs} device"),
-                ));
+            if let CapturedBinding::Buffer(buffer, _) = binding {
+                self.check_buffer(&format!("{name}: buffer {index}"), buffer)?;
             }
         }
         match backend::overlap(&lower(dispatch)) {
@@ -286,11 +310,19 @@ impl CommandEncoder {
                 self.device.backend.submit(steps.collect())
             }
         };
-        // A command that is still running is waited for by the one that follows it.
-        let earlier = self.submitted().replace(Submitted { command, writes });
-        if let Some(earlier) = earlier {
-            let _ = earlier.command.wait();
-        }
+        let mut submitted = self.submitted();
+        // A command that is still running is waited for by the one that follows it, which also
+        // reports its failure if nobody has heard of it.
+        let earlier = match submitted.take() {
+            Some(mut earlier) if !earlier.reported => earlier.wait().map(|_| ()),
+            _ => Ok(()),
+        };
+        *submitted = Some(Submitted {
+            command,
+            writes,
+            reported: false,
+            earlier,
+        });
     }
 
     fn submitted(&self) -> std::sync::MutexGuard<'_, Option<Submitted>> {
@@ -304,12 +336,11 @@ impl CommandEncoder {
         let Some(last) = submitted.as_mut() else {
             return Ok((0.0, 0.0));
         };
-        let timing = last.command.wait();
-        last.writes.clear();
-        timing.map(|t| (t.start, t.end))
+        last.wait().map(|t| (t.start, t.end))
     }
 
-    /// Blocks until the last commit has run and tells how it ended.
+    /// Blocks until the last commit has run and tells how it ended, or how an earlier one failed
+    /// that was not waited for.
     pub fn wait_until_completed(&self) -> Result<()> {
         self.wait().map(|_| ())
     }
@@ -325,6 +356,13 @@ impl CommandEncoder {
     pub fn commit_wait_with_gpu_time(&mut self) -> Result<(f64, f64)> {
         self.commit();
         self.wait()
+    }
+}
+
+impl Drop for CommandEncoder {
+    /// Waits for what still runs: its buffers count as being written until then.
+    fn drop(&mut self) {
+        let _ = self.wait();
     }
 }
 

@@ -8,3 +8,6 @@ pub mod encoder;
 pub mod registry;
 
 mod hazards;
+
+#[cfg(test)]
+mod tests;

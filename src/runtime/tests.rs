@@ -1,0 +1,324 @@
+//! Buffers, encoder and registry on the CPU device, small enough for miri.
+
+use half::bf16;
+
+use super::buffer::MlxBuffer;
+use super::device::MlxDevice;
+use super::encoder::{CapturedNode, CapturedOpKind, CommandEncoder, KernelArg, MTLSize, as_bytes};
+use super::registry::{KernelRegistry, Pipeline};
+use crate::attention::bindings::{Access, names};
+use crate::attention::params::MaskFillParamsGpu;
+use crate::backend::cpu::CpuOptions;
+use crate::{DType, MlxError};
+
+fn device() -> MlxDevice {
+    MlxDevice::cpu(CpuOptions::default()).unwrap()
+}
+
+fn u8s(device: &MlxDevice, n: u8) -> MlxBuffer {
+    let data: Vec<u8> = (0..n).collect();
+    device
+        .buffer_from_slice(&data, DType::U8, vec![n.into()])
+        .unwrap()
+}
+
+fn fill_params(rows: u32, keys: u32) -> MaskFillParamsGpu {
+    MaskFillParamsGpu {
+        seq_len_q: rows,
+        seq_len_k: keys,
+        window: 0,
+        causal: 1,
+        q_abs_offset: 0,
+    }
+}
+
+/// Encodes a causal fill of `keys` keys a row into `mask`, whatever its size.
+fn fill(encoder: &mut CommandEncoder, device: &MlxDevice, mask: &MlxBuffer, rows: u32, keys: u32) {
+    let mut registry = KernelRegistry::new();
+    let pipeline = registry
+        .get_pipeline(names::MASK_FILL, device.metal_device())
+        .unwrap();
+    let params = fill_params(rows, keys);
+    let args = [
+        (0, KernelArg::Buffer(mask)),
+        (1, KernelArg::Bytes(as_bytes(&params))),
+    ];
+    let one = MTLSize::new(1, 1, 1);
+    encoder.encode_threadgroups_with_args(pipeline, &args, one, one);
+}
+
+fn mask(device: &MlxDevice, cells: usize) -> MlxBuffer {
+    device
+        .alloc_buffer(cells * 2, DType::BF16, vec![cells])
+        .unwrap()
+}
+
+#[test]
+fn everything_can_cross_threads() {
+    fn check<T: Send + Sync>() {}
+    check::<MlxBuffer>();
+    check::<MlxDevice>();
+    check::<KernelRegistry>();
+    check::<Pipeline>();
+    check::<CommandEncoder>();
+    check::<CapturedNode>();
+    check::<MlxError>();
+}
+
+#[test]
+fn views_are_exact_to_the_byte() {
+    let whole = u8s(&device(), 20);
+    let view = whole.slice_view(4, 8);
+    let inner = view.slice_view(3, 2);
+    assert_eq!((view.byte_len(), view.byte_offset()), (8, 4));
+    assert_eq!((view.element_count(), view.shape()), (8, &[8][..]));
+    assert_eq!(view.as_slice::<u8>().unwrap(), [4, 5, 6, 7, 8, 9, 10, 11]);
+    assert_eq!(inner.byte_offset(), 7);
+    assert_eq!(inner.as_slice::<u8>().unwrap(), [7, 8]);
+    assert_eq!(view.as_slice::<u32>().unwrap().len(), 2);
+    assert_eq!(
+        inner.contents_ptr() as usize,
+        whole.contents_ptr() as usize + 7
+    );
+    // To the very end and no further; an empty view at the end is a view.
+    assert_eq!(whole.slice_view(12, 8).as_slice::<u8>().unwrap()[7], 19);
+    assert_eq!(whole.slice_view(20, 0).as_slice::<u8>().unwrap().len(), 0);
+}
+
+#[test]
+fn views_out_of_bounds_are_refused_wherever_they_are_used() {
+    let whole = u8s(&device(), 20);
+    for (offset, n) in [(13, 8), (21, 0), (u64::MAX, 1), (0, usize::MAX), (20, 1)] {
+        let view = whole.slice_view(offset, n);
+        let error = view.as_slice::<u8>().unwrap_err().to_string();
+        assert!(error.contains("slice_view"), "{error}");
+        assert_eq!((view.byte_len(), view.element_count()), (0, 0));
+        assert!(view.contents_ptr().is_null());
+        // A view of it does not make it whole again.
+        assert!(view.slice_view(0, 0).as_slice::<u8>().is_err());
+    }
+}
+
+#[test]
+fn misaligned_and_partial_elements_are_refused() {
+    let whole = u8s(&device(), 20);
+    assert!(whole.slice_view(1, 4).as_slice::<u32>().is_err());
+    assert!(whole.slice_view(0, 6).as_slice::<u32>().is_err());
+    assert!(whole.slice_view(2, 4).as_slice::<u16>().is_ok());
+}
+
+#[test]
+fn a_mutable_slice_needs_the_only_handle() {
+    let mut buffer = u8s(&device(), 8);
+    buffer.as_mut_slice::<u8>().unwrap()[0] = 9;
+    let clone = buffer.clone();
+    assert!(buffer.as_mut_slice::<u8>().is_err());
+    assert_eq!(clone.as_slice::<u8>().unwrap()[0], 9);
+    drop(clone);
+    let view = buffer.slice_view(0, 1);
+    assert!(buffer.as_mut_slice::<u8>().is_err());
+    drop(view);
+    buffer.as_mut_slice::<u8>().unwrap()[0] = 10;
+}
+
+#[test]
+fn host_access_waits_for_encoded_writes() {
+    let device = device();
+    let mut out = mask(&device, 6);
+    let mut encoder = device.command_encoder().unwrap();
+    fill(&mut encoder, &device, &out, 2, 3);
+    assert!(out.as_slice::<bf16>().is_err());
+    assert!(out.as_mut_slice::<bf16>().is_err());
+    encoder.commit();
+    encoder.wait_until_completed().unwrap();
+    let (hidden, seen) = (bf16::NEG_INFINITY, bf16::ZERO);
+    assert_eq!(
+        out.as_slice::<bf16>().unwrap(),
+        [seen, hidden, hidden, seen, seen, hidden]
+    );
+    out.as_mut_slice::<bf16>().unwrap()[0] = bf16::ONE;
+
+    // An encoder that goes away without a commit releases what it recorded.
+    fill(&mut encoder, &device, &out, 2, 3);
+    assert!(out.as_slice::<bf16>().is_err());
+    drop(encoder);
+    assert_eq!(out.as_slice::<bf16>().unwrap()[0], bf16::ONE);
+}
+
+#[test]
+fn what_cannot_be_encoded_is_reported_by_the_commit_and_runs_nothing() {
+    let device = device();
+    let (good, small) = (mask(&device, 6), mask(&device, 6));
+    let mut encoder = device.command_encoder().unwrap();
+    fill(&mut encoder, &device, &good, 2, 3);
+    fill(&mut encoder, &device, &small.slice_view(11, 6), 2, 3);
+    assert!(encoder.commit_and_wait().is_err());
+    assert!(encoder.wait_until_completed().is_err(), "the same answer");
+    assert!(
+        good.as_slice::<u8>().unwrap().iter().all(|b| *b == 0),
+        "nothing ran"
+    );
+    // The encoder is usable again.
+    fill(&mut encoder, &device, &good, 2, 3);
+    encoder.commit_and_wait().unwrap();
+    assert_eq!(good.as_slice::<u16>().unwrap()[1], 0xff80);
+}
+
+#[test]
+fn a_failure_that_nobody_waited_for_is_reported_by_the_next_wait() {
+    let device = device();
+    let (good, small) = (mask(&device, 6), mask(&device, 2));
+    let mut encoder = device.command_encoder().unwrap();
+    fill(&mut encoder, &device, &small, 2, 3);
+    encoder.commit();
+    fill(&mut encoder, &device, &good, 2, 3);
+    assert!(encoder.commit_and_wait().is_err());
+    // Once told, it is over.
+    fill(&mut encoder, &device, &good, 2, 3);
+    encoder.commit_and_wait().unwrap();
+}
+
+#[test]
+fn a_commit_of_nothing_is_fine_and_times_do_not_run_backwards() {
+    let device = device();
+    let mut encoder = device.command_encoder().unwrap();
+    encoder.wait_until_completed().unwrap();
+    let (start, end) = encoder.commit_wait_with_gpu_time().unwrap();
+    assert!(start <= end);
+}
+
+#[test]
+fn barriers_stand_where_one_dispatch_touches_what_another_wrote() {
+    let device = device();
+    let whole = mask(&device, 12);
+    let (a, b) = (whole.slice_view(0, 6), whole.slice_view(12, 6));
+    let mut encoder = device.command_encoder().unwrap();
+    assert!(!encoder.is_capturing() && encoder.take_capture().is_none());
+    encoder.start_capture();
+    encoder.memory_barrier();
+    encoder.set_op_kind(CapturedOpKind::Softmax);
+    fill(&mut encoder, &device, &a, 2, 3);
+    fill(&mut encoder, &device, &b, 2, 3);
+    fill(&mut encoder, &device, &whole.slice_view(10, 4), 2, 2);
+    encoder.memory_barrier();
+    encoder.memory_barrier();
+    fill(&mut encoder, &device, &a, 1, 1);
+    assert!(encoder.is_capturing());
+    let nodes = encoder.take_capture().unwrap();
+    assert!(!encoder.is_capturing());
+    let kinds: String = nodes
+        .iter()
+        .map(|node| match node {
+            CapturedNode::Barrier => '|',
+            CapturedNode::Dispatch(_) => 'd',
+        })
+        .collect();
+    assert_eq!(kinds, "dd|d|d");
+    let CapturedNode::Dispatch(first) = &nodes[0] else {
+        unreachable!()
+    };
+    assert_eq!(first.kernel(), names::MASK_FILL);
+    assert_eq!(first.op_kind(), CapturedOpKind::Softmax);
+    assert_eq!(first.grid(), MTLSize::new(1, 1, 1));
+    assert_eq!(first.threadgroup(), MTLSize::new(1, 1, 1));
+    assert!(first.constants().bools().is_empty());
+    let (index, binding) = &first.bindings()[0];
+    assert_eq!(*index, 0);
+    assert!(matches!(
+        binding,
+        super::capture::CapturedBinding::Buffer(buffer, Access::Write) if buffer.byte_len() == 12
+    ));
+
+    // A capture runs nothing; a replay does, as often as wanted.
+    encoder.commit_and_wait().unwrap();
+    drop(nodes.clone());
+    let bits = || whole.as_slice::<u16>().unwrap().to_vec();
+    assert_eq!(bits(), [0; 12]);
+    encoder.replay(&nodes).unwrap();
+    encoder.replay(&nodes).unwrap();
+    encoder.commit_and_wait().unwrap();
+    let h = 0xff80;
+    assert_eq!(bits(), [0, h, h, 0, 0, 0, h, 0, 0, 0, 0, h]);
+}
+
+#[test]
+fn pipelines_are_built_once_and_shared_by_clones() {
+    let device = device();
+    let mut registry = KernelRegistry::new();
+    let known = registry.source_count();
+    let name = "flash_attn_prefill_bf16_d64";
+    assert_eq!(registry.cached_count(), 0);
+    assert!(!registry.is_cached(name));
+    assert!(matches!(
+        registry.get_pipeline("no such kernel", device.metal_device()),
+        Err(MlxError::KernelNotFound(n)) if n == "no such kernel"
+    ));
+    let mut clone = registry.clone();
+    let first = registry
+        .get_pipeline_with_bool_constants(name, device.metal_device(), &[(300, true), (301, false)])
+        .unwrap()
+        .clone();
+    // Another order, false spelled out or left out, another handle: the same pipeline.
+    let second = clone
+        .get_pipeline_with_constants(
+            name,
+            device.metal_device(),
+            &[(200, false), (300, true)],
+            &[],
+        )
+        .unwrap();
+    assert!(std::sync::Arc::ptr_eq(first.kernel(), second.kernel()));
+    assert_eq!((registry.cached_count(), clone.cached_count()), (1, 1));
+    assert!(registry.is_cached(name) && clone.is_cached(name));
+    assert_eq!(first.thread_execution_width(), 32);
+    assert_eq!(first.max_total_threads_per_threadgroup(), 128);
+    assert_eq!(first.static_threadgroup_memory_length(), 0);
+
+    // The same text again changes nothing; another text drops what was built from the old one.
+    let text = crate::ops::flash_attn_prefill::FLASH_ATTN_PREFILL_SHADER_SOURCE;
+    registry.register_source(name, text);
+    assert_eq!(registry.cached_count(), 1);
+    registry.register_source(name, "another text");
+    assert_eq!((registry.cached_count(), clone.cached_count()), (0, 1));
+    registry.register_source("mine", "a text");
+    assert_eq!(registry.source_count(), known + 1);
+    assert!(matches!(
+        registry.get_pipeline("mine", device.metal_device()),
+        Err(MlxError::ShaderCompilationError { name, .. }) if name == "mine"
+    ));
+}
+
+#[test]
+fn devices_do_not_share_pipelines() {
+    let mut registry = KernelRegistry::new();
+    for device in [device(), device()] {
+        registry
+            .get_pipeline(names::BLK, device.metal_device())
+            .unwrap();
+        registry
+            .get_pipeline(names::BLK, device.clone().metal_device())
+            .unwrap();
+    }
+    assert_eq!(registry.cached_count(), 2);
+}
+
+#[test]
+fn allocations_that_cannot_be_are_errors() {
+    let device = device();
+    let alloc = |bytes, shape: &[usize]| device.alloc_buffer(bytes, DType::F32, shape.to_vec());
+    assert!(matches!(alloc(0, &[]), Err(MlxError::InvalidArgument(_))));
+    assert!(matches!(alloc(4, &[2]), Err(MlxError::InvalidArgument(_))));
+    assert!(alloc(usize::MAX, &[usize::MAX, 2]).is_err());
+    assert!(matches!(
+        alloc(isize::MAX as usize, &[1]),
+        Err(MlxError::BufferAllocationError { .. })
+    ));
+    let buffer = alloc(8, &[2]).unwrap();
+    assert_eq!(buffer.as_slice::<f32>().unwrap(), [0.0; 2]);
+    assert_eq!((buffer.element_count(), buffer.dtype()), (2, DType::F32));
+    assert!(
+        device
+            .buffer_from_slice(&[1u8], DType::F32, vec![1])
+            .is_err()
+    );
+}

@@ -1,0 +1,271 @@
+//! Which keys a query sees, with every rule written out here by hand: the crate's kernels and its
+//! oracle share one predicate, so neither can show that it is right.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Plain, Qkv, assert_close, devices, seen, shape, upload};
+use mlx_flash_attn::attention::{MaskSpec, QueryOffset};
+use mlx_flash_attn::{DType, MlxDevice};
+
+/// A rule: flags for the builder, and the same by hand.
+#[derive(Clone, Copy, Debug)]
+struct Rule {
+    causal: bool,
+    offset: i64,
+    window: Option<u32>,
+    right: Option<u32>,
+}
+
+const RULES: [Rule; 15] = [
+    rule(true, 0, None, None),
+    rule(true, 4, None, None),
+    rule(true, -3, None, None),
+    rule(true, 30, None, None),
+    rule(true, 0, Some(1), None),
+    rule(true, 0, Some(2), None),
+    rule(true, 5, Some(16), None),
+    rule(true, -2, Some(9), None),
+    rule(true, 0, Some(40), None),
+    rule(false, 0, Some(3), None),
+    rule(false, 20, Some(17), None),
+    rule(false, 0, None, Some(0)),
+    rule(false, 2, None, Some(5)),
+    rule(false, 0, Some(4), Some(4)),
+    rule(false, -50, None, Some(8)),
+];
+
+const fn rule(causal: bool, offset: i64, window: Option<u32>, right: Option<u32>) -> Rule {
+    Rule {
+        causal,
+        offset,
+        window,
+        right,
+    }
+}
+
+impl Rule {
+    /// The contract in plain arithmetic.
+    fn sees(&self, i: usize, j: usize) -> bool {
+        let (i, j) = (i as i64, j as i64);
+        if self.causal && j > i + self.offset {
+            return false;
+        }
+        if let Some(w) = self.window
+            && i + self.offset - j >= i64::from(w)
+        {
+            return false;
+        }
+        if let Some(r) = self.right
+            && j - (i + self.offset) > i64::from(r)
+        {
+            return false;
+        }
+        true
+    }
+}
+
+fn flags_are_what_they_say(device: &MlxDevice, dtype: DType, dim: usize) {
+    for (n, lengths) in [(33, 33), (50, 20), (20, 70)].into_iter().enumerate() {
+        let data = Qkv::new(n as u64 + 10, dtype, shape([1, 2, 1], lengths, dim));
+        for rule in RULES {
+            let mut flags = data
+                .builder()
+                .causal(rule.causal)
+                .query_offset(QueryOffset::At(rule.offset));
+            if let Some(w) = rule.window {
+                flags = flags.window(w);
+            }
+            if let Some(r) = rule.right {
+                flags = flags.window_right(r);
+            }
+            let what = format!("{} {dtype} d{dim} {lengths:?} {rule:?}", device.kind());
+            let want = data.plain(&Plain::new(&|_, i, j| seen(rule.sees(i, j))));
+            let (_, got) = data.run(device, &flags.build().unwrap());
+            assert_close(&what, &got, &want, dtype);
+            for (i, row) in got.chunks(dim).enumerate() {
+                if !(0..lengths.1).any(|j| rule.sees(i % lengths.0, j)) {
+                    assert!(
+                        row.iter().all(|x| *x == 0.0),
+                        "{what}: row {i} sees nothing"
+                    );
+                }
+            }
+
+            // The same rule as an explicit mask instead of flags.
+            let cells: Vec<f32> = (0..lengths.0 * lengths.1)
+                .map(|c| match rule.sees(c / lengths.1, c % lengths.1) {
+                    true => 0.0,
+                    false => f32::NEG_INFINITY,
+                })
+                .collect();
+            let mask = upload(device, &cells, dtype, &[lengths.0, lengths.1]);
+            let explicit = data.builder().mask(MaskSpec::plane(dtype, lengths.1));
+            let (_, masked) = data.run_masked(device, &explicit.build().unwrap(), &mask);
+            assert_close(&what, &masked, &want, dtype);
+        }
+    }
+}
+
+#[test]
+fn flags_are_what_they_say_in_bf16() {
+    for device in devices() {
+        flags_are_what_they_say(&device, DType::BF16, 64);
+        flags_are_what_they_say(&device, DType::BF16, 512);
+    }
+}
+
+#[test]
+fn flags_are_what_they_say_in_f16() {
+    for device in devices() {
+        flags_are_what_they_say(&device, DType::F16, 80);
+    }
+}
+
+#[test]
+fn flags_are_what_they_say_in_f32() {
+    for device in devices() {
+        flags_are_what_they_say(&device, DType::F32, 32);
+    }
+}
+
+#[test]
+fn bottom_right_puts_the_last_query_on_the_last_key() {
+    for device in devices() {
+        for lengths in [(5, 40), (40, 40), (40, 5)] {
+            let data = Qkv::new(3, DType::F32, shape([1, 1, 1], lengths, 64));
+            let problem = data
+                .builder()
+                .causal(true)
+                .query_offset(QueryOffset::BottomRight);
+            let want = data.plain(&Plain::new(&|_, i, j| {
+                seen(lengths.1 as i64 - j as i64 >= lengths.0 as i64 - i as i64)
+            }));
+            let (_, got) = data.run(&device, &problem.build().unwrap());
+            assert_close("bottom right", &got, &want, DType::F32);
+        }
+    }
+}
+
+#[test]
+fn packed_sequences_see_only_their_own_keys() {
+    use mlx_flash_attn::attention::Problem;
+    use mlx_flash_attn::ops::Operands;
+    for device in devices() {
+        let (cu_q, cu_k) = ([0u32, 3, 3, 20], [0u32, 9, 13, 30]);
+        let (dim, heads) = (64, 2);
+        for offset in [QueryOffset::At(0), QueryOffset::BottomRight] {
+            let problem = Problem::varlen(DType::F32, heads, heads, dim, &cu_q, &cu_k)
+                .causal(true)
+                .query_offset(offset)
+                .build()
+                .unwrap();
+            let row = heads * dim;
+            let q = common::normal(1, 20 * row, DType::F32);
+            let k = common::normal(2, 30 * row, DType::F32);
+            let v = common::normal(3, 30 * row, DType::F32);
+            let buffers = [&q, &k, &v].map(|x| upload(&device, x, DType::F32, &[x.len()]));
+            let out = common::output(&device, q.len(), DType::F32);
+            let operands = Operands::new(&buffers[0], &buffers[1], &buffers[2], &out);
+            common::attend(&device, &problem, &operands);
+            let got = common::download(&out);
+            for b in 0..3 {
+                let (q0, q1) = (cu_q[b] as usize, cu_q[b + 1] as usize);
+                let (k0, k1) = (cu_k[b] as usize, cu_k[b + 1] as usize);
+                // Each sequence and head alone, as a dense problem.
+                for h in 0..heads {
+                    let pick = |x: &[f32], rows: std::ops::Range<usize>| -> Vec<f32> {
+                        rows.flat_map(|r| x[r * row + h * dim..][..dim].to_vec())
+                            .collect()
+                    };
+                    let one = Qkv {
+                        dtype: DType::F32,
+                        shape: shape([1, 1, 1], (q1 - q0, k1 - k0), dim),
+                        q: pick(&q, q0..q1),
+                        k: pick(&k, k0..k1),
+                        v: pick(&v, k0..k1),
+                    };
+                    let shift = match offset {
+                        QueryOffset::At(o) => o,
+                        QueryOffset::BottomRight => (k1 - k0) as i64 - (q1 - q0) as i64,
+                    };
+                    let want =
+                        one.plain(&Plain::new(&|_, i, j| seen(j as i64 <= i as i64 + shift)));
+                    if q1 > q0 {
+                        let what = format!("sequence {b} head {h} {offset:?}");
+                        assert_close(&what, &pick(&got, q0..q1), &want, DType::F32);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn any_nonzero_byte_of_a_bool_mask_attends() {
+    for device in devices() {
+        let data = Qkv::new(4, DType::BF16, shape([1, 1, 1], (9, 40), 64));
+        let cells: Vec<f32> = (0..9 * 40)
+            .map(|c| [0.0, 1.0, 2.0, 128.0, 255.0][c % 5])
+            .collect();
+        let mask = upload(&device, &cells, DType::U8, &[9, 40]);
+        let problem = data
+            .builder()
+            .mask(MaskSpec::plane(DType::U8, 40))
+            .build()
+            .unwrap();
+        let want = data.plain(&Plain::new(&|_, i, j| seen(cells[i * 40 + j] != 0.0)));
+        let (_, got) = data.run_masked(&device, &problem, &mask);
+        assert_close("bool mask", &got, &want, DType::BF16);
+    }
+}
+
+#[test]
+fn softcap_sinks_and_slopes_are_what_they_say() {
+    use mlx_flash_attn::ops::Operands;
+    for device in devices() {
+        let data = Qkv::new(5, DType::F32, shape([1, 4, 2], (20, 33), 64));
+        let (sinks, slopes) = ([0.5f32, 2.0, -1.0, 4.0], [0.5f32, 0.25, 0.125, 0.0625]);
+        let given = |x: &[f32]| upload(&device, x, DType::F32, &[4]);
+        let (sink_buffer, slope_buffer) = (given(&sinks), given(&slopes));
+        for (softcap, with_sinks, with_slopes) in [
+            (Some(1.5f32), false, false),
+            (None, true, false),
+            (None, false, true),
+            (Some(2.0), true, true),
+        ] {
+            let mut builder = data
+                .builder()
+                .scale(0.3)
+                .query_offset(QueryOffset::At(7))
+                .sinks(with_sinks)
+                .alibi(with_slopes);
+            if let Some(c) = softcap {
+                builder = builder.softcap(c);
+            }
+            let [q, k, v, out] = data.buffers(&device);
+            let operands = Operands {
+                sinks: with_sinks.then_some(&sink_buffer),
+                alibi_slopes: with_slopes.then_some(&slope_buffer),
+                ..Operands::new(&q, &k, &v, &out)
+            };
+            common::attend(&device, &builder.build().unwrap(), &operands);
+            let bias = |h: usize, i: usize, j: usize| {
+                let distance = (i as f64 + 7.0 - j as f64).abs();
+                Some(if with_slopes {
+                    -f64::from(slopes[h]) * distance
+                } else {
+                    0.0
+                })
+            };
+            let want = data.plain(&Plain {
+                scale: Some(f64::from(0.3f32)),
+                softcap: softcap.map(f64::from),
+                sinks: with_sinks.then_some(&sinks),
+                cell: &bias,
+            });
+            let what = format!("softcap {softcap:?} sinks {with_sinks} slopes {with_slopes}");
+            assert_close(&what, &common::download(&out), &want, DType::F32);
+        }
+    }
+}
