@@ -130,7 +130,8 @@ pub(crate) struct BenchArgs {
     /// Device to measure
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub(crate) device: DeviceArg,
-    /// Print one JSON object a shape
+    /// Print one JSON object a shape: device, dtype, shape, causal, window, ms_median, ms_min,
+    /// ms_max, tflops
     #[arg(long)]
     pub(crate) json: bool,
     /// Draw the results
@@ -141,7 +142,7 @@ pub(crate) struct BenchArgs {
 /// List the devices and what each can do.
 #[derive(Debug, Args)]
 pub(crate) struct DevicesArgs {
-    /// Print one JSON object a device
+    /// Print one JSON object a device: device, available, default, name, details, reason
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -178,7 +179,10 @@ pub(crate) struct TilesArgs {
     /// Head dimension, which decides the tile
     #[arg(long, value_name = "D", default_value = "64", allow_hyphen_values = true, value_parser = args::head_dim)]
     pub(crate) head_dim: usize,
-    /// Draw a picture too
+    /// Print the counts as one JSON object instead of the picture
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Draw the picture to a file
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,
 }

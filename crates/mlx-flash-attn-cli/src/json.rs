@@ -76,6 +76,24 @@ pub(crate) struct DeviceLine {
     pub(crate) reason: Option<String>,
 }
 
+/// The line of `tiles`.
+#[derive(Debug, Serialize)]
+pub(crate) struct TilesLine {
+    pub(crate) sq: usize,
+    pub(crate) sk: usize,
+    pub(crate) causal: bool,
+    pub(crate) window: Option<u32>,
+    pub(crate) q_offset: i64,
+    pub(crate) head_dim: usize,
+    /// Query rows and keys of a tile.
+    pub(crate) tile: [usize; 2],
+    pub(crate) skipped: u64,
+    pub(crate) masked: u64,
+    pub(crate) free: u64,
+    /// Skipped tiles as a share of all.
+    pub(crate) saved: f64,
+}
+
 /// Pairs as an object, in their own order.
 fn in_order<S: Serializer>(pairs: &[(&str, String)], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_map(pairs.iter().map(|(name, value)| (name, value)))

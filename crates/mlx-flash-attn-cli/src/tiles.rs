@@ -7,6 +7,7 @@ use mlx_flash_attn::attention::{QueryOffset, TileClass, Visibility};
 use crate::cli::TilesArgs;
 use crate::files::Target;
 use crate::grid::{Counts, Grid};
+use crate::json::TilesLine;
 use crate::output::{Results, Status, message};
 use crate::svg::{Anchor, Svg};
 use crate::table::Table;
@@ -71,18 +72,22 @@ pub(crate) fn execute(args: &TilesArgs, results: &mut Results) -> Result<Status>
             mixed: a.mixed + b.mixed,
             free: a.free + b.free,
         });
-    results.line(&title)?;
-    results.line(cell.describe("character"))?;
-    results.line("")?;
-    for row in &cells {
-        results.line(row.iter().map(character).collect::<String>())?;
+    if args.json {
+        results.json(&line(args, &grid, &counts))?;
+    } else {
+        results.line(&title)?;
+        results.line(cell.describe("character"))?;
+        results.line("")?;
+        for row in &cells {
+            results.line(row.iter().map(character).collect::<String>())?;
+        }
+        results.line("")?;
+        results.text(&legend(&counts).to_string())?;
+        results.line(format_args!(
+            "\nwork saved: {}",
+            percent(counts.skip, &counts)
+        ))?;
     }
-    results.line("")?;
-    results.text(&legend(&counts).to_string())?;
-    results.line(format_args!(
-        "\nwork saved: {}",
-        percent(counts.skip, &counts)
-    ))?;
     if let Some(target) = target {
         let cell = Cell::new(&grid, DRAWN);
         let cells = grid.cells(cell.down, cell.across);
@@ -92,6 +97,22 @@ pub(crate) fn execute(args: &TilesArgs, results: &mut Results) -> Result<Status>
         message(format_args!("note: no query sees a key"));
     }
     Ok(Status::Done)
+}
+
+fn line(args: &TilesArgs, grid: &Grid, counts: &Counts) -> TilesLine {
+    TilesLine {
+        sq: args.sq,
+        sk: args.sk,
+        causal: args.causal,
+        window: args.window,
+        q_offset: grid.visibility.q_offset,
+        head_dim: args.head_dim,
+        tile: [grid.tile.bq, grid.tile.bk],
+        skipped: counts.skip,
+        masked: counts.mixed,
+        free: counts.free,
+        saved: counts.skip as f64 / counts.total().max(1) as f64,
+    }
 }
 
 fn title(args: &TilesArgs, grid: &Grid) -> String {

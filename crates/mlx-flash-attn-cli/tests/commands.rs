@@ -155,6 +155,24 @@ fn tiles_are_drawn_and_counted() {
 }
 
 #[test]
+fn tiles_as_json() {
+    let ran = words("tiles --sq 128 --sk 128 --causal --json");
+    assert_eq!(ran.code, Some(0));
+    let lines = json_lines(&ran.stdout);
+    assert_eq!(lines.len(), 1);
+    assert_keys(
+        &lines[0],
+        &[
+            "sq", "sk", "causal", "window", "q_offset", "head_dim", "tile", "skipped", "masked",
+            "free", "saved",
+        ],
+    );
+    let counts = ["skipped", "masked", "free"].map(|key| lines[0][key].as_u64().unwrap());
+    assert_eq!(counts, [12, 8, 12]);
+    assert_eq!(lines[0]["saved"], 0.375);
+}
+
+#[test]
 fn tiles_of_huge_problems_fit_the_screen() {
     let ran = words("tiles --sq 1000000 --sk 1000000 --window 4096 --causal --head-dim 512");
     assert_eq!(ran.code, Some(0));
