@@ -6,11 +6,12 @@
 //! through a [`ComputeTarget`].
 //!
 //! This code is type-checked and linted for Apple systems; it has not run on Apple hardware.
+//! [`objc2`] and [`objc2_metal`] are passed on in the versions that these signatures use.
 //!
 //! ```no_run
 //! # use mlx_flash_attn::metal::{ComputeTarget, DirectTarget, objc2_metal::*};
 //! # use mlx_flash_attn::{CommandEncoder, Result};
-//! # use objc2::runtime::ProtocolObject;
+//! # use mlx_flash_attn::metal::objc2::runtime::ProtocolObject;
 //! # fn run(encoder: &mut CommandEncoder, compute: &ProtocolObject<dyn MTLComputeCommandEncoder>) -> Result<()> {
 //! // `ops::attention(&mut encoder, ..)` has recorded its dispatches.
 //! // SAFETY: the compute encoder is open, on the same device, and used by this thread alone.
@@ -30,7 +31,7 @@ use objc2::rc::Retained;
 use objc2::runtime::ProtocolObject;
 use objc2_metal::{MTLBuffer, MTLDevice, MTLResource};
 
-pub use objc2_metal;
+pub use {objc2, objc2_metal};
 
 use super::buffer::{MlxBuffer, PendingWrite};
 use super::device::{DeviceHandle, MlxDevice, check_fits};

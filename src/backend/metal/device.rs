@@ -37,26 +37,26 @@ fn unavailable(reason: impl Into<String>) -> MlxError {
 impl Metal {
     /// The system's default GPU.
     pub(crate) fn open() -> Result<Self> {
-        autoreleasepool(|_| {
-            let device = MTLCreateSystemDefaultDevice()
-                .ok_or_else(|| unavailable("the system offers no Metal device"))?;
-            Self::new(device)
-        })
+        let device = MTLCreateSystemDefaultDevice()
+            .ok_or_else(|| unavailable("the system offers no Metal device"))?;
+        Self::new(device)
     }
 
     /// A GPU that the caller has found.
     pub(crate) fn new(device: Retained<ProtocolObject<dyn MTLDevice>>) -> Result<Self> {
-        if let Some(reason) = caps(&device).missing() {
-            return Err(unavailable(format!("{}: {reason}", device.name())));
-        }
-        let queue = device
-            .newCommandQueue()
-            .ok_or_else(|| unavailable("the GPU gave no command queue"))?;
-        queue.setLabel(Some(ns_string!("mlx-flash-attn")));
-        Ok(Self {
-            device,
-            queue,
-            libraries: Libraries::default(),
+        autoreleasepool(|_| {
+            if let Some(reason) = caps(&device).missing() {
+                return Err(unavailable(format!("{}: {reason}", device.name())));
+            }
+            let queue = device
+                .newCommandQueue()
+                .ok_or_else(|| unavailable("the GPU gave no command queue"))?;
+            queue.setLabel(Some(ns_string!("mlx-flash-attn")));
+            Ok(Self {
+                device,
+                queue,
+                libraries: Libraries::default(),
+            })
         })
     }
 
