@@ -88,13 +88,6 @@ struct Submitted {
     writes: Vec<PendingWrite>,
 }
 
-impl Drop for Submitted {
-    fn drop(&mut self) {
-        // The host may touch what it writes only once it has run.
-        let _ = self.command.wait();
-    }
-}
-
 impl std::fmt::Debug for CommandEncoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("CommandEncoder")
