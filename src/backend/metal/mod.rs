@@ -2,8 +2,8 @@
 //!
 //! Type-checked and linted for Apple systems, with the parts that need no GPU tested anywhere; it has
 //! not run on Apple hardware.
-// Elsewhere only the tests of those parts use them.
-#![cfg_attr(not(target_vendor = "apple"), allow(dead_code))]
+// Without a GPU in the build only the tests of those parts use them.
+#![cfg_attr(not(all(feature = "metal", target_vendor = "apple")), allow(dead_code))]
 
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 mod device;
