@@ -57,6 +57,8 @@ pub use error::{MlxError, Result};
 pub use runtime::buffer::MlxBuffer;
 pub use runtime::device::MlxDevice;
 pub use runtime::encoder::CommandEncoder;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+pub use runtime::metal;
 pub use runtime::registry::KernelRegistry;
 pub use runtime::{buffer, device, encoder, registry as kernel_registry};
 

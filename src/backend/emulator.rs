@@ -145,10 +145,6 @@ fn failed(kernel: &str, error: &msl_emulator::Error) -> MlxError {
 }
 
 impl Backend for Emulator {
-    fn as_any(&self) -> &dyn std::any::Any {
-        self
-    }
-
     fn kind(&self) -> DeviceKind {
         DeviceKind::Emulator
     }

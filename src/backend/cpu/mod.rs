@@ -128,11 +128,6 @@ fn native(kernel: &str) -> Option<Native> {
 }
 
 impl Backend for Cpu {
-    #[cfg(feature = "emulator")]
-    fn as_any(&self) -> &dyn std::any::Any {
-        self
-    }
-
     fn kind(&self) -> DeviceKind {
         DeviceKind::Cpu
     }
