@@ -12,6 +12,8 @@ mod avx512bf16;
 mod call;
 mod math;
 mod micro;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod portable;
 mod schedule;

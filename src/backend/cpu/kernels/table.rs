@@ -79,19 +79,26 @@ kernels!(AVX512, avx512, MultiplyAdd<Avx512>, MultiplyAdd(Avx512::assume()), 12 
 kernels!(AVX512_BF16, avx512bf16, Bf16Dot, Bf16Dot::assume(), 12 x 2,
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16");
 
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
+#[cfg(target_arch = "aarch64")]
+kernels!(NEON, neon, MultiplyAdd<Neon>, MultiplyAdd(Neon::assume()), 6 x 4, "neon");
+
 /// The kernels for K and V of `dtype` under `isa`, or under the portable one where this machine
 /// lacks it.
 pub(super) fn select(isa: Isa, dtype: DType) -> &'static Kernels {
     if !isa.is_available() {
         return &portable::PORTABLE;
     }
-    match isa {
+    match (isa, dtype) {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 if dtype == DType::BF16 => &avx512bf16::AVX512_BF16,
+        (Isa::Avx512Bf16, DType::BF16) => &avx512bf16::AVX512_BF16,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => &avx512::AVX512,
+        (Isa::Avx512 | Isa::Avx512Bf16, _) => &avx512::AVX512,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => &avx2::AVX2,
+        (Isa::Avx2, _) => &avx2::AVX2,
+        #[cfg(target_arch = "aarch64")]
+        (Isa::Neon, _) => &neon::NEON,
         _ => &portable::PORTABLE,
     }
 }

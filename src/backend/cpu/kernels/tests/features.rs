@@ -6,6 +6,27 @@ use crate::attention::{MaskSpec, Problem, QueryOffset};
 
 const HIDDEN: f64 = f64::NEG_INFINITY;
 
+/// Small enough for Miri, with a bit of everything.
+#[test]
+fn a_small_problem() {
+    for dtype in [DType::BF16, DType::F32] {
+        let problem = build(
+            Problem::builder(dtype, shape(1, (2, 1), (3, 11), 32))
+                .mask(MaskSpec::plane(DType::BF16, 11))
+                .window(9)
+                .causal(true)
+                .query_offset(QueryOffset::BottomRight)
+                .softcap(3.0)
+                .sinks(true)
+                .alibi(true)
+                .lse(true),
+        );
+        let mut data = Data::new(problem, 1);
+        data.set_mask(|_, i, j| if i == 1 || j == 5 { HIDDEN } else { 0.25 });
+        data.check("small");
+    }
+}
+
 #[test]
 fn windows_and_offsets() {
     let (windows, rights) = (

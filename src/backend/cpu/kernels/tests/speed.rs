@@ -1,5 +1,5 @@
 //! Times of the shapes that the kernels are judged by. Not a check: run it in a release build with
-//! `--ignored --nocapture`.
+//! `--ignored --nocapture`. `SPEED=Abf16,C` picks rows and `THREADS=1` sets the threads.
 
 use std::io::Write;
 use std::time::Instant;
@@ -20,6 +20,10 @@ fn judged_shapes() {
         ("F", 1, (12, 12), 128, 64, false, 0),
         ("G", 1, (16, 8), 2048, 256, true, 256),
     ];
+    let threads = std::env::var("THREADS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(2);
     let wanted = std::env::var("SPEED").unwrap_or_default();
     let only = |name: &str| wanted.is_empty() || wanted.split(',').any(|w| w == name);
     for (name, batch, heads, len, dim, causal, window) in rows {
@@ -37,7 +41,7 @@ fn judged_shapes() {
                 if isa.name() == "avx512bf16" && dtype != DType::BF16 {
                     continue;
                 }
-                let (ms, least) = data.time(isa, 2, if name == "F" { 2000 } else { 15 });
+                let (ms, least) = data.time(isa, threads, if name == "F" { 2000 } else { 15 });
                 let gflops = data.problem.flops() / ms / 1e6;
                 writeln!(
                     std::io::stderr(),

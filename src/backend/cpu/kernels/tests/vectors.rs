@@ -25,6 +25,8 @@ fn everywhere(task: &impl Task) {
                 Isa::Avx512 => task.run(crate::backend::cpu::kernels::avx512::Avx512::assume()),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx512Bf16 => {}
+                #[cfg(target_arch = "aarch64")]
+                Isa::Neon => task.run(crate::backend::cpu::kernels::neon::Neon::assume()),
                 _ => task.run(Portable),
             }
         }
@@ -142,8 +144,8 @@ impl Task for Conversions {
         }
         // Ties, overflow and subnormals.
         let cases = [
-            1.003_906_25,
-            1.011_718_75,
+            257.0 / 256.0,
+            259.0 / 256.0,
             65_519.9,
             65_520.0,
             3e-8,
