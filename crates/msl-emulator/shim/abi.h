@@ -64,6 +64,7 @@ enum FaultKind : uint {
   FAULT_OTHER_STACK,
   FAULT_DIVERGENCE,
   FAULT_OPERANDS,
+  FAULT_STALE,
 };
 
 // What a thread was doing when it stopped, for divergence.

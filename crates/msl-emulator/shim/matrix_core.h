@@ -144,6 +144,18 @@ template <class T> MSL_FN void take(Lane *me, const Simd *s, uint seq, Share<T> 
   out->id = seq;
 }
 
+// A reference from thread_elements() that outlived an operation was written through: the other
+// lanes would not see it.
+template <class T> static void verify(Worker *w, uint op, uint line, const Share<T> *m) {
+  const Simd *s = w->lane->simd;
+  if (!in_ring(s, m->id)) return;
+  metal::vec<T, 2> e;
+  narrow(s->data[m->id % MSL_RING] + lane_offset[w->lane->lane], &e);
+  if (__builtin_memcmp(&e, &m->e, sizeof(e)) == 0) return;
+  fault_at(w, FAULT_STALE, line).op = op;
+  leave(w);
+}
+
 // Goes past the operation.
 MSL_FN void end_op(Lane *me, const Simd *s, uint seq) {
   me->seq = seq + static_cast<uint>(__builtin_popcount(s->ops[seq % MSL_RING].gather));
@@ -187,6 +199,11 @@ __attribute__((noinline)) static void matrix_multiply(Share<D> *d, const Share<A
   Lane *me = w->lane;
   Simd *s = me->simd;
   const uint seq = me->seq + 1u;
+  if (w->launch->checked) {
+    verify(w, OP_MULTIPLY, line, a);
+    verify(w, OP_MULTIPLY, line, b);
+    if (c) verify(w, OP_MULTIPLY, line, c);
+  }
   if (passed(me, s, OP_MULTIPLY, line, nullptr)) {
     take(me, s, seq, d);
     me->seq = seq;
@@ -313,6 +330,7 @@ __attribute__((noinline)) static void matrix_store(const Share<T> *a, T *p, ulon
   Simd *s = me->simd;
   const uint seq = me->seq + 1u;
   const Tile t = tile_of(per_row, ox, oy, transpose);
+  if (w->launch->checked) verify(w, OP_STORE, line, a);
   if (passed(me, s, OP_STORE, line, p + t.first)) {
     me->seq = seq;
     return;

@@ -133,6 +133,9 @@ pub enum FaultKind {
     Divergence,
     /// A simdgroup operation whose lanes do not agree on the pointer or the value.
     LanesDisagree,
+    /// Matrix elements changed through a reference taken before the matrix was last computed. A GPU
+    /// allows it, the emulator needs `thread_elements()` to be called again.
+    StaleElements,
 }
 
 /// A fault: where, who, and a message that says what.

@@ -1,4 +1,8 @@
 #![doc = include_str!("../README.md")]
+#![cfg_attr(
+    not(all(unix, any(target_arch = "x86_64", target_arch = "aarch64"))),
+    allow(dead_code)
+)]
 
 mod dispatch;
 mod error;

@@ -61,6 +61,7 @@ pub(crate) mod fault {
     pub(crate) const MISALIGNED: u32 = 7;
     pub(crate) const OTHER_STACK: u32 = 8;
     pub(crate) const DIVERGENCE: u32 = 9;
+    pub(crate) const STALE: u32 = 11;
 }
 
 #[repr(C)]

@@ -57,6 +57,7 @@ pub(crate) fn describe(
         fault::MISALIGNED => FaultKind::Misaligned,
         fault::OTHER_STACK => FaultKind::OtherThread,
         fault::DIVERGENCE => FaultKind::Divergence,
+        fault::STALE => FaultKind::StaleElements,
         _ => FaultKind::LanesDisagree,
     };
     Fault {
@@ -197,6 +198,11 @@ impl Scene<'_> {
                     1 => "has finished".to_owned(),
                     op => format!("is at {} of line {}", op_name(op), raw.other_line),
                 }
+            ),
+            FaultKind::StaleElements => format!(
+                "an operand of {} was changed through a reference that thread_elements() gave before the \
+                 matrix was computed: call it again",
+                op_name(raw.op)
             ),
             FaultKind::LanesDisagree => {
                 format!(

@@ -129,6 +129,20 @@ kernel void lanes_disagree(
   simdgroup_store(m, out);
 }
 
+// The reference is older than what the matrix holds.
+kernel void old_reference(
+    device const float* in [[buffer(0)]],
+    device float* out [[buffer(1)]],
+    uint t [[thread_index_in_threadgroup]]) {
+  simdgroup_float8x8 m;
+  thread auto& e = m.thread_elements();
+  simdgroup_load(m, in);
+  if (t == 5) {
+    e[0] = 3.0;
+  }
+  simdgroup_store(m, out);  // FAULT old_reference
+}
+
 kernel void unwritten(device float* out [[buffer(0)]], uint t [[thread_index_in_threadgroup]]) {
   threadgroup float tile[64];
   if (t < 32) {
