@@ -85,7 +85,9 @@ impl MlxDevice {
     #[cfg(feature = "emulator")]
     pub fn take_emulator_counters(&self) -> Option<msl_emulator::Counters> {
         let backend: &dyn std::any::Any = &*self.0.backend;
-        backend.downcast_ref::<Emulator>().map(Emulator::take_counters)
+        backend
+            .downcast_ref::<Emulator>()
+            .map(Emulator::take_counters)
     }
 
     pub(crate) fn from_backend(backend: Arc<dyn Backend>) -> Self {

@@ -5,7 +5,8 @@ use std::sync::Mutex;
 
 use super::tile::Row;
 
-/// A cache line.
+/// A cache line; only ever reached by address.
+#[allow(dead_code)]
 #[derive(Debug, Clone, Copy)]
 #[repr(align(64))]
 struct Line([u32; 16]);

@@ -86,11 +86,10 @@ pub(super) trait Cell: Copy + 'static {
 /// An element of Q, K, V or O.
 pub(super) trait Elem: Cell {
     unsafe fn store<S: Simd>(s: S, at: *mut Self, v: S::V);
-    fn to_f32(self) -> f32;
 }
 
 macro_rules! elem {
-    ($ty:ty, $zero:expr, $load:ident, $store:ident, $wide:expr) => {
+    ($ty:ty, $zero:expr, $load:ident, $store:ident) => {
         impl Cell for $ty {
             const ZERO: Self = $zero;
             #[inline(always)]
@@ -105,16 +104,12 @@ macro_rules! elem {
                 // SAFETY: as promised by the caller.
                 unsafe { s.$store(at, v) }
             }
-            #[inline(always)]
-            fn to_f32(self) -> f32 {
-                $wide(self)
-            }
         }
     };
 }
-elem!(f32, 0.0, load, store, |x| x);
-elem!(f16, f16::ZERO, load_f16, store_f16, f16::to_f32);
-elem!(bf16, bf16::ZERO, load_bf16, store_bf16, bf16::to_f32);
+elem!(f32, 0.0, load, store);
+elem!(f16, f16::ZERO, load_f16, store_f16);
+elem!(bf16, bf16::ZERO, load_bf16, store_bf16);
 
 impl Cell for u8 {
     const ZERO: Self = 0;

@@ -13,10 +13,6 @@ use super::span::Span;
 use super::tile::Row;
 use crate::DType;
 
-/// Past this size a maximum's product with `log2(e)` is rounded by too much, or overflows: scores
-/// are then taken away from it before the product.
-pub(super) const HUGE: f32 = 1e6;
-
 /// Where a row stands in its strip.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Place {
@@ -71,14 +67,16 @@ pub(super) unsafe fn row<K: Kernel, const NR: usize>(
         }
         // Before the probabilities of the row itself, which may begin where these end.
         hide::<K, NR>(kernel, at, all.first..own.first);
-        let sum = if max.abs() > HUGE {
+        // The maximum is taken away before the product, so that its own exponent is exactly 0. A
+        // score that overflowed counts as the largest finite one.
+        let (unit, top) = (s.splat(LOG2_E), s.splat(max));
+        let sum = if max == f32::MAX {
+            let finite = s.splat(f32::MAX);
             exponentials::<K, NR>(kernel, at, own, |x| {
-                let below = s.sub(s.min(x, s.splat(f32::MAX)), s.splat(max));
-                s.mul(below, s.splat(LOG2_E))
+                s.mul(s.sub(s.min(x, finite), top), unit)
             })
         } else {
-            let (unit, offset) = (s.splat(LOG2_E), s.splat(-(max * LOG2_E)));
-            exponentials::<K, NR>(kernel, at, own, |x| s.fma(x, unit, offset))
+            exponentials::<K, NR>(kernel, at, own, |x| s.mul(s.sub(x, top), unit))
         };
         hide::<K, NR>(kernel, at, own.end..all.end);
         let rescale = row.raise(max);

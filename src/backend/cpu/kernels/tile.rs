@@ -4,11 +4,9 @@
 use std::ops::Range;
 
 use super::call::{Call, STRIP, Unit};
-use super::math::LOG2_E;
 use super::micro::Kernel;
 use super::scratch::{Buffer, Scratch};
 use super::simd::{Elem, Simd};
-use super::softmax::HUGE;
 use super::step::{MOST_ROWS, QUERY_ROW};
 use crate::DType;
 
@@ -32,13 +30,9 @@ pub(super) struct Row {
 }
 
 impl Row {
-    /// `max` as the probabilities take it away, in units of `log2(e)`.
+    /// `max` in units of `log2(e)`.
     pub(super) fn max_log2(&self) -> f64 {
-        if self.max.abs() > HUGE {
-            f64::from(self.max) * std::f64::consts::LOG2_E
-        } else {
-            f64::from(self.max * LOG2_E)
-        }
+        f64::from(self.max) * std::f64::consts::LOG2_E
     }
 
     /// Whether visibility and mask treat this row as `other`.
