@@ -1,5 +1,6 @@
 //! Wrong command lines and wrong files: each ends with status 2 and a message that names the
 //! culprit, and leaves nothing behind.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
