@@ -50,6 +50,8 @@ pub mod verify;
 
 pub use backend::DeviceKind;
 pub use backend::cpu::{CpuOptions, Isa};
+#[cfg(feature = "emulator")]
+pub use backend::emulator::EmulatorOptions;
 pub use dtype::DType;
 pub use error::{MlxError, Result};
 pub use runtime::buffer::MlxBuffer;

@@ -10,6 +10,9 @@ use crate::attention::variant::Family;
 use crate::error::Result;
 
 pub(crate) mod cpu;
+#[cfg(feature = "emulator")]
+pub(crate) mod emulator;
+mod host_memory;
 
 /// Kinds of device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -132,8 +135,19 @@ pub(crate) trait Pending: Send + Sync {
     fn wait(&self) -> Result<Timing>;
 }
 
+/// A command that ran while it was submitted.
+pub(crate) struct Done(pub(crate) Result<Timing>);
+
+impl Pending for Done {
+    fn wait(&self) -> Result<Timing> {
+        self.0.clone()
+    }
+}
+
 /// A device.
 pub(crate) trait Backend: Send + Sync {
+    #[cfg(feature = "emulator")]
+    fn as_any(&self) -> &dyn Any;
     fn kind(&self) -> DeviceKind;
     fn family(&self) -> Family;
     fn name(&self) -> String;

@@ -10,6 +10,8 @@ use super::buffer::MlxBuffer;
 use super::encoder::CommandEncoder;
 use crate::attention::variant::Family;
 use crate::backend::cpu::{Cpu, CpuOptions};
+#[cfg(feature = "emulator")]
+use crate::backend::emulator::{Emulator, EmulatorOptions};
 use crate::backend::{Backend, DeviceKind};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
@@ -55,6 +57,8 @@ impl MlxDevice {
     pub fn open(kind: DeviceKind) -> Result<Self> {
         match kind {
             DeviceKind::Cpu => Self::cpu(CpuOptions::from_env()?),
+            #[cfg(feature = "emulator")]
+            DeviceKind::Emulator => Self::emulator(EmulatorOptions::default()),
             other => Err(MlxError::DeviceUnavailable {
                 device: other.name().into(),
                 reason: "this build has no such backend; use `cpu`".into(),
@@ -65,6 +69,22 @@ impl MlxDevice {
     /// Opens the CPU with given options.
     pub fn cpu(options: CpuOptions) -> Result<Self> {
         Ok(Self::from_backend(Arc::new(Cpu::open(options)?)))
+    }
+
+    /// Opens the emulator with given options.
+    #[cfg(feature = "emulator")]
+    pub fn emulator(options: EmulatorOptions) -> Result<Self> {
+        Ok(Self::from_backend(Arc::new(Emulator::open(options)?)))
+    }
+
+    /// What the emulator counted since this was last asked; `None` on other devices.
+    #[cfg(feature = "emulator")]
+    pub fn take_emulator_counters(&self) -> Option<msl_emulator::Counters> {
+        self.0
+            .backend
+            .as_any()
+            .downcast_ref::<Emulator>()
+            .map(Emulator::take_counters)
     }
 
     fn from_backend(backend: Arc<dyn Backend>) -> Self {

@@ -50,7 +50,6 @@ struct Launch {
   ulong module_lo;
   ulong module_hi;
   ulong shuffle;
-  volatile uint *stop;
 };
 
 enum FaultKind : uint {
@@ -65,7 +64,6 @@ enum FaultKind : uint {
   FAULT_OTHER_STACK,
   FAULT_DIVERGENCE,
   FAULT_OPERANDS,
-  FAULT_STOPPED,
 };
 
 // What a thread was doing when it stopped, for divergence.

@@ -30,7 +30,6 @@ struct Access {
   uint simd;
   bool write;
   bool atomic;
-  bool device;
   uint last;      // the last threadgroup barrier that orders this memory
   uint simd_last; // the last simdgroup barrier that does
   ulong pc;
@@ -90,7 +89,7 @@ static void check_arena(const Access &a, uint offset, uint size) {
     access_fault(a, FAULT_ARENA_BOUNDS, size).offset = offset;
     leave(w);
   }
-  const ulong group = w->group_stamp;
+  const ulong group = w->arena_stamp;
   for (uint i = offset; i < offset + size; i++) {
     Cell &wr = w->written[i], &rd = w->read[i];
     const bool known = stamp_group(wr.stamp) == group;
@@ -197,7 +196,6 @@ __attribute__((noinline)) static void check_access(Worker *w, ulong addr, uint s
   a.agent = collective ? MSL_COLLECTIVE + a.simd : me->tid;
   a.write = write;
   a.atomic = atomic;
-  a.device = !local;
   a.pc = pc;
   a.line = line;
   a.last = local ? w->last_clock : w->last_device_clock;

@@ -235,6 +235,12 @@ static uint run_group(Worker *w, const Launch *l, ulong group) {
   w->group[1] = static_cast<uint>(group / l->groups[0] % l->groups[1]);
   w->group[2] = static_cast<uint>(group / l->groups[0] / l->groups[1]);
   w->group_stamp = static_cast<uint>(group % 0x3ffffeul) + 1u;
+  if (++w->arena_stamp == 0x3fffffu) {
+    // Stamps would repeat: forget them all.
+    __builtin_memset(w->written, 0, sizeof(w->written));
+    __builtin_memset(w->read, 0, sizeof(w->read));
+    w->arena_stamp = 1;
+  }
   // All ones is a NaN in every float format: reads of what nobody wrote do not pass unseen.
   __builtin_memset(w->arena, 0xff, l->arena_bytes);
   return start(w, l, l->threads[0] * l->threads[1] * l->threads[2],

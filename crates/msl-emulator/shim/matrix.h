@@ -1,13 +1,6 @@
 // simdgroup_matrix and its functions, as metal_simdgroup_matrix declares them.
 #pragma once
 
-namespace msl_rt {
-template <class T> struct element_type;
-template <> struct element_type<float> { static constexpr uint value = ELEMENT_FLOAT; };
-template <> struct element_type<half> { static constexpr uint value = ELEMENT_HALF; };
-template <> struct element_type<bfloat> { static constexpr uint value = ELEMENT_BFLOAT; };
-} // namespace msl_rt
-
 namespace metal {
 
 template <class T, int Cols, int Rows = Cols> struct simdgroup_matrix {
@@ -16,32 +9,17 @@ template <class T, int Cols, int Rows = Cols> struct simdgroup_matrix {
 
   simdgroup_matrix() = default;
   explicit simdgroup_matrix(T diagonal, uint line = __builtin_LINE()) {
-    msl_rt::Operand o;
-    msl_rt::matrix_fill(&o, static_cast<float>(diagonal), true, line);
-    msl_put(o);
+    msl_rt::matrix_fill(&msl_share, static_cast<float>(diagonal), true, line);
   }
 
   // Whoever holds the reference may write through it: the elements become the lanes' own.
   MSL_INLINE storage_type &thread_elements() {
-    msl_id = 0;
-    return msl_e;
+    msl_share.id = 0;
+    return msl_share.e;
   }
-  MSL_INLINE const storage_type &thread_elements() const { return msl_e; }
+  MSL_INLINE const storage_type &thread_elements() const { return msl_share.e; }
 
-  MSL_INLINE msl_rt::Operand msl_operand() const {
-    msl_rt::Operand o;
-    o.e[0] = static_cast<float>(msl_e.x);
-    o.e[1] = static_cast<float>(msl_e.y);
-    o.id = msl_id;
-    return o;
-  }
-  MSL_INLINE void msl_put(const msl_rt::Operand &o) {
-    msl_e = storage_type(static_cast<T>(o.e[0]), static_cast<T>(o.e[1]));
-    msl_id = o.id;
-  }
-
-  storage_type msl_e;
-  mutable uint msl_id = 0;
+  msl_rt::Share<T> msl_share;
 };
 
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
@@ -51,9 +29,7 @@ typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 template <class T, int Cols, int Rows = Cols>
 MSL_FN simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T v, uint line = __builtin_LINE()) {
   simdgroup_matrix<T, Cols, Rows> m;
-  msl_rt::Operand o;
-  msl_rt::matrix_fill(&o, static_cast<float>(v), false, line);
-  m.msl_put(o);
+  msl_rt::matrix_fill(&m.msl_share, static_cast<float>(v), false, line);
   return m;
 }
 template <class T, int Cols, int Rows = Cols>
@@ -66,9 +42,7 @@ MSL_FN simdgroup_matrix<T, Cols, Rows> make_diagonal_simdgroup_matrix(T v, uint 
   MSL_FN void simdgroup_load(simdgroup_matrix<T, C, R> &d, const space T *src, ulong per_row = C,  \
                              ulong2 origin = ulong2(0), bool transpose = false,                    \
                              uint line = __builtin_LINE()) {                                       \
-    msl_rt::Operand o;                                                                             \
-    msl_rt::matrix_load<T>(&o, (const T *)src, per_row, origin.x, origin.y, transpose, line);      \
-    d.msl_put(o);                                                                                  \
+    msl_rt::matrix_load<T>(&d.msl_share, (const T *)src, per_row, origin.x, origin.y, transpose, line); \
   }
 #ifdef MSL_PASS_TYPES
 MSL_FOR_NAMED_SPACES(MSL_AS)
@@ -82,9 +56,7 @@ MSL_AS()
   MSL_FN void simdgroup_store(const simdgroup_matrix<T, C, R> &a, space T *dst, ulong per_row = C, \
                               ulong2 origin = ulong2(0), bool transpose = false,                   \
                               uint line = __builtin_LINE()) {                                      \
-    msl_rt::Operand o = a.msl_operand();                                                           \
-    msl_rt::matrix_store<T>(&o, (T *)dst, per_row, origin.x, origin.y, transpose, line);           \
-    a.msl_id = o.id;                                                                               \
+    msl_rt::matrix_store<T>(&a.msl_share, (T *)dst, per_row, origin.x, origin.y, transpose, line); \
   }
 #ifdef MSL_PASS_TYPES
 MSL_AS(MSL_DEVICE)
@@ -99,22 +71,14 @@ MSL_FN void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8> &d, const si
                                           const simdgroup_matrix<B, 8, 8> &b,
                                           const simdgroup_matrix<C, 8, 8> &c,
                                           uint line = __builtin_LINE()) {
-  msl_rt::Operand oa = a.msl_operand(), ob = b.msl_operand(), oc = c.msl_operand(), od;
-  msl_rt::matrix_multiply(&od, &oa, &ob, &oc, msl_rt::element_type<D>::value, line);
-  a.msl_id = oa.id;
-  b.msl_id = ob.id;
-  c.msl_id = oc.id;
-  d.msl_put(od);
+  msl_rt::matrix_multiply(&d.msl_share, &a.msl_share, &b.msl_share, &c.msl_share, line);
 }
 
 template <class D, class A, class B>
 MSL_FN void simdgroup_multiply(simdgroup_matrix<D, 8, 8> &d, const simdgroup_matrix<A, 8, 8> &a,
                                const simdgroup_matrix<B, 8, 8> &b, uint line = __builtin_LINE()) {
-  msl_rt::Operand oa = a.msl_operand(), ob = b.msl_operand(), od;
-  msl_rt::matrix_multiply(&od, &oa, &ob, nullptr, msl_rt::element_type<D>::value, line);
-  a.msl_id = oa.id;
-  b.msl_id = ob.id;
-  d.msl_put(od);
+  const msl_rt::Share<D> *none = nullptr;
+  msl_rt::matrix_multiply(&d.msl_share, &a.msl_share, &b.msl_share, none, line);
 }
 
 template <class T>

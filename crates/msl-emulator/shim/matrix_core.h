@@ -14,12 +14,56 @@ static constexpr uchar lane_offset[MSL_LANES] = {0,  2,  8,  10, 16, 18, 24, 26,
                                                  14, 20, 22, 28, 30, 32, 34, 40, 42, 48, 50,
                                                  56, 58, 36, 38, 44, 46, 52, 54, 60, 62};
 
-struct Operand {
-  float e[2];
-  uint id; // 0: the elements are the lanes' own
+enum ElementType : uint { ELEMENT_FLOAT, ELEMENT_HALF, ELEMENT_BFLOAT };
+template <class T> struct element_type;
+template <> struct element_type<float> { static constexpr uint value = ELEMENT_FLOAT; };
+template <> struct element_type<half> { static constexpr uint value = ELEMENT_HALF; };
+template <> struct element_type<bfloat> { static constexpr uint value = ELEMENT_BFLOAT; };
+
+// What a lane holds of a matrix.
+template <class T> struct Share {
+  metal::vec<T, 2> e;
+  mutable uint id = 0; // 0: the elements are the lanes' own
 };
 
-enum ElementType : uint { ELEMENT_FLOAT, ELEMENT_HALF, ELEMENT_BFLOAT };
+// An operand of any type.
+struct Operand {
+  const void *e;
+  uint *id;
+  uint type;
+};
+template <class T> MSL_FN Operand operand(const Share<T> *m) {
+  Operand o;
+  o.e = &m->e;
+  o.id = &m->id;
+  o.type = element_type<T>::value;
+  return o;
+}
+
+typedef float float2v __attribute__((ext_vector_type(2)));
+typedef half half2v __attribute__((ext_vector_type(2)));
+
+// Two elements from the ring, where they are rounded already.
+MSL_FN void narrow(const float *d, metal::vec<float, 2> *e) { __builtin_memcpy(e, d, 8); }
+MSL_FN void narrow(const float *d, metal::vec<half, 2> *e) {
+  float2v f;
+  __builtin_memcpy(&f, d, 8);
+  const half2v h = __builtin_convertvector(f, half2v);
+  __builtin_memcpy(e, &h, 4);
+}
+MSL_FN void narrow(const float *d, metal::vec<bfloat, 2> *e) {
+  ulong u;
+  __builtin_memcpy(&u, d, 8);
+  const uint pair = static_cast<uint>(u >> 16 & 0xffffu) | static_cast<uint>(u >> 32 & 0xffff0000u);
+  __builtin_memcpy(e, &pair, 4);
+}
+static void widen(const Operand &o, float *d) {
+  for (int i = 0; i < 2; i++) {
+    d[i] = o.type == ELEMENT_FLOAT  ? static_cast<const float *>(o.e)[i]
+           : o.type == ELEMENT_HALF ? static_cast<float>(static_cast<const half *>(o.e)[i])
+                                    : static_cast<float>(static_cast<const bfloat *>(o.e)[i]);
+  }
+}
 
 MSL_FN bool in_ring(const Simd *s, uint id) { return id != 0 && s->head + 8u - id < MSL_RING; }
 
@@ -41,7 +85,8 @@ __attribute__((noinline)) static void wait_for_slow_lanes(Worker *w, Simd *s, ui
 
 // Begins (or joins) an operation. True for the lane that must compute it, with every operand whole
 // in the ring; all lanes call end_op after.
-static bool begin_op(Worker *w, uint op, uint line, const void *ptr, Operand *const *in, uint n) {
+__attribute__((noinline)) static bool begin_op(Worker *w, uint op, uint line, const void *ptr, const Operand *in,
+                                               uint n) {
   Lane *me = w->lane;
   Simd *s = me->simd;
   const uint seq = me->seq + 1u;
@@ -52,7 +97,7 @@ static bool begin_op(Worker *w, uint op, uint line, const void *ptr, Operand *co
   if (me->seq == s->head) {
     uint gather = 0, extra = 0;
     for (uint i = 0; i < n; i++) {
-      if (!in_ring(s, in[i]->id)) gather |= 1u << i, extra++;
+      if (!in_ring(s, *in[i].id)) gather |= 1u << i, extra++;
     }
     o.kind = op;
     o.line = line;
@@ -77,10 +122,8 @@ static bool begin_op(Worker *w, uint op, uint line, const void *ptr, Operand *co
   for (uint i = 0; i < n; i++) {
     if (!(o.gather >> i & 1u)) continue;
     k++;
-    float *d = s->data[(seq + k) % MSL_RING] + at;
-    d[0] = in[i]->e[0];
-    d[1] = in[i]->e[1];
-    in[i]->id = seq + k;
+    widen(in[i], s->data[(seq + k) % MSL_RING] + at);
+    *in[i].id = seq + k;
   }
   if (++o.arrived < s->count) {
     block(w, op, line);
@@ -90,18 +133,20 @@ static bool begin_op(Worker *w, uint op, uint line, const void *ptr, Operand *co
   return true;
 }
 
-MSL_FN void end_op(Worker *w, Operand *out) {
-  Lane *me = w->lane;
-  Simd *s = me->simd;
-  const uint seq = me->seq + 1u;
-  const uint gather = s->ops[seq % MSL_RING].gather;
-  if (out) {
-    const float *d = s->data[seq % MSL_RING] + lane_offset[me->lane];
-    out->e[0] = d[0];
-    out->e[1] = d[1];
-    out->id = seq;
-  }
-  me->seq = seq + static_cast<uint>(__builtin_popcount(gather));
+// Whether another lane has computed this operation already, with nothing for this one to bring.
+MSL_FN bool passed(const Lane *me, const Simd *s, uint op, uint line, const void *ptr) {
+  const MatrixOp &o = s->ops[(me->seq + 1u) % MSL_RING];
+  return me->seq != s->head && o.kind == op && o.line == line && o.ptr == ptr && !o.gather;
+}
+
+template <class T> MSL_FN void take(Lane *me, const Simd *s, uint seq, Share<T> *out) {
+  narrow(s->data[seq % MSL_RING] + lane_offset[me->lane], &out->e);
+  out->id = seq;
+}
+
+// Goes past the operation.
+MSL_FN void end_op(Lane *me, const Simd *s, uint seq) {
+  me->seq = seq + static_cast<uint>(__builtin_popcount(s->ops[seq % MSL_RING].gather));
 }
 
 static void round_elements(float *d, uint type) {
@@ -123,30 +168,51 @@ static void multiply_8x8(float *d, const float *a, const float *b, const float *
   }
 }
 
-__attribute__((noinline)) static void matrix_multiply(Operand *d, Operand *a, Operand *b, Operand *c, uint type,
-                                                      uint line) {
-  Worker *w = worker();
-  Operand *const in[3] = {a, b, c};
-  if (begin_op(w, OP_MULTIPLY, line, nullptr, in, c ? 3 : 2)) {
-    Simd *s = w->lane->simd;
-    float *r = s->data[(w->lane->seq + 1u) % MSL_RING];
-    multiply_8x8(r, s->data[a->id % MSL_RING], s->data[b->id % MSL_RING],
-                 c ? s->data[c->id % MSL_RING] : nullptr);
-    round_elements(r, type);
-    w->counts.multiplies++;
-  }
-  end_op(w, d);
+__attribute__((noinline)) static void join_multiply(Worker *w, uint seq, const Operand *in, bool add, uint type,
+                                                    uint line) {
+  if (!begin_op(w, OP_MULTIPLY, line, nullptr, in, add ? 3 : 2)) return;
+  Simd *s = w->lane->simd;
+  float *r = s->data[seq % MSL_RING];
+  multiply_8x8(r, s->data[*in[0].id % MSL_RING], s->data[*in[1].id % MSL_RING],
+               add ? s->data[*in[2].id % MSL_RING] : nullptr);
+  round_elements(r, type);
+  w->counts.multiplies++;
 }
 
-__attribute__((noinline)) static void matrix_fill(Operand *d, float v, bool diagonal, uint line) {
+// `c` may be null.
+template <class D, class A, class B, class C>
+__attribute__((noinline)) static void matrix_multiply(Share<D> *d, const Share<A> *a, const Share<B> *b,
+                                                      const Share<C> *c, uint line) {
   Worker *w = worker();
+  Lane *me = w->lane;
+  Simd *s = me->simd;
+  const uint seq = me->seq + 1u;
+  if (passed(me, s, OP_MULTIPLY, line, nullptr)) {
+    take(me, s, seq, d);
+    me->seq = seq;
+    return;
+  }
+  const Operand in[3] = {operand(a), operand(b), c ? operand(c) : operand(a)};
+  join_multiply(w, seq, in, c != nullptr, element_type<D>::value, line);
+  take(me, s, seq, d);
+  end_op(me, s, seq);
+}
+
+template <class T>
+__attribute__((noinline)) static void matrix_fill(Share<T> *d, float v, bool diagonal, uint line) {
+  Worker *w = worker();
+  Lane *me = w->lane;
+  Simd *s = me->simd;
+  const uint seq = me->seq + 1u;
   // The value stands in for a pointer: lanes must agree on it.
-  const ulong key = static_cast<ulong>(__builtin_bit_cast(uint, v)) << 1 | (diagonal ? 1u : 0u);
-  if (begin_op(w, OP_FILL, line, reinterpret_cast<const void *>(key), nullptr, 0)) {
-    float *r = w->lane->simd->data[(w->lane->seq + 1u) % MSL_RING];
+  const void *key = reinterpret_cast<const void *>(static_cast<ulong>(__builtin_bit_cast(uint, v)) << 1 |
+                                                   (diagonal ? 1u : 0u));
+  if (!passed(me, s, OP_FILL, line, key) && begin_op(w, OP_FILL, line, key, nullptr, 0)) {
+    float *r = s->data[seq % MSL_RING];
     for (int i = 0; i < 64; i++) r[i] = !diagonal || i % 9 == 0 ? v : 0.0f;
   }
-  end_op(w, d);
+  take(me, s, seq, d);
+  me->seq = seq;
 }
 
 struct Tile {
@@ -176,48 +242,83 @@ static void check_tile(Worker *w, const uchar *p, const Tile &t, uint size, bool
   }
 }
 
-template <class T>
-static void read_tile(float *d, const T *p, const Tile &t) {
+typedef half half8v __attribute__((ext_vector_type(8)));
+typedef ushort ushort8v __attribute__((ext_vector_type(8)));
+typedef uint uint8v __attribute__((ext_vector_type(8)));
+
+// Rows of eight, at any address.
+MSL_FN void read_row(float *d, const float *p) { __builtin_memcpy(d, p, 32); }
+MSL_FN void read_row(float *d, const half *p) {
+  half8v h;
+  __builtin_memcpy(&h, p, 16);
+  *reinterpret_cast<float8v *>(d) = __builtin_convertvector(h, float8v);
+}
+MSL_FN void read_row(float *d, const bfloat *p) {
+  ushort8v b;
+  __builtin_memcpy(&b, p, 16);
+  const uint8v u = __builtin_convertvector(b, uint8v) << 16;
+  __builtin_memcpy(d, &u, 32);
+}
+
+template <class T> static void read_tile(float *d, const T *p, const Tile &t) {
   p += t.first;
   if (t.column == 1) {
-    for (ulong r = 0; r < 8; r++)
-      for (ulong c = 0; c < 8; c++) d[8 * r + c] = static_cast<float>(p[r * t.row + c]);
+    for (ulong r = 0; r < 8; r++) read_row(d + 8 * r, p + r * t.row);
   } else {
-    for (ulong c = 0; c < 8; c++)
-      for (ulong r = 0; r < 8; r++) d[8 * r + c] = static_cast<float>(p[r + c * t.column]);
+    alignas(64) float rows[64];
+    for (ulong c = 0; c < 8; c++) read_row(rows + 8 * c, p + c * t.column);
+    for (ulong r = 0; r < 8; r++)
+      for (ulong c = 0; c < 8; c++) d[8 * r + c] = rows[8 * c + r];
   }
 }
 
-template <class T>
-static void write_tile(const float *d, T *p, const Tile &t) {
+template <class T> static void write_tile(const float *d, T *p, const Tile &t) {
   p += t.first;
   for (ulong r = 0; r < 8; r++)
     for (ulong c = 0; c < 8; c++) p[r * t.row + c * t.column] = static_cast<T>(d[8 * r + c]);
 }
 
 template <class T>
-__attribute__((noinline)) static void matrix_load(Operand *d, const T *p, ulong per_row, ulong ox, ulong oy,
-                                                  bool transpose, uint line) {
-  Worker *w = worker();
-  const Tile t = tile_of(per_row, ox, oy, transpose);
-  if (begin_op(w, OP_LOAD, line, p + t.first, nullptr, 0)) {
-    if (w->launch->checked) check_tile(w, reinterpret_cast<const uchar *>(p), t, sizeof(T), false, line);
-    read_tile(w->lane->simd->data[(w->lane->seq + 1u) % MSL_RING], p, t);
-  }
-  end_op(w, d);
+__attribute__((noinline)) static void join_load(Worker *w, uint seq, const T *p, const Tile &t, uint line) {
+  if (!begin_op(w, OP_LOAD, line, p + t.first, nullptr, 0)) return;
+  if (w->launch->checked) check_tile(w, reinterpret_cast<const uchar *>(p), t, sizeof(T), false, line);
+  read_tile(w->lane->simd->data[seq % MSL_RING], p, t);
 }
 
 template <class T>
-__attribute__((noinline)) static void matrix_store(Operand *a, T *p, ulong per_row, ulong ox, ulong oy,
+__attribute__((noinline)) static void matrix_load(Share<T> *d, const T *p, ulong per_row, ulong ox, ulong oy,
+                                                  bool transpose, uint line) {
+  Worker *w = worker();
+  Lane *me = w->lane;
+  Simd *s = me->simd;
+  const uint seq = me->seq + 1u;
+  const Tile t = tile_of(per_row, ox, oy, transpose);
+  if (!passed(me, s, OP_LOAD, line, p + t.first)) join_load(w, seq, p, t, line);
+  take(me, s, seq, d);
+  me->seq = seq;
+}
+
+template <class T>
+__attribute__((noinline)) static void join_store(Worker *w, const Operand &in, T *p, const Tile &t, uint line) {
+  if (!begin_op(w, OP_STORE, line, p + t.first, &in, 1)) return;
+  if (w->launch->checked) check_tile(w, reinterpret_cast<const uchar *>(p), t, sizeof(T), true, line);
+  write_tile(w->lane->simd->data[*in.id % MSL_RING], p, t);
+}
+
+template <class T>
+__attribute__((noinline)) static void matrix_store(const Share<T> *a, T *p, ulong per_row, ulong ox, ulong oy,
                                                    bool transpose, uint line) {
   Worker *w = worker();
+  Lane *me = w->lane;
+  Simd *s = me->simd;
+  const uint seq = me->seq + 1u;
   const Tile t = tile_of(per_row, ox, oy, transpose);
-  Operand *const in[1] = {a};
-  if (begin_op(w, OP_STORE, line, p + t.first, in, 1)) {
-    if (w->launch->checked) check_tile(w, reinterpret_cast<const uchar *>(p), t, sizeof(T), true, line);
-    write_tile(w->lane->simd->data[a->id % MSL_RING], p, t);
+  if (passed(me, s, OP_STORE, line, p + t.first)) {
+    me->seq = seq;
+    return;
   }
-  end_op(w, nullptr);
+  join_store(w, operand(a), p, t, line);
+  end_op(me, s, seq);
 }
 
 } // namespace msl_rt

@@ -10,7 +10,7 @@ template <class T, int N> struct vec;
 
 // One definition for the three lengths: FIELDS, and how a list of scalars fills them.
 #define MSL_VEC_COMMON(N)                                                                          \
-  typedef T msl_elem;                                                                              \
+  static constexpr int msl_n = N;                                                                  \
   vec() = default;                                                                                 \
   constexpr vec(const vec &) = default;                                                            \
   vec &operator=(const vec &) = default;                                                           \
@@ -57,7 +57,9 @@ template <class T, int N> struct vec;
     return r;                                                                                      \
   }
 #ifdef MSL_PASS_TYPES
-#define MSL_VEC_FROM(space) template <class = void> vec(const space vec &o);
+#define MSL_VEC_FROM(space)                                                                        \
+  template <class = void> vec(const space vec &o);                                                 \
+  template <class U> explicit vec(const space vec<U, msl_n> &o);
 #define MSL_FOR_WRITABLE_SPACES_1(X, a) X##_T(a, ) X##_T(a, MSL_DEVICE) X##_T(a, MSL_THREADGROUP)
 #define MSL_VEC_ASSIGN_T(op, space) friend space vec &operator op##=(space vec &a, vec b);
 #else

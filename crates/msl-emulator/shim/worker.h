@@ -77,7 +77,8 @@ struct Worker {
   uint last_clock;
   uint last_device_clock;
   uint group[3];
-  uint group_stamp;
+  uint group_stamp; // the threadgroup, for device memory
+  uint arena_stamp; // runs of any threadgroup so far, for threadgroup memory
   const Range *last_range;
   Counts counts;
   Fault fault;
@@ -100,6 +101,6 @@ MSL_FN Worker *worker() {
   return reinterpret_cast<Worker *>(sp & ~(MSL_REGION - 1));
 }
 
-MSL_FN void count_exp2() { worker()->counts.exp2++; }
+static inline void count_exp2() { worker()->counts.exp2++; }
 
 } // namespace msl_rt

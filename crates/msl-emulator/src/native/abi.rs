@@ -49,7 +49,6 @@ pub(crate) struct Launch {
     pub(crate) module_lo: u64,
     pub(crate) module_hi: u64,
     pub(crate) shuffle: u64,
-    pub(crate) stop: *mut u32,
 }
 
 pub(crate) mod fault {

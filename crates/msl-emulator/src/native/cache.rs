@@ -1,7 +1,9 @@
 //! Files on disk, named by a hash of what they were made from.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 
@@ -68,4 +70,20 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Moves a finished temporary file to its place.
 pub(crate) fn publish(tmp: &Path, path: &Path) -> Result<()> {
     std::fs::rename(tmp, path).map_err(|e| Error::io(path, e))
+}
+
+/// Makes the file at `path` unless it is there; threads of this process that want the same file
+/// wait for the first.
+pub(crate) fn make_once(path: &Path, make: impl FnOnce() -> Result<()>) -> Result<()> {
+    static MAKING: Mutex<BTreeMap<PathBuf, Arc<Mutex<()>>>> = Mutex::new(BTreeMap::new());
+    if path.exists() {
+        return Ok(());
+    }
+    let mut making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
+    let mine = Arc::clone(making.entry(path.to_owned()).or_default());
+    drop(making);
+    let held = mine.lock().unwrap_or_else(PoisonError::into_inner);
+    let result = if path.exists() { Ok(()) } else { make() };
+    drop(held);
+    result
 }

@@ -142,6 +142,8 @@ const CHECKED: &[&str] = &[
     "-tsan-instrument-read-before-write=1",
     "-mllvm",
     "-tsan-instrument-func-entry-exit=0",
+    "-mllvm",
+    "-tsan-instrument-atomics=0",
 ];
 
 /// Everything that decides what the compiler makes of a text.
@@ -264,8 +266,13 @@ fn genuine_errors(log: &str) -> String {
                 "object parameter",
                 "'this' argument",
             ];
-            keep = !harmless.iter().any(|h| line.contains(h));
-        } else if !line.contains(": note: ") {
+            let mixed = [
+                "incompatible operand types",
+                "no matching conversion for functional-style cast",
+            ];
+            let classes = mixed.iter().any(|m| line.contains(m)) && !line.contains('*');
+            keep = !classes && !harmless.iter().any(|h| line.contains(h));
+        } else if !line.contains(": note: ") || line.contains("/cxx/") {
             continue;
         }
         if keep {

@@ -59,14 +59,16 @@ impl Library {
         hash.add(program.code.as_bytes());
         let stem = dir.join(format!("{:032x}", hash.value()));
         let path = with_suffix(&stem, "-fast.so");
-        if !path.exists() {
-            compiler::build(&program.code, false, &headers, &path)?;
-        }
-        let types = with_suffix(&stem, "-types");
-        if options.check_types && !types.exists() {
-            let twin = translate::translate(&expanded, &options.name, Pass::Types)?;
-            compiler::check_types(&twin.code, &headers)?;
-            cache::write(&types, b"")?;
+        cache::make_once(&path, || {
+            compiler::build(&program.code, false, &headers, &path)
+        })?;
+        if options.check_types {
+            let types = with_suffix(&stem, "-types");
+            cache::make_once(&types, || {
+                let twin = translate::translate(&expanded, &options.name, Pass::Types)?;
+                compiler::check_types(&twin.code, &headers)?;
+                cache::write(&types, b"")
+            })?;
         }
         let fast = module::load(&path, false)?;
         let mut kernels = program.kernels;
@@ -158,9 +160,9 @@ impl Library {
             return Ok(Arc::clone(module));
         }
         let path = with_suffix(&self.stem, "-checked.so");
-        if !path.exists() {
-            compiler::build(&self.code, true, &self.headers, &path)?;
-        }
+        cache::make_once(&path, || {
+            compiler::build(&self.code, true, &self.headers, &path)
+        })?;
         let module = module::load(&path, true)?;
         *checked = Some(Arc::clone(&module));
         Ok(module)

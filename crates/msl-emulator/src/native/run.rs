@@ -61,8 +61,8 @@ pub(crate) unsafe fn run(
         options.check,
     )?;
 
-    // SAFETY: passed on to the caller.
     let stage = if options.check {
+        // SAFETY: passed on to the caller.
         Some(unsafe { Stage::new(dispatch) }?)
     } else {
         None
@@ -107,7 +107,6 @@ pub(crate) unsafe fn run(
         module_lo: module.lo,
         module_hi: module.hi,
         shuffle: options.shuffle_seed.map_or(0, |s| s | 1 << 63),
-        stop: ptr::null_mut(),
     };
 
     let lock = module.lock.lock().unwrap_or_else(PoisonError::into_inner);
@@ -188,7 +187,7 @@ fn spread(module: &Module, launch: &Launch, options: &DispatchOptions) -> Result
         .iter()
         .map(|&n| n as usize)
         .product::<usize>();
-    let regions = (0..workers)
+    let mut regions = (0..workers)
         .map(|_| Region::take(fibers))
         .collect::<Result<Vec<_>>>()?;
     // SAFETY: the worker has a stack ready, and the module's lock is held, so that its globals may
@@ -199,7 +198,7 @@ fn spread(module: &Module, launch: &Launch, options: &DispatchOptions) -> Result
     let next = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
     let shared = Shared(launch);
-    let work = |region: &Region| -> Outcome {
+    let work = |region: &mut Region| -> Outcome {
         let shared = &shared;
         let worker = region.worker();
         // SAFETY: the counts lie in the worker's memory, which this thread alone uses.
@@ -223,10 +222,14 @@ fn spread(module: &Module, launch: &Launch, options: &DispatchOptions) -> Result
         Ok(unsafe { *counts })
     };
     let outcomes: Vec<Option<Outcome>> = if workers == 1 {
-        vec![Some(work(&regions[0]))]
+        vec![Some(work(&mut regions[0]))]
     } else {
         std::thread::scope(|s| {
-            let handles: Vec<_> = regions.iter().map(|r| s.spawn(|| work(r))).collect();
+            let work = &work;
+            let handles: Vec<_> = regions
+                .iter_mut()
+                .map(|r| s.spawn(move || work(r)))
+                .collect();
             handles.into_iter().map(|h| h.join().ok()).collect()
         })
     };

@@ -15,7 +15,7 @@ pub(crate) fn required_constants(
     kernels: &mut Kernels,
 ) {
     let mut by_name: BTreeMap<&str, Vec<&Declaration>> = BTreeMap::new();
-    for d in declarations {
+    for d in declarations.iter().filter(|d| !d.instantiation) {
         let is_constant = |name: &str| {
             constants.declared.iter().any(|c| c.info.name == name)
                 || constants.derived_value(name).is_some()
