@@ -2,8 +2,8 @@
 
 use super::harness::{Data, Random, build, isas, shape};
 use crate::DType;
-use crate::attention::mask::TileClass;
 use crate::attention::ProblemBuilder;
+use crate::attention::mask::TileClass;
 use crate::attention::{MaskSpec, Problem, QueryOffset, variant};
 
 const HIDDEN: f64 = f64::NEG_INFINITY;

@@ -6,8 +6,8 @@ use half::{bf16, f16};
 
 use crate::DType;
 use crate::attention::oracle::{self, Inputs, Precision, Reference, Values};
-use crate::attention::{Problem, ProblemBuilder, Role, Shape};
 use crate::attention::tolerance::{self, Comparison};
+use crate::attention::{Problem, ProblemBuilder, Role, Shape};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::job::{Job, Pointers};
 
