@@ -23,6 +23,8 @@ impl Target {
         let named = path.display();
         let real = match fs::canonicalize(path) {
             Ok(real) => real,
+            // A pipe behind /dev/stdout has no path of its own.
+            Err(_) if fs::metadata(path).is_ok() => path.to_owned(),
             Err(_) if fs::symlink_metadata(path).is_ok() => {
                 bail!("cannot write {named}: it is a link to nowhere")
             }

@@ -1,5 +1,6 @@
 //! Wrong command lines and wrong files: each ends with status 2 and a message that names the
 //! culprit, and leaves nothing behind.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
@@ -54,10 +55,8 @@ fn wrong_command_lines() {
         ("run -i x -o y --q-offset top", "--q-offset"),
         ("run -i x -o y --layout columns", "--layout"),
         ("run -i x -o y --device tpu", "--device"),
-        ("run -i x -o y --device emulator", "emulator"),
         ("run -i x -o y --unknown", "--unknown"),
         ("verify --device abacus", "--device"),
-        ("verify --device emulator", "emulator"),
         ("bench", "--shape"),
         ("bench --shape 1,8,2,128,64", "got 5"),
         ("bench --shape 1,8,2,128,128,64,1", "got 7"),
@@ -94,6 +93,25 @@ fn wrong_command_lines() {
         } else {
             assert_refused(&ran, culprit, line);
         }
+    }
+}
+
+/// No machine has both kinds of GPU.
+#[test]
+fn devices_that_are_not_here() {
+    let listed = common::json_lines(&words("devices --json").stdout);
+    let absent = listed
+        .iter()
+        .filter(|line| line["available"] == false)
+        .filter_map(|line| line["device"].as_str())
+        .find(|name| ["metal", "cuda"].contains(name))
+        .unwrap();
+    for line in [
+        "run -i x -o y --device",
+        "verify --device",
+        "bench --shape 1,1,1,8,8,64 --device",
+    ] {
+        assert_refused(&words(&format!("{line} {absent}")), absent, line);
     }
 }
 
