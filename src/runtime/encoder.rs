@@ -279,7 +279,11 @@ impl CommandEncoder {
 
     fn check(&self, dispatch: &CapturedDispatch) -> Result<()> {
         let name = &dispatch.kernel.name;
-        for (index, binding) in &dispatch.bindings {
+        for (n, (index, binding)) in dispatch.bindings.iter().enumerate() {
+            if dispatch.bindings[..n].iter().any(|(i, _)| i == index) {
+                let operand = format!("{name}: buffer {index}");
+                return Err(MlxError::expected(&operand, "one binding", "two"));
+            }
             if let CapturedBinding::Buffer(buffer, _) = binding {
                 self.check_buffer(&format!("{name}: buffer {index}"), buffer)?;
             }

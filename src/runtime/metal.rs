@@ -45,7 +45,7 @@ use crate::error::{MlxError, Result};
 
 /// What an encoded command uses. While it lives, host access to what the command writes, and
 /// exclusive access to what it reads, is refused.
-#[must_use = "keep it until the command has completed"]
+#[must_use = "see the safety of `encode_into` for how long to keep it"]
 pub struct InFlight {
     steps: Vec<Step>,
     _temporaries: Vec<Temporary>,
@@ -91,8 +91,8 @@ impl MlxDevice {
     ///   slices use it, nor use it while this crate's commands write it;
     /// - if it is not hazard-tracked, a command of ours that touches it is waited for before the
     ///   next is committed ([`CommandEncoder::encode_into`] leaves this to the target);
-    /// - it is wrapped once: two wrappings count as different memory, so nothing would order a
-    ///   write through one before a read through the other.
+    /// - what is written through one wrapping is not used through another: they count as different
+    ///   memory, and only a target that finds hazards from the bindings itself would order the two.
     pub unsafe fn metal_wrap_buffer(
         &self,
         buffer: &ProtocolObject<dyn MTLBuffer>,
@@ -128,8 +128,10 @@ impl CommandEncoder {
     /// encoded then.
     ///
     /// # Safety
-    /// `target` encodes every call, in order, into one encoder of this device; the result is dropped
-    /// only once that encoder's command has completed or can no longer be committed.
+    /// `target` encodes every call, in order, into one encoder of this device. Until that encoder's
+    /// command has completed or can no longer be committed, the result is kept; it may go at once
+    /// where the command buffer retains what it uses, as they do unless made not to, and nothing
+    /// here touches the buffers from the host before then.
     pub unsafe fn encode_into(&mut self, target: &mut dyn ComputeTarget) -> Result<InFlight> {
         let handle = self.device().clone();
         let metal = backend(&handle)?;

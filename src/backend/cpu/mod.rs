@@ -74,6 +74,7 @@ impl Cpu {
         }
         let pool = match options.threads {
             None => None,
+            Some(0) => return Err(MlxError::expected("threads", "at least 1", 0)),
             Some(n) => Some(
                 rayon::ThreadPoolBuilder::new()
                     .num_threads(n)
