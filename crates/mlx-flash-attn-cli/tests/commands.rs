@@ -1,5 +1,7 @@
 //! `verify`, `bench`, `devices` and `tiles`: their results for machines and for people.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod common;
 
 use common::{assert_keys, json_lines, run, words};
@@ -198,7 +200,7 @@ fn well_formed(svg: &str) -> Vec<String> {
         }
         let end = start + rest[start..].find('>').expect("an open tag");
         let tag = &rest[start + 1..end];
-        assert!(tag.matches('"').count() % 2 == 0, "<{tag}>");
+        assert!(tag.matches('"').count().is_multiple_of(2), "<{tag}>");
         if let Some(name) = tag.strip_prefix('/') {
             assert_eq!(open.pop(), Some(name), "</{name}>");
         } else if !tag.ends_with('/') {
