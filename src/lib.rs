@@ -50,10 +50,19 @@ pub mod verify;
 
 pub use backend::DeviceKind;
 pub use backend::cpu::{CpuOptions, Isa};
+#[cfg(feature = "emulator")]
+pub use backend::emulator::EmulatorOptions;
 pub use dtype::DType;
 pub use error::{MlxError, Result};
 pub use runtime::buffer::MlxBuffer;
 pub use runtime::device::MlxDevice;
 pub use runtime::encoder::CommandEncoder;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+pub use runtime::metal;
 pub use runtime::registry::KernelRegistry;
 pub use runtime::{buffer, device, encoder, registry as kernel_registry};
+
+/// The README's quickstart, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

@@ -30,20 +30,39 @@ const fn length(parts: &[&str]) -> usize {
     total
 }
 
-const PREFILL_PARTS: &[&str] = params::ALL_TEXT;
-const PREFILL_BYTES: [u8; length(PREFILL_PARTS)] = join(PREFILL_PARTS);
+const INCLUDES: &str = "#include <metal_stdlib>\n#include <metal_simdgroup_matrix>\n\n";
+const COMMON: &str = include_str!("../kernels/metal/common.metal");
 
-/// Text of the prefill kernels.
-pub(crate) static PREFILL_TEXT: &str = match std::str::from_utf8(&PREFILL_BYTES) {
-    Ok(text) => text,
-    Err(_) => "",
-};
+/// Declares the text of one library: the includes, the params' structs, what kernels share, and the
+/// kernels.
+macro_rules! library {
+    ($(#[$meta:meta])* $name:ident = $file:literal with $($params:path),+) => {
+        $(#[$meta])*
+        pub(crate) static $name: &str = {
+            const PARTS: &[&str] = &[INCLUDES, $($params,)+ COMMON, include_str!($file)];
+            const BYTES: [u8; length(PARTS)] = join(PARTS);
+            match std::str::from_utf8(&BYTES) {
+                Ok(text) => text,
+                Err(_) => "",
+            }
+        };
+    };
+}
 
-/// Text of the mask-fill and tile-class kernels.
-pub(crate) static MASK_TEXT: &str = PREFILL_TEXT;
-
-/// Text of the decode kernels.
-pub(crate) static VEC_TEXT: &str = PREFILL_TEXT;
+library! {
+    /// Text of the prefill kernels.
+    PREFILL_TEXT = "../kernels/metal/prefill.metal" with
+        params::ATTN_PARAMS_TEXT, params::ATTN_MASK_PARAMS_TEXT, params::ATTN_EXTRA_PARAMS_TEXT
+}
+library! {
+    /// Text of the mask-fill and tile-class kernels.
+    MASK_TEXT = "../kernels/metal/masks.metal" with
+        params::MASK_FILL_PARAMS_TEXT, params::BLK_PARAMS_TEXT
+}
+library! {
+    /// Text of the decode kernels.
+    VEC_TEXT = "../kernels/metal/decode.metal" with params::VEC_PARAMS_TEXT
+}
 
 /// Every kernel's name with its text.
 pub(crate) fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
@@ -51,4 +70,53 @@ pub(crate) fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
     let masks = [names::MASK_FILL, names::BLK].map(|name| (name, MASK_TEXT));
     let decode = [names::VEC_F32, names::VEC_F16, names::VEC_REDUCE].map(|name| (name, VEC_TEXT));
     prefill.chain(masks).chain(decode)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::bindings::constant;
+
+    #[test]
+    fn every_text_holds_its_structs_and_kernels() {
+        for (name, text) in all() {
+            assert!(
+                text.starts_with(INCLUDES) && text.contains("struct "),
+                "{name}"
+            );
+        }
+        for name in [names::MASK_FILL, names::BLK, names::VEC_REDUCE] {
+            let (_, text) = all().find(|(n, _)| *n == name).unwrap();
+            assert!(text.contains(&format!("void {name}(")), "{name}");
+        }
+    }
+
+    #[test]
+    fn function_constants_have_the_hosts_indices() {
+        let declared = [
+            ("bool align_q", constant::ALIGN_Q),
+            ("bool align_k", constant::ALIGN_K),
+            ("bool has_mask", constant::HAS_MASK),
+            ("bool do_causal", constant::DO_CAUSAL),
+            ("bool has_sinks", constant::HAS_SINKS),
+            ("bool has_blk", constant::HAS_BLK),
+            ("bool has_window", constant::HAS_WINDOW),
+            ("bool has_softcap", constant::HAS_SOFTCAP),
+            ("bool has_alibi", constant::HAS_ALIBI),
+            ("bool has_lse", constant::HAS_LSE),
+            ("bool is_varlen", constant::IS_VARLEN),
+            ("int mask_dtype", constant::MASK_DTYPE),
+            ("int nsg", constant::NSG),
+            ("int blk_bq", constant::BLK_BQ),
+            ("int blk_bk", constant::BLK_BK),
+        ];
+        for (what, index) in declared {
+            let line = format!("constant {what} [[function_constant({index})]];");
+            assert!(COMMON.contains(&line), "{line}");
+        }
+        assert_eq!(
+            COMMON.matches("[[function_constant(").count(),
+            declared.len()
+        );
+    }
 }

@@ -124,6 +124,16 @@ pub fn attention(
     inputs: &Inputs<'_>,
     precision: Precision,
 ) -> Result<Reference> {
+    attention_with_progress(problem, inputs, precision, || {})
+}
+
+/// As [`attention`]; calls `row_done` after each query row of each head, from whichever thread.
+pub fn attention_with_progress(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    precision: Precision,
+    row_done: impl Fn() + Sync,
+) -> Result<Reference> {
     check(problem, inputs)?;
     let shape = problem.shape();
     let dim = shape.head_dim;
@@ -137,6 +147,7 @@ pub fn attention(
         .into_par_iter()
         .map(|(s, h, i)| {
             let (o, lse) = row(problem, inputs, precision, &s, h, i);
+            row_done();
             (reference_row(problem, &s, h, i), o, lse)
         })
         .collect();

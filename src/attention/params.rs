@@ -158,16 +158,6 @@ gpu_struct! {
     }
 }
 
-/// Every struct's text, in the order the kernels need.
-pub const ALL_TEXT: &[&str] = &[
-    ATTN_PARAMS_TEXT,
-    ATTN_MASK_PARAMS_TEXT,
-    ATTN_EXTRA_PARAMS_TEXT,
-    MASK_FILL_PARAMS_TEXT,
-    BLK_PARAMS_TEXT,
-    VEC_PARAMS_TEXT,
-];
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,6 +167,5 @@ mod tests {
         assert!(ATTN_PARAMS_TEXT.starts_with("struct AttnParams {\n    int B;\n    int H;\n"));
         assert_eq!(ATTN_PARAMS_TEXT.matches(';').count(), 21);
         assert_eq!(ATTN_PARAMS_TEXT.matches("int64_t").count(), 4);
-        assert_eq!(ALL_TEXT.len(), 6);
     }
 }

@@ -45,7 +45,7 @@ impl Tile {
     }
 }
 
-/// The tile that classes are computed over and the grid is counted in.
+/// The tile that classes are computed over.
 pub const fn class_tile(head_dim: usize) -> Tile {
     if head_dim >= 512 {
         Tile { bq: 8, bk: 64 }
@@ -65,12 +65,12 @@ pub struct Variant {
     pub head_dim: usize,
     /// What it does with a mask.
     pub mask: MaskKind,
-    /// Query rows and keys of one tile.
+    /// The tile that grid and params are counted in.
     pub tile: Tile,
     /// Simdgroups of 32 threads in a threadgroup.
     pub simdgroups: usize,
-    /// Threadgroup memory on Apple GPUs, in bytes; `None` where it does not fit 32 KiB.
-    pub shared_bytes: Option<usize>,
+    /// Threadgroup memory on Apple GPUs, in bytes.
+    pub shared_bytes: usize,
 }
 
 impl Variant {
@@ -81,35 +81,43 @@ impl Variant {
 
     /// Whether devices of `family` have this kernel.
     pub fn runs_on(&self, family: Family) -> bool {
-        family == Family::Cpu || self.shared_bytes.is_some()
+        family == Family::Cpu || self.shared_bytes <= APPLE_THREADGROUP_BYTES
     }
 }
 
-/// Threadgroup bytes of the 32-row scheme: Q and one buffer that K (transposed) and V take turns
-/// in, each row padded by 16 bytes.
-const fn shared_32x16(head_dim: usize, size: usize) -> usize {
-    let pad = 16 / size;
-    let q = 32 * (head_dim + pad);
-    let (k, v) = ((16 + pad) * head_dim, 16 * (head_dim + pad));
-    (q + if k > v { k } else { v }) * size
+/// Threadgroup bytes of the Metal kernels: Q, scores, weights (in place of the scores where they are
+/// as wide) and a factor a row; rows are padded by 16 bytes.
+const fn shared_bytes(rows: usize, chunk: usize, head_dim: usize, size: usize) -> usize {
+    let q = rows * (head_dim + 16 / size) * size;
+    let scores = rows * (chunk + 4) * 4;
+    let weights = if size == 4 {
+        4
+    } else {
+        rows * (chunk + 8) * size
+    };
+    q + scores + weights + rows * 4
 }
 
 const fn row(kernel: &'static str, dtype: DType, head_dim: usize, mask: MaskKind) -> Variant {
-    let wide = head_dim >= 512;
-    let bytes = if wide {
-        28_672
-    } else {
-        shared_32x16(head_dim, dtype.size_of())
-    };
-    let fits = bytes <= APPLE_THREADGROUP_BYTES && !(wide && dtype.size_of() > 2);
+    let size = dtype.size_of();
+    // Eight rows where 32 rows of Q would not fit, or their output not stay in registers.
+    let wide = head_dim * size >= 1024;
     Variant {
         kernel,
         dtype,
         head_dim,
         mask,
-        tile: class_tile(head_dim),
+        tile: if wide {
+            Tile { bq: 8, bk: 64 }
+        } else {
+            Tile { bq: 32, bk: 16 }
+        },
         simdgroups: if wide { 8 } else { 4 },
-        shared_bytes: if fits { Some(bytes) } else { None },
+        shared_bytes: if wide {
+            shared_bytes(8, 64, head_dim, size)
+        } else {
+            shared_bytes(32, 32, head_dim, size)
+        },
     }
 }
 
@@ -185,23 +193,23 @@ mod tests {
     #[test]
     fn threadgroup_memory_fits_and_is_what_the_formula_gives() {
         for v in PREFILL {
-            assert!(
-                v.shared_bytes.is_none_or(|b| b <= APPLE_THREADGROUP_BYTES),
-                "{v:?}"
-            );
+            assert!(v.runs_on(Family::Apple), "{v:?}");
         }
         let bytes = |name| by_name(name).unwrap().shared_bytes;
-        assert_eq!(bytes("flash_attn_prefill_bf16_d64"), Some(7_680));
-        assert_eq!(bytes("flash_attn_prefill_bf16_d256"), Some(29_184));
-        assert_eq!(bytes("flash_attn_prefill_llamacpp_bf16_d512"), Some(28_672));
-        assert_eq!(bytes("flash_attn_prefill_f32_d256"), None);
+        assert_eq!(bytes("flash_attn_prefill_bf16_d64"), 11_904);
+        assert_eq!(bytes("flash_attn_prefill_bf16_d256"), 24_192);
+        assert_eq!(bytes("flash_attn_prefill_llamacpp_bf16_d512"), 11_680);
+        assert_eq!(bytes("flash_attn_prefill_f32_d192"), 29_828);
     }
 
     #[test]
     fn a_head_dim_that_is_not_there_lists_those_that_are() {
-        let error = select(Family::Apple, DType::F32, 256, MaskKind::Additive)
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("[32, 64, 80, 96, 128]"), "{error}");
+        let error = select(Family::Apple, DType::F32, 100, MaskKind::Additive).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("[32, 64, 80, 96, 128, 192, 256, 512]"),
+            "{error}"
+        );
     }
 }

@@ -9,7 +9,14 @@ use crate::attention::bindings::{self, Access, Constants};
 use crate::attention::variant::Family;
 use crate::error::Result;
 
+#[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
+pub(crate) mod constants;
 pub(crate) mod cpu;
+#[cfg(feature = "emulator")]
+pub(crate) mod emulator;
+mod host_memory;
+#[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
+pub(crate) mod metal;
 
 /// Kinds of device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -52,7 +59,7 @@ impl fmt::Display for DeviceKind {
 }
 
 /// A device's memory, visible to the host.
-pub(crate) trait Memory: Send + Sync + fmt::Debug {
+pub(crate) trait Memory: Any + Send + Sync + fmt::Debug {
     /// Size in bytes.
     fn len(&self) -> usize;
 
@@ -132,8 +139,17 @@ pub(crate) trait Pending: Send + Sync {
     fn wait(&self) -> Result<Timing>;
 }
 
+/// A command that ran while it was submitted.
+pub(crate) struct Done(pub(crate) Result<Timing>);
+
+impl Pending for Done {
+    fn wait(&self) -> Result<Timing> {
+        self.0.clone()
+    }
+}
+
 /// A device.
-pub(crate) trait Backend: Send + Sync {
+pub(crate) trait Backend: Any + Send + Sync {
     fn kind(&self) -> DeviceKind;
     fn family(&self) -> Family;
     fn name(&self) -> String;

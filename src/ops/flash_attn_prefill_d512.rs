@@ -18,7 +18,8 @@ pub const NCPSG_D512: u32 = 64;
 pub const NSG_D512: u32 = 8;
 /// Function constant (int) that holds the simdgroups.
 pub const FC_IDX_NSG: usize = constant::NSG;
-/// Threadgroup memory, in bytes.
+/// Threadgroup memory to budget, in bytes; the kernels keep their output in registers and use less
+/// (see [`crate::attention::variant`]).
 pub const TGMEM_BYTES_D512: u32 = 28_672;
 
 /// The kernels of this module.
@@ -67,7 +68,7 @@ mod tests {
             assert_eq!(v.tile.bq as u32, NQPSG_D512);
             assert_eq!(v.tile.bk as u32, NCPSG_D512);
             assert_eq!(v.simdgroups as u32, NSG_D512);
-            assert_eq!(v.shared_bytes, Some(TGMEM_BYTES_D512 as usize));
+            assert!(v.shared_bytes <= TGMEM_BYTES_D512 as usize);
         }
         assert_eq!(FC_IDX_NSG, 322);
     }

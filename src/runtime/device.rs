@@ -10,6 +10,8 @@ use super::buffer::MlxBuffer;
 use super::encoder::CommandEncoder;
 use crate::attention::variant::Family;
 use crate::backend::cpu::{Cpu, CpuOptions};
+#[cfg(feature = "emulator")]
+use crate::backend::emulator::{Emulator, EmulatorOptions};
 use crate::backend::{Backend, DeviceKind};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
@@ -55,6 +57,12 @@ impl MlxDevice {
     pub fn open(kind: DeviceKind) -> Result<Self> {
         match kind {
             DeviceKind::Cpu => Self::cpu(CpuOptions::from_env()?),
+            #[cfg(all(feature = "metal", target_vendor = "apple"))]
+            DeviceKind::Metal => Ok(Self::from_backend(Arc::new(
+                crate::backend::metal::Metal::open()?,
+            ))),
+            #[cfg(feature = "emulator")]
+            DeviceKind::Emulator => Self::emulator(EmulatorOptions::default()),
             other => Err(MlxError::DeviceUnavailable {
                 device: other.name().into(),
                 reason: "this build has no such backend; use `cpu`".into(),
@@ -67,7 +75,22 @@ impl MlxDevice {
         Ok(Self::from_backend(Arc::new(Cpu::open(options)?)))
     }
 
-    fn from_backend(backend: Arc<dyn Backend>) -> Self {
+    /// Opens the emulator with given options.
+    #[cfg(feature = "emulator")]
+    pub fn emulator(options: EmulatorOptions) -> Result<Self> {
+        Ok(Self::from_backend(Arc::new(Emulator::open(options)?)))
+    }
+
+    /// What the emulator counted since this was last asked; `None` on other devices.
+    #[cfg(feature = "emulator")]
+    pub fn take_emulator_counters(&self) -> Option<msl_emulator::Counters> {
+        let backend: &dyn std::any::Any = &*self.0.backend;
+        backend
+            .downcast_ref::<Emulator>()
+            .map(Emulator::take_counters)
+    }
+
+    pub(crate) fn from_backend(backend: Arc<dyn Backend>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self(DeviceHandle {
             backend,
@@ -115,17 +138,7 @@ impl MlxDevice {
         if byte_len == 0 {
             return Err(MlxError::expected("byte_len", "at least 1 byte", 0));
         }
-        let needed = shape
-            .iter()
-            .try_fold(dtype.size_of(), |bytes, size| bytes.checked_mul(*size))
-            .filter(|bytes| *bytes <= byte_len);
-        if needed.is_none() {
-            return Err(MlxError::expected(
-                "byte_len",
-                format!("room for {shape:?} elements of {dtype}"),
-                format!("{byte_len} bytes"),
-            ));
-        }
+        check_fits("byte_len", byte_len, dtype, &shape)?;
         let memory = self.0.backend.allocate(byte_len)?;
         Ok(MlxBuffer::new(memory, self.kind(), dtype, shape))
     }
@@ -147,5 +160,20 @@ impl MlxDevice {
         let mut buffer = self.alloc_buffer(size_of_val(data), dtype, shape)?;
         buffer.as_mut_slice::<T>()?.copy_from_slice(data);
         Ok(buffer)
+    }
+}
+
+/// Refuses a shape that needs more than `byte_len` bytes.
+pub(crate) fn check_fits(what: &str, byte_len: usize, dtype: DType, shape: &[usize]) -> Result<()> {
+    let needed = shape
+        .iter()
+        .try_fold(dtype.size_of(), |bytes, size| bytes.checked_mul(*size));
+    match needed {
+        Some(bytes) if bytes <= byte_len => Ok(()),
+        _ => Err(MlxError::expected(
+            what,
+            format!("room for {shape:?} elements of {dtype}"),
+            format!("{byte_len} bytes"),
+        )),
     }
 }

@@ -301,18 +301,10 @@ impl CommandEncoder {
     /// Starts running what was recorded; [`CommandEncoder::wait_until_completed`] reports how it
     /// ended. The encoder can record again at once.
     pub fn commit(&mut self) {
-        let nodes = std::mem::take(&mut self.recorded);
-        let writes = std::mem::take(&mut self.pending_writes);
-        self.hazards.clear();
-        let command: Arc<dyn Pending> = match self.fault.take() {
-            Some(error) => Arc::new(Refused(error)),
-            None => {
-                let steps = nodes.iter().map(|node| match node {
-                    CapturedNode::Barrier => Step::Barrier,
-                    CapturedNode::Dispatch(dispatch) => Step::Dispatch(lower(dispatch)),
-                });
-                self.device.backend.submit(steps.collect())
-            }
+        let (steps, writes) = self.take_steps();
+        let command: Arc<dyn Pending> = match steps {
+            Err(error) => Arc::new(Refused(error)),
+            Ok(steps) => self.device.backend.submit(steps),
         };
         let mut submitted = self.submitted();
         // A command that is still running is waited for by the one that follows it, which also
@@ -327,6 +319,29 @@ impl CommandEncoder {
             reported: false,
             earlier,
         });
+    }
+
+    /// Takes what was recorded, with the writes it makes, or the dispatch's fault that spoils it.
+    pub(crate) fn take_steps(&mut self) -> (Result<Vec<Step>>, Vec<PendingWrite>) {
+        let nodes = std::mem::take(&mut self.recorded);
+        let writes = std::mem::take(&mut self.pending_writes);
+        self.hazards.clear();
+        let steps = match self.fault.take() {
+            Some(error) => Err(error),
+            None => Ok(nodes
+                .iter()
+                .map(|node| match node {
+                    CapturedNode::Barrier => Step::Barrier,
+                    CapturedNode::Dispatch(dispatch) => Step::Dispatch(lower(dispatch)),
+                })
+                .collect()),
+        };
+        (steps, writes)
+    }
+
+    #[cfg(all(feature = "metal", target_vendor = "apple"))]
+    pub(crate) fn device(&self) -> &DeviceHandle {
+        &self.device
     }
 
     fn submitted(&self) -> std::sync::MutexGuard<'_, Option<Submitted>> {

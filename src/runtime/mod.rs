@@ -5,6 +5,8 @@ pub mod buffer;
 pub mod capture;
 pub mod device;
 pub mod encoder;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+pub mod metal;
 pub mod registry;
 
 mod hazards;

@@ -1,2 +1,58 @@
-//! The program `mlx-flash-attn`.
-fn main() {}
+//! The program `mlx-flash-attn`: exact attention on tensors in a file, the contract as a matrix of
+//! checks, measurements, devices and pictures of tiles.
+//!
+//! Results go to stdout, messages to stderr. Exit status: 0 done, 1 a check failed, 2 bad input.
+#![forbid(unsafe_code)]
+
+mod args;
+mod bench;
+mod check;
+mod cli;
+mod devices;
+mod files;
+mod grid;
+mod input;
+mod json;
+mod measure;
+mod output;
+mod plot;
+mod progress;
+mod random;
+mod run;
+mod svg;
+mod table;
+mod tiles;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+use output::{Results, Status, message};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come this way too, with status 0; a closed pipe is no concern.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let mut results = Results::stdout();
+    let status = match &cli.command {
+        Command::Run(args) => run::execute(args, &mut results),
+        Command::Verify(args) => verify::execute(args, &mut results),
+        Command::Bench(args) => bench::execute(args, &mut results),
+        Command::Devices(args) => devices::execute(args, &mut results),
+        Command::Tiles(args) => tiles::execute(args, &mut results),
+    };
+    match status.and_then(|status| results.finish().map(|()| status)) {
+        Ok(status) => status.into(),
+        Err(error) => {
+            message(format_args!("error: {error:#}"));
+            Status::BadInput.into()
+        }
+    }
+}

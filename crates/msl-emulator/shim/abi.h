@@ -50,7 +50,6 @@ struct Launch {
   ulong module_lo;
   ulong module_hi;
   ulong shuffle;
-  volatile uint *stop;
 };
 
 enum FaultKind : uint {
@@ -65,7 +64,7 @@ enum FaultKind : uint {
   FAULT_OTHER_STACK,
   FAULT_DIVERGENCE,
   FAULT_OPERANDS,
-  FAULT_STOPPED,
+  FAULT_STALE,
 };
 
 // What a thread was doing when it stopped, for divergence.
@@ -116,6 +115,7 @@ struct KernelRecord {
   void (*entry)();
   const uint *arg_sizes;
   uint n_args;
+  uint max_threads; // 0: no limit of its own
 };
 
 struct ConstantRecord {

@@ -15,9 +15,9 @@ struct bfloat {
     return __builtin_bit_cast(float, static_cast<uint>(bits) << 16);
   }
 
+// Templates, so that they are no copy constructors and bfloat stays trivially copyable.
 #define MSL_AS(space)                                                                              \
-  constexpr bfloat(const space bfloat &o) : bits(o.bits) {}                                        \
-  constexpr bfloat(const volatile space bfloat &o) : bits(o.bits) {}
+  template <class = void> constexpr bfloat(const space bfloat &o) : bits(o.bits) {}
   MSL_FOR_NAMED_SPACES(MSL_AS)
 #undef MSL_AS
 

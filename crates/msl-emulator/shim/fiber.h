@@ -127,6 +127,8 @@ static void block(Worker *w, uint op, uint line) {
   me->op = OP_NONE;
 }
 
+static void skipped(Worker *w, const Lane *me, uint op, uint line);
+
 static void lane_main() {
   Worker *w = worker();
   w->task();
@@ -139,11 +141,7 @@ static void lane_main() {
   if (s->done == s->present) {
     w->simds_left--;
     for (uint i = 0; i < s->count; i++) {
-      const Lane *l = &s->lanes[i];
-      if (l->seq != s->head) {
-        const MatrixOp &o = s->ops[(l->seq + 1u) % MSL_RING];
-        diverged(w, me, o.kind, o.line, l->tid, OP_FINISHED, 0);
-      }
+      if (s->lanes[i].seq != s->head) skipped(w, &s->lanes[i], OP_FINISHED, 0);
     }
   }
   run_next(w);
@@ -194,6 +192,7 @@ static void lay_out(Worker *w, const Launch *l, uint n, ulong seed) {
     s->present = count == 32 ? ~0u : (1u << count) - 1u;
     s->ready = s->present;
     s->done = s->arrived = s->head = s->min_seq = 0;
+    s->barrier_head = ~0u;
     s->last_clock = s->last_device_clock = 0;
     s->index = k;
     s->lanes = &w->lanes[slot];
@@ -213,6 +212,9 @@ static void lay_out(Worker *w, const Launch *l, uint n, ulong seed) {
   }
 }
 
+// Set by the first run: what the loader runs before must not look for a worker.
+static bool running = false;
+
 static uint start(Worker *w, const Launch *l, uint n, ulong seed, void (*task)()) {
   w->launch = l;
   w->status = 0;
@@ -220,9 +222,9 @@ static uint start(Worker *w, const Launch *l, uint n, ulong seed, void (*task)()
   w->arrived = 0;
   w->clock = 1;
   w->last_clock = w->last_device_clock = 0;
-  w->spins = 0;
   w->last_range = l->ranges;
   lay_out(w, l, n, seed);
+  running = true;
   w->lane = &w->lanes[0];
   switch_stack(&w->main_sp, w->lane->sp);
   return w->status;
@@ -233,10 +235,30 @@ static uint run_group(Worker *w, const Launch *l, ulong group) {
   w->group[1] = static_cast<uint>(group / l->groups[0] % l->groups[1]);
   w->group[2] = static_cast<uint>(group / l->groups[0] / l->groups[1]);
   w->group_stamp = static_cast<uint>(group % 0x3ffffeul) + 1u;
+  if (++w->arena_stamp == 0x3fffffu) {
+    // Stamps would repeat: forget them all.
+    __builtin_memset(w->written, 0, sizeof(w->written));
+    __builtin_memset(w->read, 0, sizeof(w->read));
+    w->arena_stamp = 1;
+  }
   // All ones is a NaN in every float format: reads of what nobody wrote do not pass unseen.
   __builtin_memset(w->arena, 0xff, l->arena_bytes);
   return start(w, l, l->threads[0] * l->threads[1] * l->threads[2],
                l->shuffle ? mix(l->shuffle ^ mix(group)) : 0, l->entry);
 }
+
+// Runs `task` on a fiber of its own, with no memory bound.
+static void run_alone(Worker *w, void (*task)()) {
+  Launch l = Launch();
+  l.threads[0] = l.threads[1] = l.threads[2] = 1;
+  l.module_hi = ~0ul;
+  start(w, &l, 1, 0, task);
+}
+
+#ifdef MSL_CHECKED
+static constexpr uint is_checked = 1;
+#else
+static constexpr uint is_checked = 0;
+#endif
 
 } // namespace msl_rt

@@ -5,7 +5,7 @@
 #pragma once
 
 namespace msl_rt {
-void count_exp2();
+static inline void count_exp2();
 MSL_FN float exp2_counted(float x) {
   count_exp2();
   return __builtin_exp2f(x);

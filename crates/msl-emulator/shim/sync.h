@@ -17,20 +17,19 @@ MSL_FN constexpr mem_flags operator|(mem_flags a, mem_flags b) {
 
 namespace msl_rt {
 
-// Some lane passed a matrix operation that another skipped.
-__attribute__((noreturn, noinline)) static void skipped(Worker *w, const Lane *a, uint a_seq, uint b_tid,
-                                                        uint b_seq, uint op, uint line) {
-  const Simd *s = a->simd;
-  const uint low = a_seq < b_seq ? a_seq : b_seq;
-  const MatrixOp &o = s->ops[(low + 1u) % MSL_RING];
-  const Lane *b = a;
-  for (uint i = 0; i < w->n_threads; i++) {
-    if (w->lanes[i].tid == b_tid) b = &w->lanes[i];
+// This lane and another have passed different numbers of matrix operations: names the first one
+// that the slower of the two skipped.
+__attribute__((noreturn, noinline)) static void skipped(Worker *w, const Lane *me, uint op, uint line) {
+  const Simd *s = me->simd;
+  const Lane *low = me, *high = me;
+  for (uint i = 0; i < s->count; i++) {
+    const Lane *l = &s->lanes[i];
+    if (l->seq < low->seq) low = l;
+    if (l->seq > high->seq) high = l;
   }
-  if (a_seq < b_seq) {
-    diverged(w, b, o.kind, o.line, a->tid, op, line);
-  }
-  diverged(w, a, o.kind, o.line, b->tid, op, line);
+  const MatrixOp &o = s->ops[(low->seq + 1u) % MSL_RING];
+  const bool mine = low == me;
+  diverged(w, high, o.kind, o.line, low->tid, mine ? op : low->op, mine ? line : low->line);
 }
 
 // Waits for every lane of the simdgroup; true for the one that came last.
@@ -46,7 +45,7 @@ __attribute__((noinline)) static bool simd_sync(Worker *w, uint op, uint line) {
     if (s->sync_op != op || s->sync_line != line) {
       diverged(w, me, op, line, s->sync_tid, s->sync_op, s->sync_line);
     }
-    if (s->sync_seq != me->seq) skipped(w, me, me->seq, s->sync_tid, s->sync_seq, op, line);
+    if (s->sync_seq != me->seq) skipped(w, me, op, line);
   }
   me->sync++;
   if (++s->arrived < s->count) {
@@ -72,7 +71,8 @@ __attribute__((noinline)) static void group_barrier(uint flags, uint line) {
   me->op = OP_THREADGROUP_BARRIER;
   me->line = line;
   // A simdgroup's lanes arrive with as many matrix operations behind them.
-  if (me->seq != s->head) skipped(w, me, me->seq, w->barrier_tid, s->head, OP_THREADGROUP_BARRIER, line);
+  if (s->barrier_head == ~0u) s->barrier_head = s->head;
+  if (me->seq != s->head || s->barrier_head != s->head) skipped(w, me, OP_THREADGROUP_BARRIER, line);
   if (w->arrived < w->n_threads) {
     block(w, OP_THREADGROUP_BARRIER, line);
     return;
@@ -82,8 +82,11 @@ __attribute__((noinline)) static void group_barrier(uint flags, uint line) {
   w->clock++;
   if (flags & 2u) w->last_clock = w->clock;
   if (flags & 1u) w->last_device_clock = w->clock;
-  w->simds_ready = w->simds_left == 32 ? ~0u : (1u << w->n_simds) - 1u;
-  for (uint i = 0; i < w->n_simds; i++) w->simds[i].ready = w->simds[i].present;
+  w->simds_ready = w->n_simds == 32 ? ~0u : (1u << w->n_simds) - 1u;
+  for (uint i = 0; i < w->n_simds; i++) {
+    w->simds[i].ready = w->simds[i].present;
+    w->simds[i].barrier_head = ~0u;
+  }
   me->op = OP_NONE;
 }
 

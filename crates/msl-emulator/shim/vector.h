@@ -10,7 +10,7 @@ template <class T, int N> struct vec;
 
 // One definition for the three lengths: FIELDS, and how a list of scalars fills them.
 #define MSL_VEC_COMMON(N)                                                                          \
-  typedef T msl_elem;                                                                              \
+  static constexpr int msl_n = N;                                                                  \
   vec() = default;                                                                                 \
   constexpr vec(const vec &) = default;                                                            \
   vec &operator=(const vec &) = default;                                                           \
@@ -57,7 +57,9 @@ template <class T, int N> struct vec;
     return r;                                                                                      \
   }
 #ifdef MSL_PASS_TYPES
-#define MSL_VEC_FROM(space) constexpr vec(const space vec &o);
+#define MSL_VEC_FROM(space)                                                                        \
+  template <class = void> vec(const space vec &o);                                                 \
+  template <class U> explicit vec(const space vec<U, msl_n> &o);
 #define MSL_FOR_WRITABLE_SPACES_1(X, a) X##_T(a, ) X##_T(a, MSL_DEVICE) X##_T(a, MSL_THREADGROUP)
 #define MSL_VEC_ASSIGN_T(op, space) friend space vec &operator op##=(space vec &a, vec b);
 #else
@@ -128,7 +130,7 @@ template <class T, int N> struct packed_vec {
     return r;
   }
 #define MSL_AS(space)                                                                              \
-  packed_vec(const space packed_vec &o) { msl_v[0] = o.msl_v[0]; }
+  template <class = void> packed_vec(const space packed_vec &o);
   MSL_FOR_NAMED_SPACES(MSL_AS)
 #undef MSL_AS
   T &operator[](int i) { return msl_v[i]; }

@@ -22,7 +22,6 @@ struct Lane {
   uint line;    // where
   uint pos[3];
   ulong stack_lo;
-  ulong pad[1];
 };
 
 struct MatrixOp {
@@ -44,6 +43,7 @@ struct Simd {
   uint sync_line;
   uint sync_tid;
   uint sync_seq;
+  uint barrier_head;
   uint head;     // matrix operations begun
   uint min_seq;  // a lower bound of what every lane has passed
   uint last_clock; // of the last simdgroup barrier that orders threadgroup memory
@@ -77,9 +77,8 @@ struct Worker {
   uint last_clock;
   uint last_device_clock;
   uint group[3];
-  uint group_stamp;
-  uint ready_threads; // threads whose lanes are laid out
-  uint spins;
+  uint group_stamp; // the threadgroup, for device memory
+  uint arena_stamp; // runs of any threadgroup so far, for threadgroup memory
   const Range *last_range;
   Counts counts;
   Fault fault;
@@ -102,6 +101,6 @@ MSL_FN Worker *worker() {
   return reinterpret_cast<Worker *>(sp & ~(MSL_REGION - 1));
 }
 
-MSL_FN void count_exp2() { worker()->counts.exp2++; }
+static inline void count_exp2() { worker()->counts.exp2++; }
 
 } // namespace msl_rt

@@ -5,7 +5,6 @@ mod isa;
 mod job;
 mod kernels;
 mod masks;
-mod memory;
 mod prefill;
 mod vec;
 
@@ -14,7 +13,8 @@ use std::time::Instant;
 
 pub use isa::Isa;
 
-use super::{Backend, DeviceKind, Dispatch, Kernel, Limits, Memory, Pending, Step, Timing};
+use super::host_memory::HostMemory;
+use super::{Backend, DeviceKind, Dispatch, Done, Kernel, Limits, Memory, Pending, Step, Timing};
 use crate::attention::bindings::{Constants, names};
 use crate::attention::variant::{self, Family};
 use crate::error::{MlxError, Result};
@@ -154,7 +154,7 @@ impl Backend for Cpu {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>> {
-        Ok(Arc::new(memory::HostMemory::zeroed(bytes)?))
+        Ok(Arc::new(HostMemory::zeroed(bytes)?))
     }
 
     fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Kernel> {
@@ -185,14 +185,5 @@ impl Backend for Cpu {
         };
         let end = clock.elapsed().as_secs_f64();
         Arc::new(Done(result.map(|()| Timing { start, end })))
-    }
-}
-
-/// A command that ran while it was submitted.
-struct Done(Result<Timing>);
-
-impl Pending for Done {
-    fn wait(&self) -> Result<Timing> {
-        self.0.clone()
     }
 }

@@ -1,0 +1,223 @@
+//! Values of options, parsed and checked: a wrong one is refused before anything is read.
+
+use clap::ValueEnum;
+use mlx_flash_attn::attention::variant::HEAD_DIMS;
+use mlx_flash_attn::attention::{Layout, QueryOffset, Shape};
+use mlx_flash_attn::{DType, DeviceKind, MlxDevice};
+
+/// Largest size or offset that a problem takes.
+const MAX: u64 = i32::MAX as u64;
+
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeviceArg {
+    /// What MLX_FLASH_DEVICE names, else the best of Metal, CUDA and CPU.
+    Auto,
+    /// This machine's processors.
+    Cpu,
+    /// An Apple GPU.
+    Metal,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// The Metal kernels, run on this machine's processors.
+    Emulator,
+}
+
+impl DeviceArg {
+    /// Opens the device.
+    pub(crate) fn open(self) -> anyhow::Result<MlxDevice> {
+        let kind = match self {
+            Self::Auto => return Ok(MlxDevice::new()?),
+            Self::Cpu => DeviceKind::Cpu,
+            Self::Metal => DeviceKind::Metal,
+            Self::Cuda => DeviceKind::Cuda,
+            Self::Emulator => DeviceKind::Emulator,
+        };
+        Ok(MlxDevice::open(kind)?)
+    }
+}
+
+/// `--layout`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LayoutArg {
+    /// [B, H, L, D].
+    HeadMajor,
+    /// [B, L, H, D].
+    SeqMajor,
+}
+
+impl LayoutArg {
+    pub(crate) fn other(self) -> Self {
+        match self {
+            Self::HeadMajor => Self::SeqMajor,
+            Self::SeqMajor => Self::HeadMajor,
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::HeadMajor => "head-major",
+            Self::SeqMajor => "seq-major",
+        }
+    }
+
+    pub(crate) fn axes(self) -> &'static str {
+        match self {
+            Self::HeadMajor => "[B, H, L, D]",
+            Self::SeqMajor => "[B, L, H, D]",
+        }
+    }
+}
+
+impl From<LayoutArg> for Layout {
+    fn from(layout: LayoutArg) -> Self {
+        match layout {
+            LayoutArg::HeadMajor => Self::HeadMajor,
+            LayoutArg::SeqMajor => Self::SeqMajor,
+        }
+    }
+}
+
+/// `--dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DTypeArg {
+    /// bfloat16.
+    Bf16,
+    /// IEEE-754 binary16.
+    F16,
+    /// IEEE-754 binary32.
+    F32,
+}
+
+impl From<DTypeArg> for DType {
+    fn from(dtype: DTypeArg) -> Self {
+        match dtype {
+            DTypeArg::Bf16 => Self::BF16,
+            DTypeArg::F16 => Self::F16,
+            DTypeArg::F32 => Self::F32,
+        }
+    }
+}
+
+/// A finite number.
+pub(crate) fn finite(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(x) if x.is_finite() => Ok(x),
+        _ => Err("expected a finite number".into()),
+    }
+}
+
+/// A finite number above 0.
+pub(crate) fn positive(text: &str) -> Result<f32, String> {
+    finite(text)
+        .ok()
+        .filter(|x| *x > 0.0)
+        .ok_or_else(|| "expected a finite number above 0".into())
+}
+
+/// A size of at least 1.
+pub(crate) fn size(text: &str) -> Result<usize, String> {
+    let expected = || format!("expected a whole number from 1 to {MAX}");
+    let size = text.parse::<u64>().map_err(|_| expected())?;
+    usize::try_from(size)
+        .ok()
+        .filter(|_| (1..=MAX).contains(&size))
+        .ok_or_else(expected)
+}
+
+/// A window of at least 1 key.
+pub(crate) fn window(text: &str) -> Result<u32, String> {
+    let size = size(text)?;
+    u32::try_from(size).map_err(|e| e.to_string())
+}
+
+/// A head dimension that has kernels.
+pub(crate) fn head_dim(text: &str) -> Result<usize, String> {
+    text.parse::<usize>()
+        .ok()
+        .filter(|dim| HEAD_DIMS.contains(dim))
+        .ok_or_else(|| format!("expected one of {HEAD_DIMS:?}"))
+}
+
+/// A position of query row 0 among the keys, or `bottom-right`.
+pub(crate) fn query_offset(text: &str) -> Result<QueryOffset, String> {
+    if text == "bottom-right" {
+        return Ok(QueryOffset::BottomRight);
+    }
+    text.parse::<i32>()
+        .map(|offset| QueryOffset::At(offset.into()))
+        .map_err(|_| "expected a whole number of at most 31 bits, or `bottom-right`".into())
+}
+
+/// `B,H,HKV,SQ,SK,D`.
+pub(crate) fn shape(text: &str) -> Result<Shape, String> {
+    let names = ["B", "H", "HKV", "SQ", "SK", "D"];
+    let parts: Vec<&str> = text.split(',').collect();
+    if parts.len() != names.len() {
+        return Err(format!(
+            "expected 6 numbers B,H,HKV,SQ,SK,D, got {}",
+            parts.len()
+        ));
+    }
+    let mut sizes = [0; 6];
+    for ((slot, part), name) in sizes.iter_mut().zip(parts).zip(names) {
+        *slot = size(part.trim()).map_err(|e| format!("{name}: {e}, got `{part}`"))?;
+    }
+    let [batch, heads, kv_heads, query_len, key_len, head_dim] = sizes;
+    if heads % kv_heads != 0 {
+        return Err(format!("H ({heads}) must be divisible by HKV ({kv_heads})"));
+    }
+    Ok(Shape {
+        batch,
+        heads,
+        kv_heads,
+        query_len,
+        key_len,
+        head_dim,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers() {
+        assert_eq!(finite("-0.5"), Ok(-0.5));
+        for bad in ["nan", "inf", "1e39", "x", ""] {
+            assert!(finite(bad).is_err(), "{bad}");
+        }
+        assert_eq!(positive("30"), Ok(30.0));
+        for bad in ["0", "-1", "1e-60", "nan"] {
+            assert!(positive(bad).is_err(), "{bad}");
+        }
+        assert_eq!(window("2147483647"), Ok(2_147_483_647));
+        for bad in ["0", "-1", "2147483648", "99999999999999999999", "1.5"] {
+            assert!(window(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn offsets() {
+        assert_eq!(query_offset("-3"), Ok(QueryOffset::At(-3)));
+        assert_eq!(query_offset("bottom-right"), Ok(QueryOffset::BottomRight));
+        assert!(query_offset("3000000000").is_err());
+        assert!(query_offset("top").is_err());
+    }
+
+    #[test]
+    fn shapes() {
+        let s = shape("1, 8,2,100,200,64").unwrap();
+        assert_eq!((s.heads, s.kv_heads, s.key_len), (8, 2, 200));
+        for (bad, culprit) in [
+            ("1,8,2,100,64", "got 5"),
+            ("1,8,2,100,200,64,", "got 7"),
+            ("1,8,3,100,200,64", "divisible"),
+            ("1,8,2,0,200,64", "SQ"),
+            ("1,8,2,100,x,64", "SK"),
+            ("1,8,2,100,200,-64", "D:"),
+        ] {
+            assert!(shape(bad).unwrap_err().contains(culprit), "{bad}");
+        }
+    }
+}

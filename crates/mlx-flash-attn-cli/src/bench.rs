@@ -1,0 +1,274 @@
+//! `bench`: how fast attention is on random inputs.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use half::{bf16, f16};
+use indicatif::ProgressBar;
+use mlx_flash_attn::attention::{Problem, QueryOffset, Role, Shape};
+use mlx_flash_attn::ops::{self, Operands};
+use mlx_flash_attn::{DType, DeviceKind, KernelRegistry, MlxBuffer, MlxDevice};
+
+use crate::cli::BenchArgs;
+use crate::files::Target;
+use crate::json::{self, BenchLine};
+use crate::measure::{self, Times};
+use crate::output::{Results, Status};
+use crate::plot::{self, Bar, Reference};
+use crate::progress;
+use crate::random::Random;
+use crate::table::{Table, milliseconds, significant};
+
+/// Runs take turns over at least this many bytes of operands, so that no cache holds the keys and
+/// values of the next run, ...
+const ROTATION_BYTES: usize = 256 << 20;
+/// ... but over no more sets than this: inputs so small come from a cache in real use too.
+const MAX_SETS: usize = 64;
+
+pub(crate) fn execute(args: &BenchArgs, results: &mut Results) -> Result<Status> {
+    let target = args
+        .plot
+        .as_ref()
+        .map(|path| Target::new(path, &[]))
+        .transpose()?;
+    let device = args.device.open()?;
+    let dtype = DType::from(args.dtype);
+    // All shapes are checked before the first is measured.
+    let problems = args
+        .shape
+        .iter()
+        .map(|shape| problem(args, *shape, dtype))
+        .collect::<Result<Vec<_>>>()?;
+    let peak = measured_peak(&device, dtype);
+    let mut lines = Vec::new();
+    for problem in &problems {
+        let bar = progress::bar(1000, &label(problem.shape()), args.json);
+        let times = time(&device, problem, &bar)
+            .with_context(|| format!("--shape {}", label(problem.shape())));
+        bar.finish_and_clear();
+        let line = line(args, &device, problem, &times?, peak);
+        if args.json {
+            results.json(&line)?;
+        }
+        lines.push(line);
+    }
+    let title = title(args, &device, dtype);
+    if !args.json {
+        results.line(&title)?;
+        results.text(&table(&lines).to_string())?;
+    }
+    if let Some(target) = target {
+        target.write(draw(&title, &lines, peak).as_bytes())?;
+    }
+    Ok(Status::Done)
+}
+
+/// TFLOP/s that the device reaches at best in `dtype`, if that has been measured.
+fn measured_peak(_device: &MlxDevice, _dtype: DType) -> Option<f64> {
+    None
+}
+
+fn problem(args: &BenchArgs, shape: Shape, dtype: DType) -> Result<Problem> {
+    let mut builder = Problem::builder(dtype, shape)
+        .causal(args.causal)
+        .query_offset(QueryOffset::BottomRight);
+    if let Some(window) = args.window {
+        builder = builder.window(window);
+    }
+    let checked = || {
+        let problem = builder.build()?;
+        let needed = bytes(&problem).saturating_mul(sets(&problem));
+        match available_memory() {
+            Some(available) if needed > available => bail!(
+                "needs {:.1} GB of memory, {:.1} GB are available",
+                needed as f64 / 1e9,
+                available as f64 / 1e9
+            ),
+            _ => Ok(problem),
+        }
+    };
+    checked().with_context(|| format!("--shape {}", label(shape)))
+}
+
+const ROLES: [Role; 4] = [Role::Query, Role::Key, Role::Value, Role::Output];
+
+/// Bytes of one set of operands.
+fn bytes(problem: &Problem) -> usize {
+    ROLES
+        .into_iter()
+        .filter_map(|role| problem.operand(role))
+        .map(|spec| spec.elements.saturating_mul(spec.dtype.size_of()))
+        .fold(0, usize::saturating_add)
+}
+
+fn sets(problem: &Problem) -> usize {
+    ROTATION_BYTES
+        .div_ceil(bytes(problem).max(1))
+        .clamp(1, MAX_SETS)
+}
+
+/// Memory that can be had without swapping, where the system tells.
+fn available_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
+    let kilobytes: usize = line.split_whitespace().nth(1)?.parse().ok()?;
+    kilobytes.checked_mul(1024)
+}
+
+fn time(device: &MlxDevice, problem: &Problem, bar: &ProgressBar) -> Result<Times> {
+    let mut random = Random::new(0);
+    let sets = (0..sets(problem))
+        .map(|_| Set::new(device, problem, &mut random))
+        .collect::<Result<Vec<_>>>()?;
+    let mut registry = KernelRegistry::new();
+    let mut encoder = device.command_encoder()?;
+    let once = |i: usize| {
+        let Some(set) = sets.get(i) else {
+            bail!("there is no set {i}")
+        };
+        let operands = Operands::new(&set.q, &set.k, &set.v, &set.out);
+        let start = Instant::now();
+        ops::attention(&mut encoder, device, &mut registry, problem, &operands)?;
+        let (begin, end) = encoder.commit_wait_with_gpu_time()?;
+        // On the CPU the whole call counts, as a caller waits for it.
+        Ok(match device.kind() {
+            DeviceKind::Cpu => start.elapsed().as_secs_f64(),
+            _ => end - begin,
+        })
+    };
+    measure::measure(&measure::BENCH, sets.len(), once, |part| {
+        bar.set_position((part * 1000.0) as u64);
+    })
+}
+
+/// Operands of one run.
+struct Set {
+    q: MlxBuffer,
+    k: MlxBuffer,
+    v: MlxBuffer,
+    out: MlxBuffer,
+}
+
+impl Set {
+    fn new(device: &MlxDevice, problem: &Problem, random: &mut Random) -> Result<Self> {
+        let mut operand = |role: Role, filled: bool| -> Result<MlxBuffer> {
+            let Some(spec) = problem.operand(role) else {
+                bail!("{} has no size", role.name())
+            };
+            let (dtype, n) = (spec.dtype, spec.elements);
+            let Some(bytes) = n.checked_mul(dtype.size_of()) else {
+                bail!("{}: {n} elements overflow", role.name())
+            };
+            let mut buffer = device.alloc_buffer(bytes, dtype, vec![n])?;
+            if filled {
+                fill(&mut buffer, random)?;
+            }
+            Ok(buffer)
+        };
+        Ok(Self {
+            q: operand(Role::Query, true)?,
+            k: operand(Role::Key, true)?,
+            v: operand(Role::Value, true)?,
+            out: operand(Role::Output, false)?,
+        })
+    }
+}
+
+fn fill(buffer: &mut MlxBuffer, random: &mut Random) -> Result<()> {
+    match buffer.dtype() {
+        DType::BF16 => {
+            let values = buffer.as_mut_slice::<bf16>()?;
+            values.fill_with(|| bf16::from_f32(random.normal()));
+        }
+        DType::F16 => {
+            let values = buffer.as_mut_slice::<f16>()?;
+            values.fill_with(|| f16::from_f32(random.normal()));
+        }
+        _ => buffer.as_mut_slice::<f32>()?.fill_with(|| random.normal()),
+    }
+    Ok(())
+}
+
+fn line(
+    args: &BenchArgs,
+    device: &MlxDevice,
+    problem: &Problem,
+    times: &Times,
+    peak: Option<f64>,
+) -> BenchLine {
+    let tflops = problem.flops() / (times.median * 1e-3) / 1e12;
+    BenchLine {
+        device: device.kind().name(),
+        dtype: problem.dtype().name(),
+        shape: json::sizes(problem.shape()),
+        causal: args.causal,
+        window: args.window,
+        ms_median: times.median,
+        ms_min: times.min,
+        ms_max: times.max,
+        tflops,
+        peak_tflops: peak,
+        share: peak.map(|peak| tflops / peak),
+    }
+}
+
+fn label(shape: Shape) -> String {
+    json::sizes(shape).map(|n| n.to_string()).join(",")
+}
+
+fn title(args: &BenchArgs, device: &MlxDevice, dtype: DType) -> String {
+    let mut title = format!("Attention on {}, {dtype}", device.name());
+    if args.causal {
+        title.push_str(", causal");
+    }
+    if let Some(window) = args.window {
+        title.push_str(&format!(", window {window}"));
+    }
+    title
+}
+
+fn joined(line: &BenchLine) -> String {
+    line.shape.map(|n| n.to_string()).join(",")
+}
+
+fn table(lines: &[BenchLine]) -> Table {
+    let with_share = lines.iter().any(|l| l.share.is_some());
+    let mut header = vec!["B,H,Hkv,Sq,Sk,D", "median", "min", "max", "TFLOP/s"];
+    header.extend(with_share.then_some("of peak"));
+    let mut table = Table::new(header);
+    for line in lines {
+        let mut row = vec![
+            joined(line),
+            milliseconds(line.ms_median),
+            milliseconds(line.ms_min),
+            milliseconds(line.ms_max),
+            significant(line.tflops),
+        ];
+        row.extend(line.share.map(|share| format!("{:.1} %", share * 100.0)));
+        table.row(row);
+    }
+    table
+}
+
+fn draw(title: &str, lines: &[BenchLine], peak: Option<f64>) -> String {
+    let bars: Vec<Bar> = lines
+        .iter()
+        .map(|line| Bar {
+            label: joined(line),
+            value: line.tflops,
+            low: line.tflops * line.ms_median / line.ms_max,
+            high: line.tflops * line.ms_median / line.ms_min,
+            note: format!(
+                "{} in {}",
+                significant(line.tflops),
+                milliseconds(line.ms_median)
+            ),
+        })
+        .collect();
+    let peak = peak.map(|value| Reference {
+        label: format!("measured peak {}", significant(value)),
+        value,
+    });
+    let axis = "TFLOP/s, median; line: slowest to fastest run";
+    plot::bars(title, "B,H,Hkv,Sq,Sk,D", axis, &bars, peak.as_ref())
+}

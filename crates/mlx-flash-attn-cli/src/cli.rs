@@ -1,0 +1,198 @@
+//! Commands and options.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use mlx_flash_attn::attention::{QueryOffset, Shape};
+
+use crate::args::{self, DTypeArg, DeviceArg, LayoutArg};
+
+/// Exact flash attention on this machine's devices: compute it, check it, measure it.
+///
+/// Results go to stdout, messages to stderr. Exit status: 0 done, 1 a check failed, 2 bad input.
+#[derive(Debug, Parser)]
+#[command(name = "mlx-flash-attn", version, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+// Each command is described by its options' own text.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Run(RunArgs),
+    Verify(VerifyArgs),
+    Bench(BenchArgs),
+    Devices(DevicesArgs),
+    Tiles(TilesArgs),
+}
+
+/// Compute attention over the tensors of a safetensors file.
+///
+/// The file holds `q` [B,H,qL,D], `k` and `v` [B,Hkv,kL,D] in BF16, F16 or F32 (seq-major: [B,L,H,D]);
+/// it may hold `mask` [qL,kL] or [B|1,H|1,qL,kL], BOOL (true attends) or BF16, F16 or F32 (added to
+/// the scaled scores), and `sinks` F32 [H]. The output file holds `o` in q's dtype and layout.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  mlx-flash-attn run -i qkv.safetensors -o out.safetensors --causal --check")]
+pub(crate) struct RunArgs {
+    /// Safetensors file with `q`, `k`, `v`
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) input: PathBuf,
+    /// Safetensors file to write; it appears whole or not at all
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Hide keys after a query's own position
+    #[arg(long)]
+    pub(crate) causal: bool,
+    /// Position of query row 0 among the keys, or `bottom-right` for kL - qL
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "0",
+        allow_hyphen_values = true,
+        value_parser = args::query_offset
+    )]
+    pub(crate) q_offset: QueryOffset,
+    /// Show a query exactly N keys up to and including its own position
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::window)]
+    pub(crate) window: Option<u32>,
+    /// Cap scores: s = X * tanh(s / X)
+    #[arg(long, value_name = "X", allow_hyphen_values = true, value_parser = args::positive)]
+    pub(crate) softcap: Option<f32>,
+    /// Multiply scores by X [default: 1/sqrt(D)]
+    #[arg(long, value_name = "X", allow_hyphen_values = true, value_parser = args::finite)]
+    pub(crate) scale: Option<f32>,
+    /// Order of the axes of q, k, v and o
+    #[arg(long, value_enum, default_value_t = LayoutArg::HeadMajor)]
+    pub(crate) layout: LayoutArg,
+    /// Device to compute on
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub(crate) device: DeviceArg,
+    /// Write the log-sum-exp of each row too: `lse` F32 [B,H,qL]
+    #[arg(long)]
+    pub(crate) lse: bool,
+    /// Compare with the float64 reference (slow); exit with 1 if over the tolerance
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// Print one JSON object: device, ms, check {rel_fro, max_abs, tolerance, ok}
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Check a device against the float64 reference.
+///
+/// Runs the contract as a matrix of head dims, dtypes, masks and layouts and prints what passed.
+/// Operands are surrounded by values that no kernel may read. A case that the device has no kernel
+/// for is counted as skipped. Exits with 1 if a case failed.
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// Device to check
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub(crate) device: DeviceArg,
+    /// Run a sample of the matrix
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Print one JSON object: device, cases, passed, failed, skipped
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Measure attention on random inputs of given shapes.
+///
+/// Each shape is warmed up, then run for at least a second; on a GPU its own clock counts. TFLOP/s
+/// counts 4*D operations a visible pair. With `--causal` or `--window` the last query sees the last
+/// key.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  mlx-flash-attn bench --shape 1,32,8,4096,4096,128 --shape 1,32,8,1,4096,128 --causal")]
+pub(crate) struct BenchArgs {
+    /// Batch, query heads, key/value heads, query length, key length, head dim; repeatable
+    #[arg(
+        long,
+        value_name = "B,H,HKV,SQ,SK,D",
+        required = true,
+        allow_hyphen_values = true,
+        value_parser = args::shape
+    )]
+    pub(crate) shape: Vec<Shape>,
+    /// Element type of inputs and output
+    #[arg(long, value_enum, default_value_t = DTypeArg::Bf16)]
+    pub(crate) dtype: DTypeArg,
+    /// Hide keys after a query's own position
+    #[arg(long)]
+    pub(crate) causal: bool,
+    /// Show a query exactly N keys up to and including its own position
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::window)]
+    pub(crate) window: Option<u32>,
+    /// Device to measure
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub(crate) device: DeviceArg,
+    /// Print one JSON object a shape: device, dtype, shape, causal, window, ms_median, ms_min,
+    /// ms_max, tflops
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Draw the results
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
+}
+
+/// List the devices and what each can do.
+#[derive(Debug, Args)]
+pub(crate) struct DevicesArgs {
+    /// Print one JSON object a device: device, available, default, name, details, reason
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Draw which tiles of the score matrix are skipped, free of mask, or masked.
+///
+/// The tile is that of the kernels for the head dim. Skipped tiles are neither loaded nor computed.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  mlx-flash-attn tiles --sq 1024 --sk 1024 --causal --window 256 --svg tiles.svg")]
+pub(crate) struct TilesArgs {
+    /// Query length
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::size)]
+    pub(crate) sq: usize,
+    /// Key length
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::size)]
+    pub(crate) sk: usize,
+    /// Hide keys after a query's own position
+    #[arg(long)]
+    pub(crate) causal: bool,
+    /// Show a query exactly N keys up to and including its own position
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::window)]
+    pub(crate) window: Option<u32>,
+    /// Position of query row 0 among the keys, or `bottom-right` for SK - SQ
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "0",
+        allow_hyphen_values = true,
+        value_parser = args::query_offset
+    )]
+    pub(crate) q_offset: QueryOffset,
+    /// Head dimension, which decides the tile
+    #[arg(long, value_name = "D", default_value = "64", allow_hyphen_values = true, value_parser = args::head_dim)]
+    pub(crate) head_dim: usize,
+    /// Print the counts as one JSON object instead of the picture
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Draw the picture to a file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn options_are_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,83 @@
+//! From preprocessed Metal to C++: what the lexical pass reads and rewrites.
+
+mod attributes;
+mod constants;
+mod declarations;
+mod emit;
+mod kernels;
+mod reach;
+mod storage;
+mod words;
+
+use crate::error::{Error, Result};
+use crate::lex::Text;
+use crate::reflect::{ConstantInfo, KernelInfo};
+
+/// Which compilation the C++ is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// Address spaces are real; only types are checked.
+    Types,
+    /// Address spaces are gone; code is generated.
+    Code,
+}
+
+/// A program after the lexical pass.
+#[derive(Debug)]
+pub(crate) struct Program {
+    /// C++ for the pass.
+    pub(crate) code: String,
+    /// Kernels, in the order of the compiled program's table.
+    pub(crate) kernels: Vec<KernelInfo>,
+    /// Function constants, in the order of the table.
+    pub(crate) constants: Vec<ConstantInfo>,
+    /// Threadgroup variables: name and line, by site.
+    pub(crate) storage: Vec<(String, u32)>,
+}
+
+/// A place in the text that breaks a rule.
+pub(crate) struct Bad {
+    line: u32,
+    message: String,
+}
+
+pub(crate) type Step<T> = std::result::Result<T, Bad>;
+
+fn bad<T>(line: u32, message: impl Into<String>) -> Step<T> {
+    Err(Bad {
+        line,
+        message: message.into(),
+    })
+}
+
+/// Reads and rewrites `expanded`, the preprocessed text of the program `file`.
+pub(crate) fn translate(expanded: &str, file: &str, pass: Pass) -> Result<Program> {
+    run(expanded, pass).map_err(|b| Error::Text {
+        file: file.into(),
+        line: b.line,
+        message: b.message,
+    })
+}
+
+fn run(expanded: &str, pass: Pass) -> Step<Program> {
+    let mut text = Text::new(expanded);
+    let attributes = attributes::collect(&text)?;
+    let declarations = declarations::split(&text, &attributes);
+    let constants = constants::find(&text, &attributes, &declarations)?;
+    let mut kernels = kernels::find(&text, &attributes, &declarations)?;
+    reach::required_constants(&text, &declarations, &constants, &mut kernels);
+    let swizzles = words::swizzles(&text);
+    let storage = storage::rewrite(&mut text, &declarations, &kernels, pass)?;
+    constants::rewrite(&mut text, &constants, pass);
+    words::rewrite(&mut text)?;
+    attributes::blank(&mut text, &attributes);
+    kernels::declare_limits(&mut text, &kernels);
+    let body = text.finish();
+    let code = emit::program(&body, &kernels, &constants, &swizzles, pass);
+    Ok(Program {
+        code,
+        kernels: kernels.entries.into_iter().map(|e| e.info).collect(),
+        constants: constants.declared.into_iter().map(|c| c.info).collect(),
+        storage,
+    })
+}

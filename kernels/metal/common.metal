@@ -1,0 +1,54 @@
+// What every kernel shares: function constants, the lane map, block loads.
+
+using namespace metal;
+
+constant bool align_q [[function_constant(200)]];
+constant bool align_k [[function_constant(201)]];
+constant bool has_mask [[function_constant(300)]];
+constant bool do_causal [[function_constant(301)]];
+constant bool has_sinks [[function_constant(302)]];
+constant bool has_blk [[function_constant(303)]];
+constant bool has_window [[function_constant(304)]];
+constant bool has_softcap [[function_constant(305)]];
+constant bool has_alibi [[function_constant(306)]];
+constant bool has_lse [[function_constant(307)]];
+constant bool is_varlen [[function_constant(308)]];
+constant int mask_dtype [[function_constant(309)]];
+constant int nsg [[function_constant(322)]];
+constant int blk_bq [[function_constant(400)]];
+constant int blk_bk [[function_constant(401)]];
+constant bool has_extra = has_window || has_lse || is_varlen;
+
+constant constexpr float LOG2E = 1.44269504089f;
+constant constexpr float LN2 = 0.69314718056f;
+
+// Start of a running maximum: below every score, and finite, so that maximum minus maximum is never
+// infinity minus infinity.
+constant constexpr float LOWEST = -1.7014117e38f;
+
+// The cell of an 8x8 matrix that a lane holds first; the second is the next column.
+struct Cell {
+    ushort row;
+    ushort col;
+};
+
+inline Cell lane_cell(ushort lane) {
+    const ushort quad = lane / 4;
+    return Cell{ushort((quad & 4) + (lane / 2) % 4), ushort((quad & 2) * 2 + (lane % 2) * 2)};
+}
+
+// Loads the 8x8 block at `src`, of which the first `rows` source rows are there and the others
+// count as zero and are not read. Transposed, a source row becomes a column.
+template <typename T, bool transpose>
+inline void load_block(
+    thread simdgroup_matrix<T, 8, 8>& block, device const T* src, long stride, int rows, Cell cell) {
+    if (rows >= 8) {
+        simdgroup_load(block, src, ulong(stride), ulong2(0, 0), transpose);
+        return;
+    }
+    for (ushort e = 0; e < 2; ++e) {
+        const ushort r = transpose ? ushort(cell.col + e) : cell.row;
+        const ushort c = transpose ? cell.row : ushort(cell.col + e);
+        block.thread_elements()[e] = int(r) < rows ? src[long(r) * stride + long(c)] : T(0.0f);
+    }
+}

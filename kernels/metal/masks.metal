@@ -1,0 +1,44 @@
+// The mask fill and the tile classes.
+
+// One threadgroup a row: 0 where the key is visible, -infinity where it is not.
+[[kernel]] void flash_attn_prefill_mask_fill_bf16(
+    device bfloat* mask [[buffer(0)]],
+    constant MaskFillParams& p [[buffer(1)]],
+    uint row [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort threads [[threads_per_threadgroup]]) {
+    const long position = long(row) + long(p.q_abs_offset);
+    device bfloat* cells = mask + ulong(row) * ulong(p.seq_len_k);
+    for (long key = thread_index; key < long(p.seq_len_k); key += threads) {
+        const bool hidden = (p.causal != 0 && key > position)
+            || (p.window != 0 && position - key >= long(p.window));
+        cells[key] = hidden ? bfloat(-INFINITY) : bfloat(0.0f);
+    }
+}
+
+// One simdgroup a tile. The first rule that fits: past the keys: 0; reaching past them: 1; all
+// masked: 0; all zero: 2; else 1. Rows past the last do not count.
+[[kernel]] void flash_attn_prefill_blk_bf16(
+    device const bfloat* mask [[buffer(0)]],
+    device uchar* classes [[buffer(1)]],
+    constant BlkParams& p [[buffer(2)]],
+    uint3 tile [[threadgroup_position_in_grid]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+    const long key0 = long(tile.x) * blk_bk, row0 = long(tile.y) * blk_bq;
+    const long rows = min(long(blk_bq), long(p.seq_len_q) - row0);
+    bool masked = true, zero = true;
+    const bool whole = key0 + blk_bk <= long(p.seq_len_k);
+    if (whole) {
+        for (long cell = lane; cell < rows * blk_bk; cell += 32) {
+            const long row = row0 + cell / blk_bk, key = key0 + cell % blk_bk;
+            const float value = float(mask[row * p.row_stride + key]);
+            masked &= value <= -1.0e30f;
+            zero &= value == 0.0f;
+        }
+        masked = simd_all(masked);
+        zero = simd_all(zero);
+    }
+    if (lane == 0) {
+        classes[ulong(tile.y) * ulong(p.nk) + ulong(tile.x)] = !whole ? 1 : masked ? 0 : zero ? 2 : 1;
+    }
+}

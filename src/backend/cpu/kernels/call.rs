@@ -1,0 +1,148 @@
+//! A job as the kernels take it apart: its constants, and its units of shared keys and values.
+
+use std::ops::Range;
+
+use crate::DType;
+use crate::attention::Sequence;
+use crate::attention::variant::{Tile as ClassTile, class_tile};
+use crate::attention::{MaskSpec, Problem, Role};
+use crate::backend::cpu::job::{Job, Pointers};
+
+use super::table::Kernels;
+
+/// Most keys of a strip, and the units from one row of scores to the next. Strips start at
+/// multiples of their length, so that a row's result depends on nothing but its visible keys.
+pub(super) const STRIP: usize = 256;
+
+/// Packed bytes of one strip of K; as many again for V. Both stay in a core's second-level cache
+/// beside the rows' state.
+const STRIP_BYTES: usize = 256 << 10;
+
+/// What holds for a whole call.
+#[derive(Debug)]
+pub(super) struct Call<'a> {
+    pub(super) problem: &'a Problem,
+    pub(super) at: Pointers,
+    pub(super) kernels: &'static Kernels,
+    pub(super) dim: usize,
+    /// Units of a row of Q or K.
+    pub(super) dim_units: usize,
+    /// Keys of a strip.
+    pub(super) strip: usize,
+    /// Most terms that are summed in one run; runs' sums are then added up. Rounding grows with the
+    /// length of a run, which only f32 results would show.
+    pub(super) run: usize,
+    /// Query heads that share a key/value head.
+    pub(super) group: usize,
+    pub(super) scale: f32,
+    pub(super) softcap: Option<f32>,
+    pub(super) mask: Option<MaskSpec>,
+    pub(super) class_tile: ClassTile,
+    pub(super) key_stride: usize,
+    pub(super) value_stride: usize,
+}
+
+/// The keys and values of one sequence's key/value head, with all query rows that use them.
+#[derive(Debug, Clone)]
+pub(super) struct Unit {
+    pub(super) sequence: Sequence,
+    pub(super) kv_head: usize,
+    /// Strips that some row sees, as far as the problem's parameters tell.
+    pub(super) strips: Range<usize>,
+}
+
+impl<'a> Call<'a> {
+    pub(super) fn new(job: &Job<'a>, kernels: &'static Kernels) -> Self {
+        let problem = job.problem;
+        let dim = problem.shape().head_dim;
+        let dim_units = dim / kernels.pair;
+        let seq_stride = |role| problem.strides(role).map_or(0, |s| s.seq);
+        Self {
+            problem,
+            at: job.at,
+            kernels,
+            dim,
+            dim_units,
+            strip: STRIP.min(STRIP_BYTES / (4 * dim_units)),
+            run: if problem.dtype() == DType::F32 {
+                128
+            } else {
+                512
+            },
+            group: problem.group(),
+            scale: problem.scale(),
+            softcap: problem.softcap(),
+            mask: problem.mask(),
+            class_tile: class_tile(dim),
+            key_stride: seq_stride(Role::Key),
+            value_stride: seq_stride(Role::Value),
+        }
+    }
+
+    /// Every unit that has query rows.
+    pub(super) fn units(&self) -> Vec<Unit> {
+        let shape = self.problem.shape();
+        let mut units = Vec::with_capacity(shape.batch * shape.kv_heads);
+        for b in 0..shape.batch {
+            let sequence = self.problem.sequence(b);
+            if sequence.query_len == 0 {
+                continue;
+            }
+            let keys = sequence
+                .visibility
+                .keys_any(0..sequence.query_len, sequence.key_len);
+            let strips = self.strips(&keys);
+            units.extend((0..shape.kv_heads).map(|kv_head| Unit {
+                sequence,
+                kv_head,
+                strips: strips.clone(),
+            }));
+        }
+        units
+    }
+
+    /// The strips that hold some of `keys`.
+    pub(super) fn strips(&self, keys: &Range<usize>) -> Range<usize> {
+        if keys.is_empty() {
+            return 0..0;
+        }
+        keys.start / self.strip..keys.end.div_ceil(self.strip)
+    }
+
+    /// Packed units of one strip of K or V.
+    pub(super) fn strip_units(&self) -> usize {
+        self.strip * self.dim_units
+    }
+
+    /// Packed bytes of the K and V of a unit.
+    pub(super) fn packed_bytes(&self, unit: &Unit) -> usize {
+        8 * unit.strips.len() * self.strip_units()
+    }
+
+    /// Bytes of state that a query row takes while its keys go by.
+    pub(super) fn row_bytes(&self) -> usize {
+        4 * (self.dim + self.dim_units)
+    }
+}
+
+impl Unit {
+    /// Query rows over all heads of the group. Row `f` is row `f / group` of head `f % group`, so
+    /// that rows which stand next to each other see nearly the same keys.
+    pub(super) fn rows(&self, call: &Call<'_>) -> usize {
+        self.sequence.query_len * call.group
+    }
+
+    /// The keys that some of `rows` sees.
+    pub(super) fn keys(&self, call: &Call<'_>, rows: &Range<usize>) -> Range<usize> {
+        let positions = rows.start / call.group..rows.end.div_ceil(call.group);
+        self.sequence
+            .visibility
+            .keys_any(positions, self.sequence.key_len)
+    }
+
+    /// The valid keys of a strip.
+    pub(super) fn strip_keys(&self, call: &Call<'_>, strip: usize) -> Range<usize> {
+        let start = strip * call.strip;
+        start..(start + call.strip).min(self.sequence.key_len)
+    }
+}

@@ -1,0 +1,145 @@
+//! Packing a strip of K and V into the order in which the micro-kernel reads them, converted on the
+//! way. K: panels of `NR` vectors of keys, `[panel][unit of D][keys]`. V: panels of `NR` vectors of
+//! columns, then single vectors for what is left, `[panel][unit of keys][columns]`. Keys that are
+//! not there are zeros up to the end of their panel, so that nothing past the last key is read.
+
+use super::call::{Call, Unit};
+use super::micro::Kernel;
+use super::simd::{Elem, Simd};
+use crate::DType;
+
+/// Packs strip `strip` of a unit.
+///
+/// # Safety
+/// The job's promises hold; `k` and `v` have room for [`Call::strip_units`].
+#[inline(always)]
+pub(super) unsafe fn pack<K: Kernel, const NR: usize>(
+    kernel: K,
+    call: &Call<'_>,
+    unit: &Unit,
+    strip: usize,
+    k: *mut u32,
+    v: *mut u32,
+) {
+    // SAFETY: as promised by the caller; the dtype is the operands'.
+    unsafe {
+        match call.problem.kv_dtype() {
+            DType::BF16 => both::<K, half::bf16, NR>(kernel, call, unit, strip, k, v),
+            // Units of two elements exist for bf16 only.
+            DType::F16 if K::PAIR == 1 => both::<K, half::f16, NR>(kernel, call, unit, strip, k, v),
+            _ if K::PAIR == 1 => both::<K, f32, NR>(kernel, call, unit, strip, k, v),
+            _ => {}
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn both<K: Kernel, T: Elem, const NR: usize>(
+    kernel: K,
+    call: &Call<'_>,
+    unit: &Unit,
+    strip: usize,
+    k: *mut u32,
+    v: *mut u32,
+) {
+    let keys = unit.strip_keys(call, strip);
+    let k_at = call.problem.k_at(&unit.sequence, unit.kv_head, keys.start);
+    let v_at = call.problem.v_at(&unit.sequence, unit.kv_head, keys.start);
+    // SAFETY: rows `keys` of K and V are there.
+    unsafe {
+        pack_keys::<K, T, NR>(
+            kernel,
+            call,
+            call.at.k.cast::<T>().add(k_at),
+            keys.len(),
+            k.cast(),
+        );
+        pack_values::<K, T, NR>(
+            kernel,
+            call,
+            call.at.v.cast::<T>().add(v_at),
+            keys.len(),
+            v.cast(),
+        );
+    }
+}
+
+#[inline(always)]
+unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
+    kernel: K,
+    call: &Call<'_>,
+    rows: *const T,
+    count: usize,
+    to: *mut f32,
+) {
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    let width = NR * lanes;
+    let depth = call.dim_units;
+    for block in 0..count.div_ceil(width) * NR {
+        let first = block * lanes;
+        let there = count.saturating_sub(first).min(lanes);
+        // SAFETY: block `block` lies in a panel of this strip.
+        let panel = unsafe { to.add(first / width * depth * width + first % width) };
+        for c in (0..depth).step_by(lanes) {
+            let columns = (depth - c).min(lanes);
+            let mut tile = s.zeros();
+            // SAFETY: rows below `there` and units below `depth` exist.
+            unsafe {
+                if there == lanes {
+                    for (r, v) in tile.as_mut().iter_mut().enumerate() {
+                        let at = rows.add((first + r) * call.key_stride + c * K::PAIR);
+                        *v = kernel.row_units(at, columns);
+                    }
+                } else {
+                    for (r, v) in tile.as_mut().iter_mut().take(there).enumerate() {
+                        let at = rows.add((first + r) * call.key_stride + c * K::PAIR);
+                        *v = kernel.row_units(at, columns);
+                    }
+                }
+                let tile = s.transpose(tile);
+                for (i, v) in tile.as_ref().iter().take(columns).enumerate() {
+                    s.store(panel.add((c + i) * width), *v);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn pack_values<K: Kernel, T: Elem, const NR: usize>(
+    kernel: K,
+    call: &Call<'_>,
+    rows: *const T,
+    count: usize,
+    to: *mut f32,
+) {
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    let width = NR * lanes;
+    let height = call.strip / K::PAIR;
+    let panelled = call.dim / width * width;
+    let row = |key: usize, column: usize| {
+        if key < count {
+            // SAFETY: the key and the column exist.
+            unsafe { rows.add(key * call.value_stride + column) }
+        } else {
+            std::ptr::null()
+        }
+    };
+    for step in 0..count.div_ceil(width) * width / K::PAIR {
+        let key = step * K::PAIR;
+        for column in (0..call.dim).step_by(lanes) {
+            let at = if column < panelled {
+                column / width * width * height + step * width + column % width
+            } else {
+                column * height + step * lanes
+            };
+            // SAFETY: `at` lies in the strip; rows are there or null.
+            unsafe {
+                let units = kernel.value_units([row(key, column), row(key + 1, column)]);
+                s.store(to.add(at), units);
+            }
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Working memory that outlives a call, so that small problems neither allocate nor fault pages in.
+
+use std::cell::Cell;
+use std::sync::Mutex;
+
+use super::tile::Row;
+
+/// A cache line; only ever reached by address.
+#[allow(dead_code)]
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+struct Line([u32; 16]);
+
+/// Four-byte units, aligned to a cache line.
+#[derive(Debug, Default)]
+pub(super) struct Buffer(Vec<Line>);
+
+impl Buffer {
+    /// Room for `units`; what they hold is unspecified, but initialized.
+    pub(super) fn reserve(&mut self, units: usize) -> *mut u32 {
+        let lines = units.div_ceil(16);
+        if self.0.len() < lines {
+            // Nothing worth copying to a larger place.
+            self.0.clear();
+            self.0.resize(lines, Line([0; 16]));
+        }
+        self.0.as_mut_ptr().cast()
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.len() * size_of::<Line>()
+    }
+}
+
+/// One thread's working memory.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    pub(super) queries: Buffer,
+    pub(super) outputs: Buffer,
+    pub(super) scores: Buffer,
+    pub(super) keys: Buffer,
+    pub(super) values: Buffer,
+    pub(super) rows: Vec<Row>,
+}
+
+thread_local! {
+    static SCRATCH: Cell<Option<Box<Scratch>>> = const { Cell::new(None) };
+}
+
+/// Lends this thread's scratch.
+pub(super) fn with_scratch<R>(body: impl FnOnce(&mut Scratch) -> R) -> R {
+    let mut scratch = SCRATCH.take().unwrap_or_default();
+    let result = body(&mut scratch);
+    SCRATCH.set(Some(scratch));
+    result
+}
+
+/// Memory kept for the next call's packed keys and values.
+static SHARED: Mutex<Option<Buffer>> = Mutex::new(None);
+
+/// What is worth keeping between calls, in bytes.
+const KEEP: usize = 9 << 20;
+
+/// Lends a buffer that all threads of a call share.
+pub(super) fn with_shared<R>(body: impl FnOnce(&mut Buffer) -> R) -> R {
+    let mut buffer = SHARED
+        .lock()
+        .map_or(None, |mut kept| kept.take())
+        .unwrap_or_default();
+    let result = body(&mut buffer);
+    if buffer.bytes() <= KEEP
+        && let Ok(mut kept) = SHARED.lock()
+    {
+        *kept = Some(buffer);
+    }
+    result
+}

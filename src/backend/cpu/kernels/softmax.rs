@@ -1,0 +1,219 @@
+//! The softmax of one row over one strip: decorates its scores, raises its maximum, and turns the
+//! scores into probabilities in place.
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+
+use super::call::Call;
+use super::math::{self, LOG2_E};
+use super::micro::{Kernel, Vector};
+use super::simd::{Cell, Simd, load_first};
+use super::span::Span;
+use super::tile::Row;
+use crate::DType;
+
+/// Where a row stands in its strip.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    /// First key of the strip.
+    pub(super) start: usize,
+    pub(super) key_len: usize,
+    /// What the row itself needs.
+    pub(super) own: Span,
+    /// What the rows that are computed together need; probabilities are set in all of it.
+    pub(super) all: Span,
+}
+
+/// Works on the scores at `at`, and gives what earlier sums of the row must be multiplied by.
+#[inline(always)]
+pub(super) unsafe fn row<K: Kernel, const NR: usize>(
+    kernel: K,
+    call: &Call<'_>,
+    row: &mut Row,
+    at: *mut f32,
+    place: Place,
+) -> f32 {
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    let Place { own, all, .. } = place;
+    // SAFETY: the spans lie in the strip, whose scores are at `at`.
+    unsafe {
+        if own.is_empty() {
+            hide::<K, NR>(kernel, at, all.first..all.end);
+            return 1.0;
+        }
+        if own.masked || call.softcap.is_some() || row.slope != 0.0 {
+            decorate::<K, NR>(kernel, call, row, at, place);
+        }
+        hide_edges::<K, NR>(kernel, row, at, place);
+        let mut largest = [s.splat(f32::NEG_INFINITY); NR];
+        for panel in own.first..own.end {
+            for (j, largest) in largest.iter_mut().enumerate() {
+                let x = s.load(at.add((panel * NR + j) * lanes));
+                *largest = s.max(x, *largest);
+            }
+        }
+        let strip_max = s.hmax(
+            largest
+                .into_iter()
+                .reduce(|a, b| s.max(a, b))
+                .unwrap_or(largest[0]),
+        );
+        let max = row.max.max(strip_max).min(f32::MAX);
+        if max == f32::NEG_INFINITY {
+            hide::<K, NR>(kernel, at, all.first..all.end);
+            return 1.0;
+        }
+        // Before the probabilities of the row itself, which may begin where these end.
+        hide::<K, NR>(kernel, at, all.first..own.first);
+        // The maximum is taken away before the product, so that its own exponent is exactly 0. A
+        // score that overflowed counts as the largest finite one.
+        let (unit, top) = (s.splat(LOG2_E), s.splat(max));
+        let sum = if max == f32::MAX {
+            let finite = s.splat(f32::MAX);
+            exponentials::<K, NR>(kernel, at, own, |x| {
+                s.mul(s.sub(s.min(x, finite), top), unit)
+            })
+        } else {
+            exponentials::<K, NR>(kernel, at, own, |x| s.mul(s.sub(x, top), unit))
+        };
+        hide::<K, NR>(kernel, at, own.end..all.end);
+        let rescale = row.raise(max);
+        row.sum = row.sum * rescale + sum;
+        rescale
+    }
+}
+
+/// Stores the probabilities of a span and gives their sum before rounding.
+#[inline(always)]
+unsafe fn exponentials<K: Kernel, const NR: usize>(
+    kernel: K,
+    at: *mut f32,
+    span: Span,
+    exponent: impl Fn(Vector<K>) -> Vector<K>,
+) -> f32 {
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    let mut sums = [s.splat(0.0); NR];
+    for panel in span.first..span.end {
+        // SAFETY: the span lies in the strip. A panel's probabilities take its own place or, being
+        // smaller, that of a panel which has been read.
+        unsafe {
+            let mut p = [s.splat(0.0); NR];
+            for (j, p) in p.iter_mut().enumerate() {
+                let x = s.load(at.add((panel * NR + j) * lanes));
+                *p = if K::DEGREE == 4 {
+                    s.exp2::<4>(exponent(x))
+                } else {
+                    s.exp2::<5>(exponent(x))
+                };
+            }
+            for (sum, p) in sums.iter_mut().zip(p) {
+                *sum = s.add(*sum, p);
+            }
+            let to = at.cast::<u32>().add(panel * NR * lanes / K::PAIR);
+            kernel.store_probabilities::<NR>(to, p);
+        }
+    }
+    s.hsum(
+        sums.into_iter()
+            .reduce(|a, b| s.add(a, b))
+            .unwrap_or(sums[0]),
+    )
+}
+
+/// Sets the probabilities of some panels to 0.
+#[inline(always)]
+unsafe fn hide<K: Kernel, const NR: usize>(kernel: K, at: *mut f32, panels: Range<usize>) {
+    let width = NR * <K::S as Simd>::LANES / K::PAIR;
+    for panel in panels {
+        // SAFETY: the panel lies in the strip.
+        unsafe {
+            let to = at.cast::<u32>().add(panel * width);
+            kernel.store_probabilities::<NR>(to, [kernel.simd().splat(0.0); NR]);
+        }
+    }
+}
+
+/// Sets scores of the row's span that lie outside its visible keys to `-inf`.
+#[inline(always)]
+unsafe fn hide_edges<K: Kernel, const NR: usize>(kernel: K, row: &Row, at: *mut f32, place: Place) {
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    let (first, end) = (place.own.first * NR, place.own.end * NR);
+    let low = row.keys.start.saturating_sub(place.start);
+    let high = row.keys.end.saturating_sub(place.start);
+    // Vectors wholly inside are between these two.
+    let inside = low.div_ceil(lanes).clamp(first, end)..(high / lanes).clamp(first, end);
+    for vector in (first..inside.start).chain(inside.end.max(inside.start)..end) {
+        let base = vector * lanes;
+        let from = low.saturating_sub(base).min(lanes);
+        let to = high.saturating_sub(base).min(lanes);
+        let visible = ((1u32 << to) - 1) & !((1u32 << from) - 1);
+        // SAFETY: the vector lies in the row's span.
+        unsafe {
+            let x = s.load(at.add(base));
+            s.store(at.add(base), s.pick(visible, x, s.splat(f32::NEG_INFINITY)));
+        }
+    }
+}
+
+/// Applies the softcap, then the mask and ALiBi.
+#[inline(always)]
+unsafe fn decorate<K: Kernel, const NR: usize>(
+    kernel: K,
+    call: &Call<'_>,
+    row: &Row,
+    at: *mut f32,
+    place: Place,
+) {
+    let mask = call.mask.filter(|_| place.own.masked).map(|m| m.dtype);
+    // SAFETY: the mask holds elements of its dtype.
+    unsafe {
+        match mask {
+            None => bias::<K, f32, NR>(kernel, call, row, at, place, false),
+            Some(DType::BF16) => bias::<K, bf16, NR>(kernel, call, row, at, place, true),
+            Some(DType::F16) => bias::<K, f16, NR>(kernel, call, row, at, place, true),
+            Some(DType::F32) => bias::<K, f32, NR>(kernel, call, row, at, place, true),
+            Some(_) => bias::<K, u8, NR>(kernel, call, row, at, place, true),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
+    kernel: K,
+    call: &Call<'_>,
+    row: &Row,
+    at: *mut f32,
+    place: Place,
+    masked: bool,
+) {
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    let (cap, uncap) = call.softcap.map_or((0.0, 0.0), |c| (c, 1.0 / c));
+    for vector in place.own.first * NR..place.own.end * NR {
+        let column = place.start + vector * lanes;
+        // SAFETY: the vector lies in the row's span; of the mask's row, no more is read than it
+        // holds.
+        unsafe {
+            let mut x = s.load(at.add(vector * lanes));
+            if call.softcap.is_some() {
+                x = s.mul(math::tanh(s, s.mul(x, s.splat(uncap))), s.splat(cap));
+            }
+            if masked {
+                let left = place.key_len.saturating_sub(column);
+                let cells = call.at.mask.cast::<T>().wrapping_add(row.mask + column);
+                x = s.add(x, load_first(s, cells, left));
+            }
+            if row.slope != 0.0 {
+                // In integers before f32, which is exact up to 2^24 keys of distance.
+                let nearest = (column as i64 - row.diagonal) as f32;
+                let distance = s.abs(s.add(s.iota(), s.splat(nearest)));
+                x = s.fma(s.splat(-row.slope), distance, x);
+            }
+            s.store(at.add(vector * lanes), x);
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! One step of some rows over one strip of keys: scores, softmax, and the weighted sum of V.
+
+use std::ops::Range;
+
+use super::call::{Call, STRIP};
+use super::micro::{Kernel, product};
+use super::simd::Simd;
+use super::softmax::{self, Place};
+use super::span::{self, Span};
+use super::tile::Tile;
+
+/// Units from one packed row of Q to the next: room for the longest, and off the powers of two that
+/// would put all rows into the same cache sets.
+pub(super) const QUERY_ROW: usize = 512 + 16;
+
+/// Most rows of a micro-kernel.
+pub(super) const MOST_ROWS: usize = 12;
+
+/// Packed K and V of a strip.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Packed {
+    pub(super) strip: usize,
+    pub(super) k: *const u32,
+    pub(super) v: *const u32,
+}
+
+/// Takes all rows of a tile one strip further.
+///
+/// # Safety
+/// The job's promises hold, and `packed` is the unit's strip.
+#[inline(always)]
+pub(super) unsafe fn step<K: Kernel, const MR: usize, const NR: usize>(
+    kernel: K,
+    tile: &mut Tile<'_>,
+    packed: Packed,
+) {
+    let keys = tile.unit.strip_keys(tile.call, packed.strip);
+    for first in (0..tile.rows.len()).step_by(MR) {
+        let end = (first + MR).min(tile.rows.len());
+        // SAFETY: as promised by the caller; the rows are the tile's.
+        unsafe { step_rows::<K, MR, NR>(kernel, tile, packed, &keys, first..end) };
+    }
+}
+
+/// Runs a method of [`Products`] with the smallest size of micro-kernel that holds `rows`.
+macro_rules! by_rows {
+    ($rows:expr, $products:ident.$method:ident($kernel:ident)) => {
+        match $rows {
+            1 => $products.$method::<K, 1, NR>($kernel),
+            2 => $products.$method::<K, 2, NR>($kernel),
+            3 | 4 if MR > 4 => $products.$method::<K, 4, NR>($kernel),
+            5..=8 if MR > 8 => $products.$method::<K, 8, NR>($kernel),
+            _ => $products.$method::<K, MR, NR>($kernel),
+        }
+    };
+}
+
+#[inline(always)]
+unsafe fn step_rows<K: Kernel, const MR: usize, const NR: usize>(
+    kernel: K,
+    tile: &mut Tile<'_>,
+    packed: Packed,
+    keys: &Range<usize>,
+    rows: Range<usize>,
+) {
+    let call = tile.call;
+    let s = kernel.simd();
+    let width = NR * <K::S as Simd>::LANES;
+    let key_len = tile.unit.sequence.key_len;
+    let mut spans = [Span::EMPTY; MOST_ROWS];
+    let mut all = Span::EMPTY;
+    for (i, r) in rows.clone().enumerate() {
+        let row = &tile.rows[r];
+        // Heads that share a mask share its span.
+        spans[i] = if i > 0 && row.sees_as(&tile.rows[r - 1]) {
+            spans[i - 1]
+        } else {
+            // SAFETY: the job's promises hold.
+            unsafe { span::of_row(s, call, row, keys, key_len, width) }
+        };
+        all = all.join(spans[i]);
+    }
+    if all.is_empty() {
+        return;
+    }
+    // SAFETY: the tile holds these rows, and room up to the next size of micro-kernel; what is
+    // computed for rows past them is not used.
+    unsafe {
+        let products = Products {
+            call,
+            packed,
+            all,
+            queries: tile.queries.add(rows.start * QUERY_ROW),
+            scores: tile.scores,
+            outputs: tile.outputs.add(rows.start * call.dim),
+        };
+        by_rows!(rows.len(), products.scores(kernel));
+        for (i, r) in rows.clone().enumerate() {
+            let place = Place {
+                start: keys.start,
+                key_len,
+                own: spans[i],
+                all,
+            };
+            let at = products.scores.add(i * STRIP);
+            let rescale = softmax::row::<K, NR>(kernel, call, &mut tile.rows[r], at, place);
+            if rescale != 1.0 {
+                scale_row(s, products.outputs.add(i * call.dim), call.dim, rescale);
+            }
+        }
+        by_rows!(rows.len(), products.values(kernel));
+    }
+}
+
+#[inline(always)]
+unsafe fn scale_row<S: Simd>(s: S, at: *mut f32, dim: usize, factor: f32) {
+    let factor = s.splat(factor);
+    for c in (0..dim).step_by(S::LANES) {
+        // SAFETY: the row holds `dim` elements.
+        unsafe { s.store(at.add(c), s.mul(s.load(at.add(c)), factor)) };
+    }
+}
+
+/// The two matrix products of some rows with a strip.
+#[derive(Debug, Clone, Copy)]
+struct Products<'a> {
+    call: &'a Call<'a>,
+    packed: Packed,
+    /// The panels to compute.
+    all: Span,
+    queries: *const u32,
+    scores: *mut f32,
+    outputs: *mut f32,
+}
+
+impl Products<'_> {
+    /// Scaled scores of `MR` rows.
+    #[inline(always)]
+    unsafe fn scores<K: Kernel, const MR: usize, const NR: usize>(&self, kernel: K) {
+        let s = kernel.simd();
+        let lanes = <K::S as Simd>::LANES;
+        let width = NR * lanes;
+        let depth = self.call.dim_units;
+        let scale = s.splat(self.call.scale);
+        for panel in self.all.first..self.all.end {
+            // SAFETY: rows and panels are there.
+            unsafe {
+                let b = self.packed.k.add(panel * depth * width);
+                let scores = self.scores.add(panel * width);
+                let mut from = 0;
+                while from < depth {
+                    let run = self.call.run.min(depth - from);
+                    let acc = [[s.splat(0.0); NR]; MR];
+                    let (a, b) = (self.queries.add(from), b.add(from * width));
+                    let acc = product::<K, MR, NR, QUERY_ROW>(kernel, run, a, b, acc);
+                    let (first, last) = (from == 0, from + run == depth);
+                    for (r, row) in acc.iter().enumerate() {
+                        for (j, x) in row.iter().enumerate() {
+                            let at = scores.add(r * STRIP + j * lanes);
+                            let x = if first { *x } else { s.add(s.load(at), *x) };
+                            s.store(at, if last { s.mul(x, scale) } else { x });
+                        }
+                    }
+                    from += run;
+                }
+            }
+        }
+    }
+
+    /// Adds the probabilities' product with V to the outputs of `MR` rows.
+    #[inline(always)]
+    unsafe fn values<K: Kernel, const MR: usize, const NR: usize>(&self, kernel: K) {
+        let width = NR * <K::S as Simd>::LANES;
+        let panelled = self.call.dim / width * width;
+        // SAFETY: rows, keys and columns are there.
+        unsafe {
+            for column in (0..panelled).step_by(width) {
+                self.columns::<K, MR, NR, NR>(kernel, column);
+            }
+            for column in (panelled..self.call.dim).step_by(<K::S as Simd>::LANES) {
+                self.columns::<K, MR, 1, NR>(kernel, column);
+            }
+        }
+    }
+
+    /// `NV` vectors of columns of [`Products::values`].
+    #[inline(always)]
+    unsafe fn columns<K: Kernel, const MR: usize, const NV: usize, const NR: usize>(
+        &self,
+        kernel: K,
+        column: usize,
+    ) {
+        let s = kernel.simd();
+        let (lanes, dim) = (<K::S as Simd>::LANES, self.call.dim);
+        let steps = |panels: usize| panels * NR * lanes / K::PAIR;
+        let first = steps(self.all.first);
+        // SAFETY: rows, keys and columns are there.
+        unsafe {
+            let a = self.scores.cast::<u32>().add(first);
+            let b = self
+                .packed
+                .v
+                .add(column * self.call.strip / K::PAIR + first * NV * lanes);
+            let count = steps(self.all.end) - first;
+            // From 0 in each strip: the sum of a long row is the more exact for it.
+            let acc = [[s.splat(0.0); NV]; MR];
+            let acc = product::<K, MR, NV, STRIP>(kernel, count, a, b, acc);
+            for (r, row) in acc.iter().enumerate() {
+                for (j, x) in row.iter().enumerate() {
+                    let at = self.outputs.add(r * dim + column + j * lanes);
+                    s.store(at, s.add(s.load(at), *x));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! The kernels of each instruction set: the generic ones, inlined into functions that enable its
+//! features.
+
+use super::call::{Call, Unit};
+use super::micro::MultiplyAdd;
+use super::pack;
+use super::portable::Portable;
+use super::step::{self, Packed};
+use super::tile::{self, Tile};
+use crate::DType;
+use crate::backend::cpu::isa::Isa;
+
+/// Native functions over one packing of K and V. All of them require that the processor has the
+/// instruction set, and what the generic function of the same name requires.
+#[derive(Debug)]
+pub(super) struct Kernels {
+    /// Elements in a unit.
+    pub(super) pair: usize,
+    /// Rows of the micro-kernel.
+    pub(super) rows: usize,
+    pub(super) pack: unsafe fn(&Call<'_>, &Unit, usize, *mut u32, *mut u32),
+    pub(super) begin: unsafe fn(&mut Tile<'_>),
+    pub(super) step: unsafe fn(&mut Tile<'_>, Packed),
+    pub(super) finish: unsafe fn(&mut Tile<'_>),
+}
+
+/// One table: how its token is had, the micro-kernel's rows and vectors, and the features.
+macro_rules! kernels {
+    ($name:ident, $module:ident, $kernel:ty, $token:expr, $mr:literal x $nr:literal
+        $(, $features:literal)?) => {
+        mod $module {
+            use super::*;
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn pack(
+                call: &Call<'_>, unit: &Unit, strip: usize, k: *mut u32, v: *mut u32,
+            ) {
+                // SAFETY: as promised by the caller.
+                unsafe { pack::pack::<$kernel, $nr>($token, call, unit, strip, k, v) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn begin(tile: &mut Tile<'_>) {
+                // SAFETY: as promised by the caller.
+                unsafe { tile::begin::<$kernel>($token, tile) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn step(tile: &mut Tile<'_>, packed: Packed) {
+                // SAFETY: as promised by the caller.
+                unsafe { step::step::<$kernel, $mr, $nr>($token, tile, packed) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn finish(tile: &mut Tile<'_>) {
+                // SAFETY: as promised by the caller.
+                unsafe { tile::finish::<$kernel>($token, tile) }
+            }
+
+            pub(super) static $name: Kernels = Kernels {
+                pair: <$kernel as crate::backend::cpu::kernels::micro::Kernel>::PAIR,
+                rows: $mr,
+                pack,
+                begin,
+                step,
+                finish,
+            };
+        }
+    };
+}
+
+kernels!(PORTABLE, portable, MultiplyAdd<Portable>, MultiplyAdd(Portable), 4 x 2);
+
+#[cfg(target_arch = "x86_64")]
+use super::{avx2::Avx2, avx512::Avx512, avx512bf16::Bf16Dot};
+#[cfg(target_arch = "x86_64")]
+kernels!(AVX2, avx2, MultiplyAdd<Avx2>, MultiplyAdd(Avx2::assume()), 6 x 2, "avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+kernels!(AVX512, avx512, MultiplyAdd<Avx512>, MultiplyAdd(Avx512::assume()), 12 x 2,
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl");
+#[cfg(target_arch = "x86_64")]
+kernels!(AVX512_BF16, avx512bf16, Bf16Dot, Bf16Dot::assume(), 12 x 2,
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16");
+
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
+#[cfg(target_arch = "aarch64")]
+kernels!(NEON, neon, MultiplyAdd<Neon>, MultiplyAdd(Neon::assume()), 6 x 4, "neon");
+
+/// The kernels for K and V of `dtype` under `isa`, or under the portable one where this machine
+/// lacks it.
+pub(super) fn select(isa: Isa, dtype: DType) -> &'static Kernels {
+    if !isa.is_available() {
+        return &portable::PORTABLE;
+    }
+    match (isa, dtype) {
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512Bf16, DType::BF16) => &avx512bf16::AVX512_BF16,
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512 | Isa::Avx512Bf16, _) => &avx512::AVX512,
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2, _) => &avx2::AVX2,
+        #[cfg(target_arch = "aarch64")]
+        (Isa::Neon, _) => &neon::NEON,
+        _ => &portable::PORTABLE,
+    }
+}

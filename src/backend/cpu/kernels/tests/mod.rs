@@ -1,0 +1,8 @@
+//! The kernels against the oracle, for every instruction set that this machine has.
+
+mod bits;
+mod features;
+mod harness;
+mod shapes;
+mod speed;
+mod vectors;

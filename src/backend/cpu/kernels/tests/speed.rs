@@ -1,0 +1,78 @@
+//! Times of the shapes that the kernels are judged by. Not a check: run it in a release build with
+//! `--ignored --nocapture`. `SPEED=Abf16,C` picks rows and `THREADS=1` sets the threads.
+
+use std::io::Write;
+use std::time::Instant;
+
+use super::harness::{Data, build, isas, shape};
+use crate::DType;
+use crate::attention::Problem;
+
+#[test]
+#[ignore = "a measurement"]
+fn judged_shapes() {
+    let rows = [
+        ("A", 1, (16, 8), 1024, 256, true, 0),
+        ("B", 1, (16, 8), 1024, 256, false, 0),
+        ("C", 1, (8, 8), 512, 512, false, 0),
+        ("D", 4, (12, 12), 512, 64, false, 0),
+        ("E", 1, (32, 8), 2048, 128, true, 0),
+        ("F", 1, (12, 12), 128, 64, false, 0),
+        ("G", 1, (16, 8), 2048, 256, true, 256),
+    ];
+    let threads = std::env::var("THREADS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(2);
+    let wanted = std::env::var("SPEED").unwrap_or_default();
+    let only = |name: &str| wanted.is_empty() || wanted.split(',').any(|w| w == name);
+    for (name, batch, heads, len, dim, causal, window) in rows {
+        for dtype in [DType::BF16, DType::F32, DType::F16] {
+            if !only(name) && !only(&format!("{name}{dtype}")) {
+                continue;
+            }
+            let mut builder =
+                Problem::builder(dtype, shape(batch, heads, (len, len), dim)).causal(causal);
+            if window > 0 {
+                builder = builder.window(window);
+            }
+            let data = Data::new(build(builder), 1);
+            for isa in isas().filter(|isa| isas().count() == 1 || isa.name() != "portable") {
+                if isa.name() == "avx512bf16" && dtype != DType::BF16 {
+                    continue;
+                }
+                let (ms, least) = data.time(isa, threads, if name == "F" { 2000 } else { 15 });
+                let gflops = data.problem.flops() / ms / 1e6;
+                writeln!(
+                    std::io::stderr(),
+                    "{name} {dtype} {isa}: median {ms:.3} ms, least {least:.3}, {gflops:.0} GF/s"
+                )
+                .unwrap();
+            }
+        }
+    }
+}
+
+impl Data {
+    /// Median and least milliseconds of one run on `threads` threads.
+    fn time(&self, isa: crate::backend::cpu::isa::Isa, threads: usize, runs: usize) -> (f64, f64) {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        self.with_job(|job| {
+            pool.install(|| {
+                let mut times: Vec<f64> = (0..runs + 2)
+                    .map(|_| {
+                        let start = Instant::now();
+                        super::super::run(job, isa, threads);
+                        start.elapsed().as_secs_f64() * 1e3
+                    })
+                    .skip(2)
+                    .collect();
+                times.sort_by(f64::total_cmp);
+                (times[runs / 2], times[0])
+            })
+        })
+    }
+}

@@ -1,0 +1,254 @@
+//! Query rows on their way through the strips of their keys: what is kept for each, the
+//! beginning, and the end. What happens between is in [`super::step`].
+
+use std::ops::Range;
+
+use super::call::{Call, STRIP, Unit};
+use super::micro::Kernel;
+use super::scratch::{Buffer, Scratch};
+use super::simd::{Elem, Simd};
+use super::step::{MOST_ROWS, QUERY_ROW};
+use crate::DType;
+
+/// What is kept of one query row.
+#[derive(Debug, Clone)]
+pub(super) struct Row {
+    pub(super) head: usize,
+    pub(super) position: usize,
+    /// The keys that it sees, mask apart.
+    pub(super) keys: Range<usize>,
+    /// Key that stands at its own position.
+    pub(super) diagonal: i64,
+    /// ALiBi slope; 0 without.
+    pub(super) slope: f32,
+    /// Its row in the mask.
+    pub(super) mask: usize,
+    /// Largest score so far.
+    pub(super) max: f32,
+    /// Sum of `exp(score - max)` so far.
+    pub(super) sum: f32,
+}
+
+impl Row {
+    /// `max` in units of `log2(e)`.
+    pub(super) fn max_log2(&self) -> f64 {
+        f64::from(self.max) * std::f64::consts::LOG2_E
+    }
+
+    /// Whether visibility and mask treat this row as `other`.
+    pub(super) fn sees_as(&self, other: &Self) -> bool {
+        self.position == other.position && self.mask == other.mask && self.keys == other.keys
+    }
+
+    /// Sets the maximum, which never falls, and gives what earlier sums must be multiplied by.
+    pub(super) fn raise(&mut self, max: f32) -> f32 {
+        if max == self.max {
+            return 1.0;
+        }
+        let before = self.max_log2();
+        let first = self.max == f32::NEG_INFINITY;
+        self.max = max;
+        // There is nothing to multiply yet.
+        if first {
+            1.0
+        } else {
+            ((before - self.max_log2()) as f32).exp2()
+        }
+    }
+}
+
+/// Rows of one unit, in a thread's scratch.
+#[derive(Debug)]
+pub(super) struct Tile<'a> {
+    pub(super) call: &'a Call<'a>,
+    pub(super) unit: &'a Unit,
+    pub(super) rows: &'a mut [Row],
+    /// `[row][QUERY_ROW]`.
+    pub(super) queries: *mut u32,
+    /// `[row][D]`.
+    pub(super) outputs: *mut f32,
+    /// `[MOST_ROWS][STRIP]`.
+    pub(super) scores: *mut f32,
+}
+
+impl<'a> Tile<'a> {
+    /// Rows `rows` of a unit, with no key seen yet; Q is still to be packed.
+    pub(super) fn new(
+        call: &'a Call<'a>,
+        unit: &'a Unit,
+        rows: Range<usize>,
+        scratch: &'a mut TileScratch<'_>,
+    ) -> Self {
+        let padded = rows.len().next_multiple_of(call.kernels.rows);
+        let outputs: *mut f32 = scratch.outputs.reserve(padded * call.dim).cast();
+        // SAFETY: room for all of it was made.
+        unsafe { outputs.write_bytes(0, padded * call.dim) };
+        scratch.rows.clear();
+        scratch.rows.extend(rows.map(|f| row_state(call, unit, f)));
+        Self {
+            call,
+            unit,
+            rows: scratch.rows,
+            queries: scratch.queries.reserve(padded * QUERY_ROW),
+            outputs,
+            scores: scratch.scores.reserve(MOST_ROWS * STRIP).cast(),
+        }
+    }
+}
+
+/// The parts of [`Scratch`] that a tile takes.
+#[derive(Debug)]
+pub(super) struct TileScratch<'a> {
+    queries: &'a mut Buffer,
+    outputs: &'a mut Buffer,
+    scores: &'a mut Buffer,
+    rows: &'a mut Vec<Row>,
+}
+
+impl Scratch {
+    /// The parts for a tile, and those for its packed K and V.
+    pub(super) fn split(&mut self) -> (TileScratch<'_>, &mut Buffer, &mut Buffer) {
+        let tile = TileScratch {
+            queries: &mut self.queries,
+            outputs: &mut self.outputs,
+            scores: &mut self.scores,
+            rows: &mut self.rows,
+        };
+        (tile, &mut self.keys, &mut self.values)
+    }
+}
+
+fn row_state(call: &Call<'_>, unit: &Unit, f: usize) -> Row {
+    let (position, head) = (f / call.group, unit.kv_head * call.group + f % call.group);
+    let sequence = &unit.sequence;
+    let slope = if call.at.alibi_slopes.is_null() {
+        0.0
+    } else {
+        // SAFETY: there is a slope for each head.
+        unsafe { *call.at.alibi_slopes.add(head) }
+    };
+    Row {
+        head,
+        position,
+        keys: sequence.visibility.keys(position as i64, sequence.key_len),
+        diagonal: position as i64 + sequence.visibility.q_offset,
+        slope,
+        mask: call.problem.mask_at(sequence, head, position),
+        max: f32::NEG_INFINITY,
+        sum: 0.0,
+    }
+}
+
+/// Packs Q.
+///
+/// # Safety
+/// The job's promises hold.
+#[inline(always)]
+pub(super) unsafe fn begin<K: Kernel>(kernel: K, tile: &mut Tile<'_>) {
+    // SAFETY: as promised by the caller; the dtype is Q's.
+    unsafe {
+        match tile.call.problem.dtype() {
+            DType::BF16 => pack_queries::<K, half::bf16>(kernel, tile),
+            DType::F16 => pack_queries::<K, half::f16>(kernel, tile),
+            _ => pack_queries::<K, f32>(kernel, tile),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn pack_queries<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
+    let (call, s) = (tile.call, kernel.simd());
+    let lanes = <K::S as Simd>::LANES;
+    for (r, row) in tile.rows.iter().enumerate() {
+        let at = call
+            .problem
+            .q_at(&tile.unit.sequence, row.head, row.position);
+        // SAFETY: the row of Q and its packed place are there.
+        unsafe {
+            let (from, to) = (
+                call.at.q.cast::<T>().add(at),
+                tile.queries.add(r * QUERY_ROW),
+            );
+            for c in (0..call.dim_units).step_by(lanes) {
+                let units = kernel.row_units(from.add(c * K::PAIR), call.dim_units - c);
+                s.store(to.add(c).cast(), units);
+            }
+        }
+    }
+}
+
+/// Writes O and the log-sum-exp.
+///
+/// # Safety
+/// The job's promises hold; all strips have gone by.
+#[inline(always)]
+pub(super) unsafe fn finish<K: Kernel>(kernel: K, tile: &mut Tile<'_>) {
+    // SAFETY: as promised by the caller; the dtype is O's.
+    unsafe {
+        match tile.call.problem.dtype() {
+            DType::BF16 => write_rows::<K, half::bf16>(kernel, tile),
+            DType::F16 => write_rows::<K, half::f16>(kernel, tile),
+            _ => write_rows::<K, f32>(kernel, tile),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn write_rows<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
+    let (call, s) = (tile.call, kernel.simd());
+    let sequence = &tile.unit.sequence;
+    for (r, row) in tile.rows.iter().enumerate() {
+        let hidden = row.max == f32::NEG_INFINITY;
+        let (factor, lse) = if hidden {
+            (0.0, f32::NEG_INFINITY)
+        } else {
+            row.close(call)
+        };
+        let at = call.problem.o_at(sequence, row.head, row.position);
+        // SAFETY: the row of O is there, and this tile's alone.
+        unsafe {
+            let (from, to) = (
+                tile.outputs.add(r * call.dim),
+                call.at.o.cast::<T>().add(at),
+            );
+            let factor = s.splat(factor);
+            for c in (0..call.dim).step_by(<K::S as Simd>::LANES) {
+                // A hidden row's sums were never touched: they are 0.
+                T::store(s, to.add(c), s.mul(s.load(from.add(c)), factor));
+            }
+            if !call.at.lse.is_null() {
+                let at = call.problem.lse_at(sequence, row.head, row.position);
+                *call.at.lse.add(at) = lse;
+            }
+        }
+    }
+}
+
+impl Row {
+    /// What the row's sums are to be multiplied by, and its log-sum-exp, the sink included.
+    fn close(&self, call: &Call<'_>) -> (f32, f32) {
+        let max = self.max_log2();
+        let lse = |max: f64, sum: f64| {
+            if call.at.lse.is_null() {
+                0.0
+            } else {
+                (max * std::f64::consts::LN_2 + sum.ln()) as f32
+            }
+        };
+        if call.at.sinks.is_null() {
+            return (1.0 / self.sum, lse(max, f64::from(self.sum)));
+        }
+        // SAFETY: there is a sink for each head.
+        let sink = f64::from(unsafe { *call.at.sinks.add(self.head) });
+        let sink = sink * std::f64::consts::LOG2_E;
+        let sum = f64::from(self.sum);
+        if sink <= max {
+            let sum = sum + (sink - max).exp2();
+            ((1.0 / sum) as f32, lse(max, sum))
+        } else {
+            let own = (max - sink).exp2();
+            let sum = sum * own + 1.0;
+            ((own / sum) as f32, lse(sink, sum))
+        }
+    }
+}

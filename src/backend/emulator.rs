@@ -1,0 +1,221 @@
+//! The Metal kernels, run on this machine's processors from the text that a Mac compiles: the same
+//! plan, names, constants, params, bindings and grid.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use msl_emulator::{Binding, CompileOptions, Constant, Counters, DispatchOptions, Library};
+
+use super::host_memory::HostMemory;
+use super::{
+    Arg, Backend, DeviceKind, Dispatch, Done, Kernel, Limits, Memory, Pending, Step, Timing,
+};
+use crate::attention::bindings::{Constants, access, constant};
+use crate::attention::variant::{self, APPLE_THREADGROUP_BYTES, Family};
+use crate::error::{MlxError, Result};
+
+/// How to open the emulator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct EmulatorOptions {
+    /// Watches every access: bounds, races, barriers, uninitialised threadgroup memory. Much slower.
+    pub check: bool,
+    /// Runs lanes and threadgroups in an order drawn from this seed.
+    pub shuffle_seed: Option<u64>,
+    /// Threads; one a core when 0.
+    pub threads: usize,
+}
+
+/// The emulated GPU.
+pub(crate) struct Emulator {
+    options: EmulatorOptions,
+    /// One library a source text.
+    libraries: Mutex<HashMap<usize, Arc<Library>>>,
+    counters: Mutex<Counters>,
+}
+
+/// What a built kernel holds.
+struct Built {
+    library: Arc<Library>,
+    constants: Vec<(u32, Constant)>,
+}
+
+impl Emulator {
+    pub(crate) fn open(options: EmulatorOptions) -> Result<Self> {
+        msl_emulator::find_compiler().map_err(|e| MlxError::DeviceUnavailable {
+            device: DeviceKind::Emulator.name().into(),
+            reason: e.to_string(),
+        })?;
+        Ok(Self {
+            options,
+            libraries: Mutex::default(),
+            counters: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn take_counters(&self) -> Counters {
+        std::mem::take(&mut self.counters.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn library(&self, kernel: &str, source: &str) -> Result<Arc<Library>> {
+        let mut libraries = self
+            .libraries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Sources are static, so an address names a text.
+        if let Some(library) = libraries.get(&(source.as_ptr() as usize)) {
+            return Ok(Arc::clone(library));
+        }
+        let mut options = CompileOptions::named(format!("{kernel}.metal"));
+        options.check_types = false;
+        let library = Library::compile(source, &options).map_err(|e| failed(kernel, &e))?;
+        let library = Arc::new(library);
+        libraries.insert(source.as_ptr() as usize, Arc::clone(&library));
+        Ok(library)
+    }
+
+    fn run(&self, dispatch: &Dispatch) -> Result<()> {
+        let name = &dispatch.kernel.name;
+        let fail = |message: String| MlxError::CommandBufferError(format!("{name}: {message}"));
+        let Some(built) = dispatch.kernel.state.downcast_ref::<Built>() else {
+            return Err(fail("was built for another device".into()));
+        };
+        let size = |sizes: [u64; 3], what: &str| -> Result<[u32; 3]> {
+            let mut out = [0; 3];
+            for (out, size) in out.iter_mut().zip(sizes) {
+                *out = u32::try_from(size)
+                    .map_err(|_| fail(format!("{what} of {size} is too large")))?;
+            }
+            Ok(out)
+        };
+        let mut call = msl_emulator::Dispatch::new(name.as_str())
+            .threadgroups(size(dispatch.grid, "a grid")?)
+            .threads(size(dispatch.threadgroup, "a threadgroup")?);
+        for (index, value) in &built.constants {
+            call = call.constant(*index, *value);
+        }
+        for (index, arg) in &dispatch.args {
+            let slot =
+                u32::try_from(*index).map_err(|_| fail(format!("no buffer index {index}")))?;
+            call = match arg {
+                Arg::Memory {
+                    memory,
+                    offset,
+                    len,
+                } => {
+                    let use_ = access(name, *index);
+                    // SAFETY: the encoder keeps `offset + len` inside the memory.
+                    let ptr = unsafe { memory.host(use_)?.add(*offset) };
+                    call.bind(slot, Binding::raw(ptr, *len, use_.writes()))
+                }
+                Arg::Bytes(bytes) => call.bind(slot, Binding::read_only(bytes)),
+            };
+        }
+        let mut options = DispatchOptions::default().threads(self.options.threads);
+        options.check = self.options.check;
+        options.shuffle_seed = self.options.shuffle_seed;
+        // SAFETY: the text is this crate's own; bindings lie inside live memory that nobody else
+        // uses while commands run; the ops check every operand against the params.
+        let counters = unsafe { built.library.dispatch(&mut call, &options) };
+        let counters = counters.map_err(|e| fail(e.to_string()))?;
+        add(
+            &mut self.counters.lock().unwrap_or_else(PoisonError::into_inner),
+            &counters,
+        );
+        Ok(())
+    }
+}
+
+fn add(total: &mut Counters, one: &Counters) {
+    total.matrix_multiplies += one.matrix_multiplies;
+    total.threadgroup_barriers += one.threadgroup_barriers;
+    total.simdgroup_barriers += one.simdgroup_barriers;
+    total.device_bytes_read += one.device_bytes_read;
+    total.device_bytes_written += one.device_bytes_written;
+    total.threadgroup_bytes_read += one.threadgroup_bytes_read;
+    total.threadgroup_bytes_written += one.threadgroup_bytes_written;
+    total.exp2_calls += one.exp2_calls;
+}
+
+fn failed(kernel: &str, error: &msl_emulator::Error) -> MlxError {
+    MlxError::ShaderCompilationError {
+        name: kernel.into(),
+        message: error.to_string(),
+    }
+}
+
+impl Backend for Emulator {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Emulator
+    }
+
+    fn family(&self) -> Family {
+        Family::Apple
+    }
+
+    fn name(&self) -> String {
+        "Metal emulator".into()
+    }
+
+    fn details(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("checked", self.options.check.to_string()),
+            (
+                "threadgroup memory",
+                format!("{APPLE_THREADGROUP_BYTES} bytes"),
+            ),
+        ]
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>> {
+        Ok(Arc::new(HostMemory::zeroed(bytes)?))
+    }
+
+    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Kernel> {
+        let library = self.library(kernel, source)?;
+        let info = library.kernel(kernel).map_err(|e| failed(kernel, &e))?;
+        let row = variant::by_name(kernel);
+        let values = library
+            .constants()
+            .iter()
+            .map(|info| {
+                let index = info.index as usize;
+                let value = if info.type_name == "bool" {
+                    Constant::Bool(constants.bool(index))
+                } else {
+                    let default = row.filter(|_| index == constant::NSG);
+                    let default = default.map_or(0, |v| v.simdgroups as i32);
+                    Constant::Int(constants.int(index).unwrap_or(default))
+                };
+                (info.index, value)
+            })
+            .collect();
+        let limits = Limits {
+            thread_execution_width: 32,
+            max_threads: info.max_threads.map_or(1024, u64::from),
+            static_threadgroup_bytes: u64::from(info.threadgroup_bytes),
+        };
+        Ok(Kernel {
+            name: kernel.into(),
+            constants: constants.clone(),
+            limits,
+            state: Box::new(Built {
+                library: Arc::clone(&library),
+                constants: values,
+            }),
+        })
+    }
+
+    fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {
+        let begun = Instant::now();
+        let result = steps.iter().try_for_each(|step| match step {
+            Step::Barrier => Ok(()),
+            Step::Dispatch(dispatch) => self.run(dispatch),
+        });
+        let timing = Timing {
+            start: 0.0,
+            end: begun.elapsed().as_secs_f64(),
+        };
+        Arc::new(Done(result.map(|()| timing)))
+    }
+}

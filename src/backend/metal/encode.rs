@@ -1,0 +1,114 @@
+//! Makes the calls of lowered steps on a target.
+
+use std::any::Any;
+
+use objc2::runtime::ProtocolObject;
+use objc2_metal::{MTLBuffer, MTLComputePipelineState, MTLDevice, MTLSize};
+
+use super::library::PipelineState;
+use super::lowering::{self, Op};
+use super::memory::MetalMemory;
+use super::target::ComputeTarget;
+use crate::attention::bindings::Access;
+use crate::backend::{Kernel, Memory, Step};
+use crate::error::{MlxError, Result};
+
+/// A buffer for bytes that are too many to go inline; it must live until the command has completed.
+pub(crate) type Temporary = MetalMemory;
+
+/// A call with its Metal objects.
+enum Call<'a> {
+    Pipeline(&'a ProtocolObject<dyn MTLComputePipelineState>),
+    Buffer(usize, &'a ProtocolObject<dyn MTLBuffer>, usize, Access),
+    Temporary(usize, usize),
+    Bytes(usize, &'a [u8]),
+    Dispatch(&'a str, MTLSize, MTLSize),
+    Barrier,
+}
+
+/// Encodes `steps` into `target`; on an error nothing was encoded.
+pub(crate) fn encode_into(
+    device: &ProtocolObject<dyn MTLDevice>,
+    steps: &[Step],
+    target: &mut dyn ComputeTarget,
+) -> Result<Vec<Temporary>> {
+    let mut temporaries = Vec::new();
+    let calls = lowering::lower(steps)?
+        .into_iter()
+        .map(|op| {
+            Ok(match op {
+                Op::Pipeline(kernel) => Call::Pipeline(pipeline(kernel)?),
+                Op::Buffer {
+                    index,
+                    memory,
+                    offset,
+                    access,
+                } => Call::Buffer(index, buffer(memory)?, offset, access),
+                Op::Inline { index, bytes } => Call::Bytes(index, bytes),
+                Op::Staged { index, bytes } => {
+                    temporaries.push(staged(device, bytes)?);
+                    Call::Temporary(index, temporaries.len() - 1)
+                }
+                Op::Dispatch {
+                    kernel,
+                    grid,
+                    threadgroup,
+                } => Call::Dispatch(kernel, size(grid), size(threadgroup)),
+                Op::Barrier => Call::Barrier,
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    for call in calls {
+        match call {
+            Call::Pipeline(state) => target.set_pipeline(state),
+            Call::Buffer(index, buffer, offset, access) => {
+                target.set_buffer(index, buffer, offset, access);
+            }
+            Call::Temporary(index, at) => {
+                if let Some(memory) = temporaries.get(at) {
+                    target.set_buffer(index, memory.buffer(), 0, Access::Read);
+                }
+            }
+            Call::Bytes(index, bytes) => target.set_bytes(index, bytes),
+            Call::Dispatch(kernel, grid, threadgroup) => {
+                target.dispatch(kernel, grid, threadgroup);
+            }
+            Call::Barrier => target.barrier(),
+        }
+    }
+    Ok(temporaries)
+}
+
+fn pipeline(kernel: &Kernel) -> Result<&ProtocolObject<dyn MTLComputePipelineState>> {
+    match kernel.state.downcast_ref::<PipelineState>() {
+        Some(state) => Ok(state),
+        None => Err(foreign(&kernel.name)),
+    }
+}
+
+fn buffer(memory: &dyn Memory) -> Result<&ProtocolObject<dyn MTLBuffer>> {
+    match (memory as &dyn Any).downcast_ref::<MetalMemory>() {
+        Some(memory) => Ok(memory.buffer()),
+        None => Err(foreign("a buffer")),
+    }
+}
+
+fn foreign(what: &str) -> MlxError {
+    MlxError::CommandBufferError(format!("{what} was made for another device"))
+}
+
+fn staged(device: &ProtocolObject<dyn MTLDevice>, bytes: &[u8]) -> Result<Temporary> {
+    let memory = MetalMemory::allocate(device, bytes.len())?;
+    let to = memory.host(Access::Write)?;
+    // SAFETY: the memory is new, unshared and as long as `bytes`.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+    Ok(memory)
+}
+
+fn size([width, height, depth]: [usize; 3]) -> MTLSize {
+    MTLSize {
+        width,
+        height,
+        depth,
+    }
+}

@@ -1,0 +1,159 @@
+//! From kernel text to pipelines.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::ptr::NonNull;
+use std::sync::{Mutex, PoisonError};
+
+use objc2::rc::Retained;
+use objc2::runtime::{NSObjectProtocol, ProtocolObject};
+use objc2::sel;
+use objc2_foundation::{NSError, NSString};
+use objc2_metal::{
+    MTLCompileOptions, MTLComputePipelineDescriptor, MTLComputePipelineState, MTLDataType,
+    MTLDevice, MTLFunction, MTLFunctionConstantValues, MTLLanguageVersion, MTLLibrary,
+    MTLMathFloatingPointFunctions, MTLMathMode, MTLPipelineOption,
+};
+
+use super::limits;
+use crate::attention::bindings::Constants;
+use crate::backend::constants::{self, Value};
+use crate::backend::{Kernel, Limits};
+use crate::error::{MlxError, Result};
+
+/// What a kernel of this device holds.
+pub(super) type PipelineState = Retained<ProtocolObject<dyn MTLComputePipelineState>>;
+
+type Library = Retained<ProtocolObject<dyn MTLLibrary>>;
+
+/// Compiled texts: the kernels of one text share it, however many constants they are built with.
+#[derive(Default)]
+pub(super) struct Libraries(Mutex<HashMap<Box<str>, Library>>);
+
+impl Libraries {
+    pub(super) fn build(
+        &self,
+        device: &ProtocolObject<dyn MTLDevice>,
+        kernel: &str,
+        source: &str,
+        constants: &Constants,
+    ) -> Result<Kernel> {
+        let failed = |message: String| MlxError::ShaderCompilationError {
+            name: kernel.into(),
+            message,
+        };
+        let library = self.library(device, source).map_err(failed)?;
+        let pipeline = pipeline(device, &library, kernel, constants).map_err(failed)?;
+        let limits = Limits {
+            thread_execution_width: pipeline.threadExecutionWidth() as u64,
+            max_threads: pipeline.maxTotalThreadsPerThreadgroup() as u64,
+            static_threadgroup_bytes: pipeline.staticThreadgroupMemoryLength() as u64,
+        };
+        if let Some(reason) = limits::violation(kernel, constants, &limits) {
+            return Err(failed(reason));
+        }
+        Ok(Kernel {
+            name: kernel.into(),
+            constants: constants.clone(),
+            limits,
+            state: Box::new(pipeline),
+        })
+    }
+
+    /// The text's library. The lock is held while it compiles, so that no text compiles twice.
+    fn library(
+        &self,
+        device: &ProtocolObject<dyn MTLDevice>,
+        source: &str,
+    ) -> std::result::Result<Library, String> {
+        let mut compiled = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(library) = compiled.get(source) {
+            return Ok(library.clone());
+        }
+        let library = device
+            .newLibraryWithSource_options_error(&NSString::from_str(source), Some(&options()))
+            .map_err(|e| message(&e))?;
+        compiled.insert(source.into(), library.clone());
+        Ok(library)
+    }
+}
+
+/// The compiler's own words.
+fn message(error: &NSError) -> String {
+    error.localizedDescription().to_string()
+}
+
+/// Version 3.1 of the language, whatever the program was built for, and math that honours
+/// infinities; what may be fast says so in the kernels.
+fn options() -> Retained<MTLCompileOptions> {
+    let options = MTLCompileOptions::new();
+    options.setLanguageVersion(MTLLanguageVersion::Version3_1);
+    if options.respondsToSelector(sel!(setMathMode:)) {
+        options.setMathMode(MTLMathMode::Safe);
+        options.setMathFloatingPointFunctions(MTLMathFloatingPointFunctions::Precise);
+    } else {
+        #[allow(deprecated)] // All there is before macOS 15.
+        options.setFastMathEnabled(false);
+    }
+    options
+}
+
+fn pipeline(
+    device: &ProtocolObject<dyn MTLDevice>,
+    library: &ProtocolObject<dyn MTLLibrary>,
+    kernel: &str,
+    constants: &Constants,
+) -> std::result::Result<PipelineState, String> {
+    let name = NSString::from_str(kernel);
+    let declared = library
+        .newFunctionWithName(&name)
+        .ok_or("the text has no kernel of this name")?;
+    let values = constant_values(&declared, kernel, constants);
+    let function = library
+        .newFunctionWithName_constantValues_error(&name, &values)
+        .map_err(|e| message(&e))?;
+    let descriptor = MTLComputePipelineDescriptor::new();
+    descriptor.setLabel(Some(&name));
+    descriptor.setComputeFunction(Some(&function));
+    device
+        .newComputePipelineStateWithDescriptor_options_reflection_error(
+            &descriptor,
+            MTLPipelineOption::empty(),
+            None,
+        )
+        .map_err(|e| message(&e))
+}
+
+/// A value for every constant: our own, and false or 0 for what a caller's text declares besides.
+fn constant_values(
+    function: &ProtocolObject<dyn MTLFunction>,
+    kernel: &str,
+    constants: &Constants,
+) -> Retained<MTLFunctionConstantValues> {
+    let mut values = constants::values(kernel, constants);
+    for constant in function.functionConstantsDictionary().allValues().iter() {
+        let index = constant.index();
+        let given = values.iter().any(|(i, _)| *i == index);
+        match constant.r#type() {
+            _ if given || !constant.required() => {}
+            MTLDataType::Bool => values.push((index, Value::Bool(false))),
+            MTLDataType::Int | MTLDataType::UInt => values.push((index, Value::Int(0))),
+            // The compiler says that it is missing.
+            _ => {}
+        }
+    }
+    let out = MTLFunctionConstantValues::new();
+    for (index, value) in values {
+        match value {
+            Value::Bool(value) => set(&out, &value, MTLDataType::Bool, index),
+            Value::Int(value) => set(&out, &value, MTLDataType::Int, index),
+        }
+    }
+    out
+}
+
+fn set<T>(values: &MTLFunctionConstantValues, value: &T, kind: MTLDataType, index: usize) {
+    let value: NonNull<c_void> = NonNull::from(value).cast();
+    // SAFETY: `value` points to a value of `kind`'s size, which is copied; Metal takes any index.
+    unsafe { values.setConstantValue_type_atIndex(value, kind, index) }
+}

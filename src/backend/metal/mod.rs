@@ -1,0 +1,30 @@
+//! The Metal device: Apple GPUs, through objc2-metal.
+//!
+//! Type-checked and linted for Apple systems, with the parts that need no GPU tested anywhere; it has
+//! not run on Apple hardware.
+// Without a GPU in the build only the tests of those parts use them.
+#![cfg_attr(not(all(feature = "metal", target_vendor = "apple")), allow(dead_code))]
+
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+mod device;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+mod encode;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+mod library;
+mod limits;
+mod lowering;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+mod memory;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+mod submit;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+mod target;
+
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+pub use target::{ComputeTarget, DirectTarget};
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+pub(crate) use {
+    device::Metal,
+    encode::{Temporary, encode_into},
+    memory::MetalMemory,
+};
