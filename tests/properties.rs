@@ -44,7 +44,7 @@ fn run_all(cases: u32, wild: bool) -> BTreeMap<String, usize> {
     let input = prop::collection::vec(any::<u8>(), 0..400);
     let result = test.run(&input, |input| {
         let problem = Wild::read(&mut Source(&input), wild);
-        let reached = check(&problem, &device, &mut registry.borrow_mut());
+        let reached = check(&problem, &device, &mut registry.borrow_mut(), 1_000_000);
         *counts
             .borrow_mut()
             .entry(format!("{reached:?}"))

@@ -290,7 +290,14 @@ pub(crate) enum Reached {
 }
 
 /// Builds, plans and, where it is small, runs a problem and compares it with the oracle.
-pub(crate) fn check(wild: &Wild, device: &MlxDevice, registry: &mut KernelRegistry) -> Reached {
+///
+/// "Small" is at most `most` products of Q and K, and as many elements in all.
+pub(crate) fn check(
+    wild: &Wild,
+    device: &MlxDevice,
+    registry: &mut KernelRegistry,
+    most: usize,
+) -> Reached {
     let Ok(problem) = wild.build() else {
         return Reached::Refused;
     };
@@ -310,7 +317,8 @@ pub(crate) fn check(wild: &Wild, device: &MlxDevice, registry: &mut KernelRegist
         .into_iter()
         .filter_map(|role| problem.operand(role))
         .try_fold(0usize, |n, spec| n.checked_add(spec.elements));
-    if plan.is_err() || work.is_none_or(|n| n > 1_500_000) || elements.is_none_or(|n| n > 1 << 20) {
+    let too_large = |n: Option<usize>| n.is_none_or(|n| n > most);
+    if plan.is_err() || too_large(work) || too_large(elements) {
         return Reached::TooLarge;
     }
     let mut random = Random::new(wild.seed);
