@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::attention::bindings::{self, Access, Constants};
 use crate::attention::variant::Family;
+use crate::dtype::DType;
 use crate::error::Result;
 
 #[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
@@ -155,6 +156,10 @@ pub(crate) trait Backend: Any + Send + Sync {
     fn name(&self) -> String;
     /// What it can do, a line each.
     fn details(&self) -> Vec<(&'static str, String)>;
+    /// Operations a second of the multiply-add units in `dtype`, measured now, where that can be.
+    fn measured_peak(&self, _dtype: DType) -> Option<f64> {
+        None
+    }
     /// Zeroed memory of at least 1 byte.
     fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>>;
     fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Kernel>;

@@ -118,6 +118,12 @@ impl MlxDevice {
         self.0.backend.details()
     }
 
+    /// Floating-point operations a second that the device's multiply-add units reach at best in
+    /// `dtype`, measured now (a fraction of a second); `None` where that is not measured.
+    pub fn measured_peak(&self, dtype: DType) -> Option<f64> {
+        self.0.backend.measured_peak(dtype)
+    }
+
     /// A reference that [`super::registry::KernelRegistry`] takes; callers only pass it on.
     pub fn metal_device(&self) -> &DeviceHandle {
         &self.0

@@ -64,8 +64,8 @@ pub(crate) fn execute(args: &BenchArgs, results: &mut Results) -> Result<Status>
 }
 
 /// TFLOP/s that the device reaches at best in `dtype`, if that has been measured.
-fn measured_peak(_device: &MlxDevice, _dtype: DType) -> Option<f64> {
-    None
+fn measured_peak(device: &MlxDevice, dtype: DType) -> Option<f64> {
+    device.measured_peak(dtype).map(|peak| peak / 1e12)
 }
 
 fn problem(args: &BenchArgs, shape: Shape, dtype: DType) -> Result<Problem> {

@@ -17,6 +17,7 @@ use super::host_memory::HostMemory;
 use super::{Backend, DeviceKind, Dispatch, Done, Kernel, Limits, Memory, Pending, Step, Timing};
 use crate::attention::bindings::{Constants, names};
 use crate::attention::variant::{self, Family};
+use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
 /// How to open the CPU device.
@@ -151,6 +152,15 @@ impl Backend for Cpu {
             ("available", available.collect::<Vec<_>>().join(", ")),
             ("threads", self.threads().to_string()),
         ]
+    }
+
+    fn measured_peak(&self, dtype: DType) -> Option<f64> {
+        let measure = || kernels::peak(self.isa, dtype);
+        Some(
+            self.pool
+                .as_ref()
+                .map_or_else(measure, |pool| pool.install(measure)),
+        )
     }
 
     fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>> {

@@ -15,6 +15,7 @@ mod micro;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod pack;
+mod peak;
 mod portable;
 mod schedule;
 mod scratch;
@@ -30,10 +31,17 @@ mod tile;
 
 use super::isa::Isa;
 use super::job::Job;
+use crate::DType;
 
 /// Computes O, and the log-sum-exp where it is asked for, on up to `threads` threads of the current
 /// rayon pool. The bits of the result depend on `isa` but not on `threads`.
 pub(crate) fn run(job: &Job<'_>, isa: Isa, threads: usize) {
     let kernels = table::select(isa, job.problem.kv_dtype());
     schedule::run(&call::Call::new(job, kernels), threads.max(1));
+}
+
+/// Operations a second that the micro-kernel for K and V of `dtype` reaches at best, on all threads
+/// of the current rayon pool.
+pub(crate) fn peak(isa: Isa, dtype: DType) -> f64 {
+    peak::measure(table::select(isa, dtype))
 }

@@ -4,6 +4,7 @@
 use super::call::{Call, Unit};
 use super::micro::MultiplyAdd;
 use super::pack;
+use super::peak;
 use super::portable::Portable;
 use super::step::{self, Packed};
 use super::tile::{self, Tile};
@@ -22,6 +23,7 @@ pub(super) struct Kernels {
     pub(super) begin: unsafe fn(&mut Tile<'_>),
     pub(super) step: unsafe fn(&mut Tile<'_>, Packed),
     pub(super) finish: unsafe fn(&mut Tile<'_>),
+    pub(super) rounds: unsafe fn(usize) -> f64,
 }
 
 /// One table: how its token is had, the micro-kernel's rows and vectors, and the features.
@@ -53,6 +55,11 @@ macro_rules! kernels {
                 // SAFETY: as promised by the caller.
                 unsafe { tile::finish::<$kernel>($token, tile) }
             }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn rounds(rounds: usize) -> f64 {
+                // SAFETY: as promised by the caller.
+                unsafe { peak::rounds::<$kernel, $mr, $nr>($token, rounds) }
+            }
 
             pub(super) static $name: Kernels = Kernels {
                 pair: <$kernel as crate::backend::cpu::kernels::micro::Kernel>::PAIR,
@@ -61,6 +68,7 @@ macro_rules! kernels {
                 begin,
                 step,
                 finish,
+                rounds,
             };
         }
     };

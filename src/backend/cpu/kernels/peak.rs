@@ -1,0 +1,61 @@
+//! How fast the micro-kernel runs when its operands stay in the first-level cache: the ceiling that
+//! benchmarks are held against.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use super::micro::{self, Kernel};
+use super::simd::Simd;
+use super::table::Kernels;
+
+/// Units of the inner loop: A and B together take well under 32 KiB.
+const STEPS: usize = 96;
+
+/// How long one measurement takes, and how many there are.
+const LENGTH: Duration = Duration::from_millis(25);
+const REPEATS: usize = 5;
+
+/// Runs the micro-kernel `rounds` times and gives the operations done.
+#[inline(always)]
+pub(super) unsafe fn rounds<K: Kernel, const MR: usize, const NR: usize>(
+    kernel: K,
+    rounds: usize,
+) -> f64 {
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    let a = vec![0u32; MR * STEPS];
+    let b = vec![0u32; STEPS * NR * lanes];
+    let mut acc = [[s.splat(0.0); NR]; MR];
+    for _ in 0..rounds {
+        // SAFETY: A holds `MR` rows of `STEPS` units, B `NR` vectors for each step.
+        acc = unsafe {
+            micro::product::<K, MR, NR, STEPS>(
+                kernel,
+                STEPS,
+                black_box(a.as_ptr()),
+                b.as_ptr(),
+                acc,
+            )
+        };
+    }
+    for vector in acc.iter().flatten() {
+        black_box(s.hsum(*vector));
+    }
+    2.0 * (rounds * STEPS * K::PAIR * MR * NR * lanes) as f64
+}
+
+/// Operations a second on all threads of the current rayon pool: the best of a few measurements.
+pub(super) fn measure(kernels: &Kernels) -> f64 {
+    let once = || {
+        let begun = Instant::now();
+        let mut operations = 0.0;
+        while begun.elapsed() < LENGTH {
+            // SAFETY: `table::select` gives only kernels that this processor runs.
+            operations += unsafe { (kernels.rounds)(256) };
+        }
+        operations / begun.elapsed().as_secs_f64()
+    };
+    (0..REPEATS)
+        .map(|_| rayon::broadcast(|_| once()).into_iter().sum())
+        .fold(0.0, f64::max)
+}
