@@ -66,8 +66,7 @@ impl Emulator {
         if let Some(library) = libraries.get(&(source.as_ptr() as usize)) {
             return Ok(Arc::clone(library));
         }
-        let mut options = CompileOptions::named(format!("{kernel}.metal"));
-        options.check_types = false;
+        let options = CompileOptions::named(format!("{kernel}.metal"));
         let library = Library::compile(source, &options).map_err(|e| failed(kernel, &e))?;
         let library = Arc::new(library);
         libraries.insert(source.as_ptr() as usize, Arc::clone(&library));
@@ -217,5 +216,31 @@ impl Backend for Emulator {
             end: begun.elapsed().as_secs_f64(),
         };
         Arc::new(Done(result.map(|()| timing)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sources;
+
+    #[test]
+    #[allow(clippy::print_stderr)]
+    fn every_text_passes_the_type_check() {
+        if let Err(error) = msl_emulator::find_compiler() {
+            eprintln!("SKIPPED: {error}");
+            return;
+        }
+        for (name, text) in [
+            ("prefill", sources::PREFILL_TEXT),
+            ("masks", sources::MASK_TEXT),
+            ("decode", sources::VEC_TEXT),
+        ] {
+            let options = CompileOptions::named(format!("{name}.metal"));
+            assert!(options.check_types);
+            if let Err(error) = Library::compile(text, &options) {
+                panic!("{name}: {error}");
+            }
+        }
     }
 }
