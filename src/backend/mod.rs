@@ -9,6 +9,7 @@ use crate::attention::bindings::{self, Access, Constants};
 use crate::attention::variant::Family;
 use crate::error::Result;
 
+mod checked;
 #[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
 pub(crate) mod constants;
 pub(crate) mod cpu;
