@@ -4,7 +4,7 @@
 // (K straight from device memory, each element once); each takes its own rows through the online
 // softmax (Milakov and Gimelshein 2018; Dao 2023, section 3.1); each multiplies all rows of P with
 // its own columns of V (again each element once) into accumulators that stay in registers. Two
-// barriers a chunk, and no staging of K or V.
+// barriers a chunk (three where P takes the place of S), and no staging of K or V.
 
 // Geometry of a kernel: query rows of a tile, keys of a chunk, simdgroups.
 template <typename T, int D_, int BQ_, int C_, int NSG_>
@@ -156,6 +156,8 @@ inline void tile(
                 }
             }
         }
+        // P of the chunk before, which others may still read.
+        if (G::IN_PLACE) { threadgroup_barrier(mem_flags::mem_threadgroup); }
         for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
             for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
                 const int column = (sg * G::KEY_BLOCKS + kb) * 8;
