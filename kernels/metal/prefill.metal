@@ -4,7 +4,7 @@
 // (K straight from device memory, each element once); each takes its own rows through the online
 // softmax (Milakov and Gimelshein 2018; Dao 2023, section 3.1); each multiplies all rows of P with
 // its own columns of V (again each element once) into accumulators that stay in registers. Two
-// barriers a chunk, and no staging of K or V.
+// barriers a chunk, three where P takes the place of S, and no staging of K or V.
 
 // Geometry of a kernel: query rows of a tile, keys of a chunk, simdgroups.
 template <typename T, int D_, int BQ_, int C_, int NSG_>
@@ -156,6 +156,8 @@ inline void tile(
                 }
             }
         }
+        // Other simdgroups may still be reading the last chunk's P there.
+        if (G::IN_PLACE) { threadgroup_barrier(mem_flags::mem_threadgroup); }
         for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
             for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
                 const int column = (sg * G::KEY_BLOCKS + kb) * 8;
@@ -201,7 +203,10 @@ inline void tile(
         // O = diag(factor) O + P V: all rows with this simdgroup's columns.
         for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
             const float f = factors[rb * 8 + cell.row];
-            for (int j = 0; j < G::COLUMN_BLOCKS; ++j) { o[rb][j].thread_elements() *= f; }
+            for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
+                o[rb][j].thread_elements()[0] *= f;
+                o[rb][j].thread_elements()[1] *= f;
+            }
         }
         for (int kb = 0; kb < G::C / 8; ++kb) {
             const int key = k0 + kb * 8;
@@ -243,9 +248,8 @@ inline void tile(
         for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
             const int column = (j * G::NSG + sg) * 8 + cell.col;
             if (column >= G::D) { break; }
-            const float2 value = o[rb][j].thread_elements() * inverse;
-            out[column] = T(value.x);
-            out[column + 1] = T(value.y);
+            out[column] = T(o[rb][j].thread_elements()[0] * inverse);
+            out[column + 1] = T(o[rb][j].thread_elements()[1] * inverse);
         }
     }
 }
