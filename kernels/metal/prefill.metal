@@ -19,6 +19,9 @@ struct Geometry {
     // P takes the place of S where its elements are as wide.
     static constant constexpr bool IN_PLACE = sizeof(T) == 4;
     static constant constexpr int LDP = IN_PLACE ? LDS : C + 8;
+    // Columns whose products are summed before they join the others: f32 has bits to lose in a long
+    // chain of additions.
+    static constant constexpr int RUN = sizeof(T) == 4 ? 32 : D;
     static constant constexpr int ROW_BLOCKS = BQ / 8;
     static constant constexpr int KEY_BLOCKS = C / 8 / NSG;
     static constant constexpr int COLUMN_BLOCKS = (D / 8 + NSG - 1) / NSG;
@@ -135,24 +138,35 @@ inline void tile(
             masked = classes.y;
         }
 
-        // S = Q K^T: all rows with this simdgroup's keys.
+        // S = Q K^T: all rows with this simdgroup's keys, a run of columns after the other.
         simdgroup_matrix<float, 8, 8> s[G::KEY_BLOCKS][G::ROW_BLOCKS];
-        for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
-            for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) { s[kb][rb] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
-        }
-        for (int d = 0; d < G::D; d += 8) {
-            simdgroup_matrix<T, 8, 8> q_block[G::ROW_BLOCKS];
-            for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
-                simdgroup_load(q_block[rb], q_tile + rb * 8 * G::LDQ + d, G::LDQ);
+        for (int d0 = 0; d0 < G::D; d0 += G::RUN) {
+            simdgroup_matrix<float, 8, 8> part[G::KEY_BLOCKS][G::ROW_BLOCKS];
+            for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
+                for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) { part[kb][rb] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
+            }
+            for (int d = d0; d < min(d0 + G::RUN, G::D); d += 8) {
+                simdgroup_matrix<T, 8, 8> q_block[G::ROW_BLOCKS];
+                for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+                    simdgroup_load(q_block[rb], q_tile + rb * 8 * G::LDQ + d, G::LDQ);
+                }
+                for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
+                    const int key = k0 + (sg * G::KEY_BLOCKS + kb) * 8;
+                    const int there = bounds.keys - key;
+                    if (there <= 0) { continue; }
+                    simdgroup_matrix<T, 8, 8> k_block;
+                    load_block<T, true>(k_block, at.k + long(key) * p.K_strides[2] + d, p.K_strides[2], align_k ? 8 : there, cell);
+                    for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+                        simdgroup_multiply_accumulate(part[kb][rb], q_block[rb], k_block, part[kb][rb]);
+                    }
+                }
             }
             for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
-                const int key = k0 + (sg * G::KEY_BLOCKS + kb) * 8;
-                const int there = bounds.keys - key;
-                if (there <= 0) { continue; }
-                simdgroup_matrix<T, 8, 8> k_block;
-                load_block<T, true>(k_block, at.k + long(key) * p.K_strides[2] + d, p.K_strides[2], align_k ? 8 : there, cell);
                 for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
-                    simdgroup_multiply_accumulate(s[kb][rb], q_block[rb], k_block, s[kb][rb]);
+                    for (ushort e = 0; e < 2; ++e) {
+                        const float sum = part[kb][rb].thread_elements()[e];
+                        s[kb][rb].thread_elements()[e] = d0 == 0 ? sum : s[kb][rb].thread_elements()[e] + sum;
+                    }
                 }
             }
         }
