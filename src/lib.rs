@@ -54,6 +54,8 @@ pub use backend::cpu::{CpuOptions, Isa};
 pub use backend::emulator::EmulatorOptions;
 pub use dtype::DType;
 pub use error::{MlxError, Result};
+#[cfg(feature = "emulator")]
+pub use msl_emulator::Counters as EmulatorCounters;
 pub use runtime::buffer::MlxBuffer;
 pub use runtime::device::MlxDevice;
 pub use runtime::encoder::CommandEncoder;

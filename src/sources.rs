@@ -64,6 +64,17 @@ library! {
     VEC_TEXT = "../kernels/metal/decode.metal" with params::VEC_PARAMS_TEXT
 }
 
+/// File name of a text's precompiled library: a hash of the text, so that a library of another text
+/// is never taken for it (FNV-1a, 64 bits).
+pub(crate) fn metallib_name(source: &str) -> String {
+    let hash = source
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    format!("{hash:016x}.metallib")
+}
+
 /// Every kernel's name with its text.
 pub(crate) fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
     let prefill = PREFILL.iter().map(|v| (v.kernel, PREFILL_TEXT));
@@ -89,6 +100,13 @@ mod tests {
             let (_, text) = all().find(|(n, _)| *n == name).unwrap();
             assert!(text.contains(&format!("void {name}(")), "{name}");
         }
+    }
+
+    #[test]
+    fn each_text_has_its_own_library() {
+        let names = [PREFILL_TEXT, MASK_TEXT, VEC_TEXT].map(metallib_name);
+        assert!(names[0] != names[1] && names[1] != names[2] && names[0] != names[2]);
+        assert_eq!(metallib_name(""), "cbf29ce484222325.metallib");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! so each test wants one of its own, as nextest gives it; sharing one, the later shows less than
 //! it took, for what the earlier kept is there already.
 #![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::sync::Mutex;
 

@@ -4,7 +4,7 @@
 // (K straight from device memory, each element once); each takes its own rows through the online
 // softmax (Milakov and Gimelshein 2018; Dao 2023, section 3.1); each multiplies all rows of P with
 // its own columns of V (again each element once) into accumulators that stay in registers. Two
-// barriers a chunk, and no staging of K or V.
+// barriers a chunk, three where P takes the place of S, and no staging of K or V.
 
 // Geometry of a kernel: query rows of a tile, keys of a chunk, simdgroups.
 template <typename T, int D_, int BQ_, int C_, int NSG_>
@@ -19,6 +19,12 @@ struct Geometry {
     // P takes the place of S where its elements are as wide.
     static constant constexpr bool IN_PLACE = sizeof(T) == 4;
     static constant constexpr int LDP = IN_PLACE ? LDS : C + 8;
+    // Columns whose products are summed before they join the others: f32 has bits to lose in a long
+    // chain of additions.
+    static constant constexpr int RUN = sizeof(T) == 4 ? 32 : D;
+    // Blocks of Q along D that each simdgroup keeps in registers for all chunks: all or none.
+    static constant constexpr bool HOLDS_Q = BQ == 32 && D * int(sizeof(T)) <= 128;
+    static constant constexpr int HELD = HOLDS_Q ? D / 8 : 1;
     static constant constexpr int ROW_BLOCKS = BQ / 8;
     static constant constexpr int KEY_BLOCKS = C / 8 / NSG;
     static constant constexpr int COLUMN_BLOCKS = (D / 8 + NSG - 1) / NSG;
@@ -101,12 +107,15 @@ inline void tile(
     threadgroup T* q_tile, threadgroup float* s_tile, threadgroup T* p_tile, threadgroup float* factors,
     ushort sg, ushort lane) {
     const Cell cell = lane_cell(lane);
+    const long q_stride = p.Q_strides[2], k_stride = p.K_strides[2];
+    const long v_stride = p.V_strides[2], o_stride = p.O_strides[2];
+    const float softcap = p.softcapping;
 
     // Q, with zeros past the last row.
     for (int i = sg * 32 + lane; i < G::BQ * G::D; i += G::NSG * 32) {
         const int r = i / G::D, c = i % G::D;
         const bool there = align_q || r < rows;
-        q_tile[r * G::LDQ + c] = there ? at.q[long(q0 + r) * p.Q_strides[2] + c] : T(0.0f);
+        q_tile[r * G::LDQ + c] = there ? at.q[(q0 + r) * q_stride + c] : T(0.0f);
     }
 
     simdgroup_matrix<float, 8, 8> o[G::ROW_BLOCKS][G::COLUMN_BLOCKS];
@@ -122,10 +131,17 @@ inline void tile(
     float running_sum = has_sinks && leads ? 1.0f : 0.0f;
     bool seen = false;
 
-    const float scale = has_softcap ? p.scale / p.softcapping : p.scale * LOG2E;
+    const float scale = has_softcap ? p.scale / softcap : p.scale * LOG2E;
     const int2 any = key_range(bounds, q0, q0 + rows - 1);
     const int2 all = key_range(bounds, q0 + rows - 1, q0);
     threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    simdgroup_matrix<T, 8, 8> q_held[G::ROW_BLOCKS][G::HELD];
+    for (int rb = 0; rb < G::ROW_BLOCKS && G::HOLDS_Q; ++rb) {
+        for (int i = 0; i < G::HELD; ++i) {
+            simdgroup_load(q_held[rb][i], q_tile + rb * 8 * G::LDQ + i * 8, G::LDQ);
+        }
+    }
 
     for (int k0 = any.x / G::C * G::C; k0 < any.y; k0 += G::C) {
         bool masked = has_mask;
@@ -135,27 +151,44 @@ inline void tile(
             masked = classes.y;
         }
 
-        // S = Q K^T: all rows with this simdgroup's keys.
+        // S = Q K^T: all rows with this simdgroup's keys, a run of columns after the other.
         simdgroup_matrix<float, 8, 8> s[G::KEY_BLOCKS][G::ROW_BLOCKS];
-        for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
-            for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) { s[kb][rb] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
-        }
-        for (int d = 0; d < G::D; d += 8) {
-            simdgroup_matrix<T, 8, 8> q_block[G::ROW_BLOCKS];
-            for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
-                simdgroup_load(q_block[rb], q_tile + rb * 8 * G::LDQ + d, G::LDQ);
+        for (int d0 = 0; d0 < G::D; d0 += G::RUN) {
+            simdgroup_matrix<float, 8, 8> part[G::KEY_BLOCKS][G::ROW_BLOCKS];
+            for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
+                for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) { part[kb][rb] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
+            }
+            for (int d = d0; d < min(d0 + G::RUN, G::D); d += 8) {
+                simdgroup_matrix<T, 8, 8> q_block[G::ROW_BLOCKS];
+                for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+                    if (G::HOLDS_Q) {
+                        q_block[rb] = q_held[rb][d / 8 % G::HELD];
+                        continue;
+                    }
+                    simdgroup_load(q_block[rb], q_tile + rb * 8 * G::LDQ + d, G::LDQ);
+                }
+                for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
+                    const int key = k0 + (sg * G::KEY_BLOCKS + kb) * 8;
+                    const int there = bounds.keys - key;
+                    if (there <= 0) { continue; }
+                    simdgroup_matrix<T, 8, 8> k_block;
+                    load_block<T, true>(k_block, at.k + key * k_stride + d, k_stride, align_k ? 8 : there, cell);
+                    for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+                        simdgroup_multiply_accumulate(part[kb][rb], q_block[rb], k_block, part[kb][rb]);
+                    }
+                }
             }
             for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
-                const int key = k0 + (sg * G::KEY_BLOCKS + kb) * 8;
-                const int there = bounds.keys - key;
-                if (there <= 0) { continue; }
-                simdgroup_matrix<T, 8, 8> k_block;
-                load_block<T, true>(k_block, at.k + long(key) * p.K_strides[2] + d, p.K_strides[2], align_k ? 8 : there, cell);
                 for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
-                    simdgroup_multiply_accumulate(s[kb][rb], q_block[rb], k_block, s[kb][rb]);
+                    for (ushort e = 0; e < 2; ++e) {
+                        const float sum = part[kb][rb].thread_elements()[e];
+                        s[kb][rb].thread_elements()[e] = d0 == 0 ? sum : s[kb][rb].thread_elements()[e] + sum;
+                    }
                 }
             }
         }
+        // Other simdgroups may still be reading the last chunk's P there.
+        if (G::IN_PLACE) { threadgroup_barrier(mem_flags::mem_threadgroup); }
         for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
             for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
                 const int column = (sg * G::KEY_BLOCKS + kb) * 8;
@@ -173,7 +206,7 @@ inline void tile(
         for (int c = 0; c < G::CELLS; ++c) {
             const int key = k0 + cells + c;
             float value = s_tile[row * G::LDS + cells + c] * scale;
-            if (has_softcap) { value = precise::tanh(value) * (p.softcapping * LOG2E); }
+            if (has_softcap) { value = precise::tanh(value) * (softcap * LOG2E); }
             if (has_alibi) { value -= at.slope * LOG2E * float(abs(q0 + row + bounds.offset - key)); }
             if (bounded && (key >= bounds.keys || !sees(bounds, q0 + row, key))) {
                 value = -INFINITY;
@@ -201,7 +234,10 @@ inline void tile(
         // O = diag(factor) O + P V: all rows with this simdgroup's columns.
         for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
             const float f = factors[rb * 8 + cell.row];
-            for (int j = 0; j < G::COLUMN_BLOCKS; ++j) { o[rb][j].thread_elements() *= f; }
+            for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
+                o[rb][j].thread_elements()[0] *= f;
+                o[rb][j].thread_elements()[1] *= f;
+            }
         }
         for (int kb = 0; kb < G::C / 8; ++kb) {
             const int key = k0 + kb * 8;
@@ -215,7 +251,7 @@ inline void tile(
                 const int column = (j * G::NSG + sg) * 8;
                 if (column >= G::D) { break; }
                 simdgroup_matrix<T, 8, 8> v_block;
-                load_block<T, false>(v_block, at.v + long(key) * p.V_strides[2] + column, p.V_strides[2], align_k ? 8 : there, cell);
+                load_block<T, false>(v_block, at.v + key * v_stride + column, v_stride, align_k ? 8 : there, cell);
                 for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
                     simdgroup_multiply_accumulate(o[rb][j], p_block[rb], v_block, o[rb][j]);
                 }
@@ -239,13 +275,12 @@ inline void tile(
         const int r = rb * 8 + cell.row;
         if (!align_q && r >= rows) { continue; }
         const float inverse = factors[r];
-        device T* out = at.o + long(q0 + r) * p.O_strides[2];
+        device T* out = at.o + (q0 + r) * o_stride;
         for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
             const int column = (j * G::NSG + sg) * 8 + cell.col;
             if (column >= G::D) { break; }
-            const float2 value = o[rb][j].thread_elements() * inverse;
-            out[column] = T(value.x);
-            out[column + 1] = T(value.y);
+            out[column] = T(o[rb][j].thread_elements()[0] * inverse);
+            out[column + 1] = T(o[rb][j].thread_elements()[1] * inverse);
         }
     }
 }
@@ -274,7 +309,7 @@ template <typename T, int D, int BQ, int C, int NSG, bool is_bool, int ALIAS>
     using G = Geometry<T, D, BQ, C, NSG>;
     threadgroup T q_tile[BQ * G::LDQ];
     threadgroup float s_tile[BQ * G::LDS];
-    threadgroup T p_tile[G::IN_PLACE ? 1 : BQ * G::LDP];
+    threadgroup T p_tile[G::IN_PLACE ? 4 : BQ * G::LDP];
     threadgroup float factors[BQ];
 
     // The last tiles see the most keys under causal visibility, so they go first.

@@ -141,7 +141,8 @@ impl ProblemBuilder {
     }
 
     /// Each head has an ALiBi slope: `-slope * |p - j|` is added to the capped score, `p` being the
-    /// query's position (Press et al. 2022, section 3; symmetric for encoders).
+    /// query's position (Press et al. 2022, section 3; symmetric for encoders). Distance and product
+    /// are f32, so keys further than 2^24 from the query are not told apart.
     pub fn alibi(mut self, given: bool) -> Self {
         self.alibi = given;
         self

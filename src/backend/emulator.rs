@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use msl_emulator::{Binding, CompileOptions, Constant, Counters, DispatchOptions, Library};
 
+use super::checked::launch;
 use super::host_memory::HostMemory;
 use super::{
     Arg, Backend, DeviceKind, Dispatch, Done, Kernel, Limits, Memory, Pending, Step, Timing,
@@ -14,6 +15,7 @@ use super::{
 use crate::attention::bindings::{Constants, access, constant};
 use crate::attention::variant::{self, APPLE_THREADGROUP_BYTES, Family};
 use crate::error::{MlxError, Result};
+use crate::sources;
 
 /// How to open the emulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -38,6 +40,8 @@ pub(crate) struct Emulator {
 struct Built {
     library: Arc<Library>,
     constants: Vec<(u32, Constant)>,
+    /// Whether the text is this crate's.
+    own: bool,
 }
 
 impl Emulator {
@@ -66,8 +70,7 @@ impl Emulator {
         if let Some(library) = libraries.get(&(source.as_ptr() as usize)) {
             return Ok(Arc::clone(library));
         }
-        let mut options = CompileOptions::named(format!("{kernel}.metal"));
-        options.check_types = false;
+        let options = CompileOptions::named(format!("{kernel}.metal"));
         let library = Library::compile(source, &options).map_err(|e| failed(kernel, &e))?;
         let library = Arc::new(library);
         libraries.insert(source.as_ptr() as usize, Arc::clone(&library));
@@ -80,6 +83,7 @@ impl Emulator {
         let Some(built) = dispatch.kernel.state.downcast_ref::<Built>() else {
             return Err(fail("was built for another device".into()));
         };
+        launch::check(dispatch)?;
         let size = |sizes: [u64; 3], what: &str| -> Result<[u32; 3]> {
             let mut out = [0; 3];
             for (out, size) in out.iter_mut().zip(sizes) {
@@ -112,10 +116,12 @@ impl Emulator {
             };
         }
         let mut options = DispatchOptions::default().threads(self.options.threads);
-        options.check = self.options.check;
+        // A text that a caller registered may do anything.
+        options.check = self.options.check || !built.own;
         options.shuffle_seed = self.options.shuffle_seed;
-        // SAFETY: the text is this crate's own; bindings lie inside live memory that nobody else
-        // uses while commands run; the ops check every operand against the params.
+        // SAFETY: bindings lie inside live memory that nobody else uses while commands run. This
+        // crate's own text stays inside them, as `launch::check` has held params, constants and grid
+        // against them; any other text runs with every access watched.
         let counters = unsafe { built.library.dispatch(&mut call, &options) };
         let counters = counters.map_err(|e| fail(e.to_string()))?;
         add(
@@ -175,6 +181,7 @@ impl Backend for Emulator {
         let library = self.library(kernel, source)?;
         let info = library.kernel(kernel).map_err(|e| failed(kernel, &e))?;
         let row = variant::by_name(kernel);
+        let own = sources::all().any(|(name, text)| name == kernel && std::ptr::eq(text, source));
         let values = library
             .constants()
             .iter()
@@ -202,6 +209,7 @@ impl Backend for Emulator {
             state: Box::new(Built {
                 library: Arc::clone(&library),
                 constants: values,
+                own,
             }),
         })
     }
@@ -219,3 +227,6 @@ impl Backend for Emulator {
         Arc::new(Done(result.map(|()| timing)))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,6 +10,7 @@ use crate::attention::variant::Family;
 use crate::dtype::DType;
 use crate::error::Result;
 
+mod checked;
 #[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
 pub(crate) mod constants;
 pub(crate) mod cpu;

@@ -35,6 +35,11 @@ impl Pipeline {
     }
 }
 
+/// File name under which a text's precompiled library is looked for in `MLX_FLASH_METALLIB_DIR`.
+pub fn metallib_name(source: &str) -> String {
+    crate::sources::metallib_name(source)
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key {
     device: u64,
@@ -159,6 +164,13 @@ impl KernelRegistry {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .len()
+    }
+
+    /// Every kernel's name with its text, in no particular order.
+    pub fn sources(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        self.sources
+            .iter()
+            .map(|(name, text)| (name.as_ref(), *text))
     }
 
     /// How many kernels are known.

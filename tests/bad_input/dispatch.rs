@@ -3,7 +3,7 @@
 
 use bytemuck::Zeroable;
 use mlx_flash_attn::attention::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
-use mlx_flash_attn::encoder::{KernelArg, MTLSize, as_bytes};
+use mlx_flash_attn::encoder::{KernelArg, as_bytes};
 use mlx_flash_attn::{DType, DeviceKind, MlxBuffer, MlxDevice, Result};
 
 use crate::world::{Row, World, row};
@@ -18,6 +18,10 @@ struct Raw {
     buffers: Vec<(u64, MlxBuffer, u64)>,
     bytes: Vec<(u64, Vec<u8>)>,
     params: AttnParamsGpu,
+    grid: [u64; 3],
+    threads: [u64; 3],
+    /// Whether `buffers` has the params.
+    bound_params: bool,
 }
 
 impl Raw {
@@ -35,6 +39,9 @@ impl Raw {
                 (3, w.buffer(bf16, &[9 * 64]), 0),
             ],
             bytes: vec![],
+            grid: [1, 1, 1],
+            threads: [32, 4, 1],
+            bound_params: false,
             params: AttnParamsGpu {
                 b: 1,
                 h: 1,
@@ -61,7 +68,7 @@ impl Raw {
     }
 
     fn run(mut self, w: &mut World) -> Result<()> {
-        if !self.bytes.iter().any(|(index, _)| *index == 4) {
+        if !self.bound_params && !self.bytes.iter().any(|(index, _)| *index == 4) {
             self.bytes.push((4, as_bytes(&self.params).to_vec()));
         }
         let pipeline = w.registry.get_pipeline_with_constants(
@@ -76,9 +83,12 @@ impl Raw {
         });
         let bytes = self.bytes.iter().map(|(i, b)| (*i, KernelArg::Bytes(b)));
         let args: Vec<_> = buffers.chain(bytes).collect();
-        let (grid, threads) = (MTLSize::new(1, 1, 1), MTLSize::new(32, 4, 1));
-        w.encoder
-            .encode_threadgroups_with_args(pipeline, &args, grid, threads);
+        w.encoder.encode_threadgroups_with_args(
+            pipeline,
+            &args,
+            self.grid.into(),
+            self.threads.into(),
+        );
         w.encoder.commit_and_wait()
     }
 }
@@ -98,10 +108,15 @@ fn raw(
 
 pub(crate) fn rows(device: &MlxDevice) -> Vec<Row> {
     let mut rows = anywhere();
-    // A GPU is given what is bound; only the CPU reads params back and checks them.
-    if device.kind() == DeviceKind::Cpu {
+    // A GPU is given what is bound; what runs in this process reads params back and checks them.
+    if matches!(device.kind(), DeviceKind::Cpu | DeviceKind::Emulator) {
         rows.extend(prefill());
         rows.extend(crate::dispatch_other::rows());
+    }
+    // The CPU works grids and tails out by itself; the kernels' text trusts them.
+    if device.kind() == DeviceKind::Emulator {
+        rows.extend(launches());
+        rows.extend(crate::dispatch_other::launch_rows());
     }
     rows
 }
@@ -314,4 +329,75 @@ fn prefill() -> Vec<Row> {
         },
     ));
     rows
+}
+
+/// Right operands under a grid, a threadgroup or constants that say something else.
+fn launches() -> Vec<Row> {
+    let lse = |strides: Option<[i64; 2]>| {
+        move |w: &mut World, c: &mut Raw| {
+            c.bools.push((307, true));
+            let lse = w.buffer(DType::F32, &[9]);
+            c.buffers.push((11, lse, 0));
+            if let Some(lse_strides) = strides {
+                let extra = AttnExtraParamsGpu {
+                    lse_strides,
+                    ..Zeroable::zeroed()
+                };
+                c.bytes.push((8, as_bytes(&extra).to_vec()));
+            }
+        }
+    };
+    vec![
+        raw("a grid of more tiles", &["grid", "[2, 1, 1]"], |_, c| {
+            c.grid[0] = 2
+        }),
+        raw("a grid of more heads", &["grid", "[1, 2, 1]"], |_, c| {
+            c.grid[1] = 2
+        }),
+        raw("a grid of more batches", &["grid"], |_, c| c.grid[2] = 2),
+        raw("an empty grid", &["grid", "[0, 1, 1]"], |_, c| {
+            c.grid[0] = 0
+        }),
+        raw("a grid past 32 bits", &["grid"], |_, c| c.grid[0] = 1 << 40),
+        raw("too few simdgroups", &["threadgroup"], |_, c| {
+            c.threads[1] = 2
+        }),
+        raw("too many simdgroups", &["threadgroup"], |_, c| {
+            c.threads[1] = 8
+        }),
+        raw("other simdgroups by a constant", &["simdgroups"], |_, c| {
+            c.ints.push((322, 8))
+        }),
+        raw("more tiles in the params", &["NQ"], |_, c| c.params.nq = 2),
+        raw(
+            "whole query tiles that are not",
+            &["constant 200"],
+            |_, c| c.bools.push((200, true)),
+        ),
+        raw("whole key tiles that are not", &["constant 201"], |_, c| {
+            c.bools.push((201, true))
+        }),
+        raw("a log-sum-exp without strides", &["buffer 8"], lse(None)),
+        raw(
+            "a log-sum-exp with wild strides",
+            &["log-sum-exp"],
+            lse(Some([1 << 40, 1 << 20])),
+        ),
+        raw(
+            "params off their alignment",
+            &["buffer 4", "8 bytes"],
+            |w, c| {
+                // Right params a byte into a buffer: offset 0 stands for none.
+                let mut bytes = vec![0u8];
+                bytes.extend_from_slice(as_bytes(&c.params));
+                let len = bytes.len();
+                let device = &w.device;
+                let buffer = device
+                    .buffer_from_slice(&bytes, DType::U8, vec![len])
+                    .unwrap();
+                c.buffers.push((4, buffer.slice_view(1, 160), 0));
+                c.bound_params = true;
+            },
+        ),
+    ]
 }

@@ -191,3 +191,62 @@ fn vec_with(w: &mut World, spoil: fn(&mut VecParamsGpu)) -> Result<()> {
     let buffers = [(0, &call.q), (1, &call.k), (2, &call.v), (3, &call.tmp)];
     other(w, names::VEC_F32, &[], &buffers, (4, as_bytes(&params)))
 }
+
+/// Right operands, and a grid of one threadgroup of one thread: wrong for all of these kernels.
+pub(crate) fn launch_rows() -> Vec<Row> {
+    let failed = |name, words, call: fn(&mut World) -> Result<()>| {
+        row(name, words, call).gives("CommandBufferError")
+    };
+    vec![
+        failed("a fill over another grid", &["grid", "[9, 1, 1]"], |w| {
+            fill_with(
+                w,
+                MaskFillParamsGpu {
+                    seq_len_q: 9,
+                    seq_len_k: 11,
+                    ..Zeroable::zeroed()
+                },
+            )
+        }),
+        failed(
+            "classes by one thread",
+            &["threadgroup", "[32, 1, 1]"],
+            |w| classify_with(w, &[(400, 32), (401, 16)], 9, 11, 11),
+        ),
+        failed(
+            "classes of more tiles than the params say",
+            &["NQ and NK"],
+            |w| {
+                let (mask, blk) = (w.buffer(DType::BF16, &[99]), w.buffer(DType::U8, &[2]));
+                let params = BlkParamsGpu {
+                    seq_len_q: 9,
+                    seq_len_k: 11,
+                    nq: 1,
+                    nk: 9,
+                    row_stride: 11,
+                };
+                let buffers = [(0, &mask), (1, &blk)];
+                let tile = [(400, 32), (401, 16)];
+                other(w, names::BLK, &tile, &buffers, (2, as_bytes(&params)))
+            },
+        ),
+        failed("decode over another grid", &["grid", "[32, 2, 1]"], |w| {
+            vec_with(w, |_| {})
+        }),
+        failed("decode by one thread", &["threadgroup"], |w| {
+            vec_with(w, |p| (p.splits, p.num_heads) = (1, 1))
+        }),
+        failed("a reduce over another grid", &["grid", "[2, 1, 1]"], |w| {
+            let tmp = w.buffer(DType::F32, &[2 * 32 * 66]);
+            let out = w.buffer(DType::F32, &[128]);
+            let params = vec_params();
+            other(
+                w,
+                names::VEC_REDUCE,
+                &[],
+                &[(0, &tmp), (1, &out)],
+                (2, as_bytes(&params)),
+            )
+        }),
+    ]
+}

@@ -363,7 +363,13 @@ pub(crate) fn check(
     let plain = wild.gain.is_none_or(|g| g.abs() <= 4.0)
         && wild.softcap.is_none_or(|c| (0.05..100.0).contains(&c))
         && !problem.has_tile_classes();
-    if !plain {
+    // A bias is slope times distance in f32: far from the keys it cannot tell them apart, while the
+    // oracle can.
+    let near = match problem.query_offset() {
+        QueryOffset::At(offset) => offset.abs() <= 4_096,
+        QueryOffset::BottomRight => true,
+    };
+    if !plain || (problem.has_alibi() && !near) {
         return Reached::Ran;
     }
     let host = |role: Role| -> Option<&[u8]> {

@@ -1,7 +1,7 @@
 // What the host and the compiled program share. Mirrored by src/abi.rs, field by field.
 #pragma once
 
-#define MSL_ABI_VERSION 1u
+#define MSL_ABI_VERSION 2u
 #define MSL_BUFFERS 31
 #define MSL_MAX_THREADS 1024
 #define MSL_LANES 32
@@ -122,7 +122,7 @@ struct ConstantRecord {
   uint index;
   uint size;
   void *value;
-  bool *defined;
+  bool *defined; // null for a derived one
 };
 
 // A threadgroup variable of one kernel instance; the host writes `offset`.
@@ -144,6 +144,8 @@ struct Table {
   ulong n_kernels;
   const ConstantRecord *constants;
   ulong n_constants;
+  const ConstantRecord *derived;
+  ulong n_derived;
   ThreadgroupRecord *const *threadgroup;
   // Evaluates the constants that are derived from function constants.
   void (*derive)(Worker *);

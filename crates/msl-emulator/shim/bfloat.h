@@ -1,6 +1,12 @@
 // bfloat: 16-bit brain float, rounded to nearest even as the hardware does.
 #pragma once
 
+#ifdef MSL_PASS_TYPES
+// Only types count here, and a class in a named address space would need members for each space:
+// clang's other 16-bit float stands in, a type of its own like Metal's.
+typedef __fp16 bfloat;
+static_assert(sizeof(bfloat) == 2, "bfloat has two bytes");
+#else
 struct bfloat {
   ushort bits;
 
@@ -14,12 +20,6 @@ struct bfloat {
   constexpr operator float() const {
     return __builtin_bit_cast(float, static_cast<uint>(bits) << 16);
   }
-
-// Templates, so that they are no copy constructors and bfloat stays trivially copyable.
-#define MSL_AS(space)                                                                              \
-  template <class = void> constexpr bfloat(const space bfloat &o) : bits(o.bits) {}
-  MSL_FOR_NAMED_SPACES(MSL_AS)
-#undef MSL_AS
 
   static constexpr ushort round(float f) {
     uint u = __builtin_bit_cast(uint, f);
@@ -57,16 +57,16 @@ MSL_BF(*)
 MSL_BF(/)
 #undef MSL_BF
 
-#define MSL_BF_SPACE(op, space)                                                                    \
-  template <class T> MSL_FN space bfloat &operator op##=(space bfloat &a, T b) {                   \
-    a.bits = bfloat(bfloat(a) op b).bits;                                                          \
+#define MSL_BF(op)                                                                                 \
+  template <class T> MSL_FN bfloat &operator op##=(bfloat &a, T b) {                               \
+    a.bits = bfloat(a op b).bits;                                                                  \
     return a;                                                                                      \
   }
-#define MSL_AS(space)                                                                              \
-  MSL_BF_SPACE(+, space) MSL_BF_SPACE(-, space) MSL_BF_SPACE(*, space) MSL_BF_SPACE(/, space)
-MSL_FOR_WRITABLE_SPACES(MSL_AS)
-#undef MSL_AS
-#undef MSL_BF_SPACE
+MSL_BF(+)
+MSL_BF(-)
+MSL_BF(*)
+MSL_BF(/)
+#undef MSL_BF
 
 #define MSL_BF(op)                                                                                 \
   MSL_FN constexpr bool operator op(bfloat a, bfloat b) {                                          \
@@ -90,6 +90,7 @@ MSL_BF(>=)
 
 MSL_FN constexpr bfloat operator-(bfloat a) { return bfloat(-static_cast<float>(a)); }
 MSL_FN constexpr bfloat operator+(bfloat a) { return a; }
+#endif
 
 typedef bfloat bfloat16_t;
 

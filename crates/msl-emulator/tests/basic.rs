@@ -331,6 +331,59 @@ fn faulty_text_names_its_line() {
     }
 }
 
+/// A template for several types, bfloat twice among them, with `at` as the source's space.
+fn copies(space: &str) -> String {
+    format!(
+        "#include <metal_stdlib>
+using namespace metal;
+template <typename T, bool twice>
+inline T scaled({space} const T* p, float by) {{ return T(float(p[0]) * by + float(twice ? p[1] : T(0))); }}
+template <typename T, bool twice>
+kernel void copy(device const T* x [[buffer(0)]], device T* y [[buffer(1)]]) {{
+  threadgroup T t[2];
+  t[0] = x[0];
+  t[1] = x[1] * T(2.0f);
+  t[1] += t[0];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  y[0] = scaled<T, twice>(t, 3.0f);
+}}
+#define COPY(T) template [[host_name(#T)]] [[kernel]] decltype(copy<T, false>) copy<T, false>; \\
+  template [[host_name(#T \"_twice\")]] [[kernel]] decltype(copy<T, true>) copy<T, true>;
+COPY(float)
+COPY(half)
+COPY(bfloat)
+"
+    )
+}
+
+#[test]
+fn bfloat_behind_every_address_space() {
+    let text = copies("threadgroup");
+    let lib = match Library::compile(&text, &CompileOptions::named("copies.metal")) {
+        Err(Error::NoCompiler(why)) => return eprintln!("SKIPPED: no clang++ ({why})"),
+        other => other.unwrap(),
+    };
+    for (kernel, want) in [("bfloat", 4.5f32), ("bfloat_twice", 8.0)] {
+        let x = [1.5f32, 1.0].map(|v| (v.to_bits() >> 16) as u16);
+        let mut y = [0u16];
+        let dispatch = Dispatch::new(kernel)
+            .bind(0, Binding::read_only(bytes_of(&x)))
+            .bind(1, Binding::read_write(bytes_mut(&mut y)));
+        run(&lib, dispatch, &DispatchOptions::checked()).unwrap();
+        assert_eq!(f32::from_bits(u32::from(y[0]) << 16), want);
+    }
+    // The wrong space is refused for each type, at the call's line.
+    for space in ["device", "constant"] {
+        let message = rejected(&copies(space)).unwrap();
+        for ty in ["float", "half", "bfloat"] {
+            let note = format!("'copy<{ty}, true>'");
+            assert!(message.contains(&note), "{ty}: {message}");
+        }
+        assert!(message.contains("bad.metal:12:"), "{message}");
+        assert!(!message.contains("__fp16"), "{message}");
+    }
+}
+
 #[test]
 fn macros_and_namespaces() {
     let source = r#"

@@ -1,10 +1,10 @@
 //! What is refused before anything runs.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 mod common;
 
-use common::{bytes_mut, library, run};
-use msl_emulator::{Binding, Dispatch, DispatchOptions, Error, Library};
+use common::{bytes_mut, bytes_of, library, run};
+use msl_emulator::{Binding, CompileOptions, Dispatch, DispatchOptions, Error, Library};
 
 const SOURCE: &str = include_str!("kernels/faulty.metal");
 
@@ -96,4 +96,70 @@ fn unknown_kernel() {
     .unwrap_err();
     assert!(matches!(e, Error::UnknownKernel { .. }));
     assert!(e.to_string().contains("in_helper_float"), "{e}");
+}
+
+const GATED: &str = r"#include <metal_stdlib>
+constant bool a [[function_constant(0)]];
+constant int b [[function_constant(1)]];
+constant bool either = a || b > 2;
+namespace inner { constant bool both = a && either; }
+struct Bias { float first; float second; };
+kernel void gated(
+    device float* out [[buffer(0)]],
+    constant Bias& bias [[buffer(1), function_constant(either)]],
+    device const float* more [[buffer(2), function_constant(both)]]) {
+  out[0] = either ? bias.second : 1.0f;
+  if (inner::both) { out[0] += more[0]; }
+}";
+
+#[test]
+fn missing_binding_behind_a_derived_constant() {
+    let Some(lib) = library("gated.metal", GATED) else {
+        return;
+    };
+    let ways = [DispatchOptions::default(), DispatchOptions::checked()];
+    // (a, b), what is bound, and the index that lacks a binding.
+    let cases = [
+        (false, 2, 0, Ok(1.0f32)),
+        (false, 3, 0, Err(1)),
+        (false, 3, 1, Ok(5.0)),
+        (true, 0, 0, Err(1)),
+        (true, 0, 1, Err(2)),
+        (true, 0, 2, Ok(12.0)),
+    ];
+    for (options, (a, b, bound, want)) in ways.iter().flat_map(|w| cases.map(|c| (w, c))) {
+        let mut out = [0.0f32; 1];
+        let mut dispatch = Dispatch::new("gated")
+            .constant(0, a)
+            .constant(1, b)
+            .bind(0, Binding::read_write(bytes_mut(&mut out)));
+        if bound >= 1 {
+            dispatch = dispatch.bytes(1, bytes_of(&[4.0f32, 5.0]));
+        }
+        if bound >= 2 {
+            dispatch = dispatch.bytes(2, bytes_of(&[7.0f32]));
+        }
+        match (run(&lib, dispatch, options), want) {
+            (Ok(_), Ok(want)) => assert_eq!(out, [want]),
+            (Err(Error::MissingBinding { index, .. }), Err(want)) => assert_eq!(index, want),
+            (got, want) => panic!("{got:?} instead of {want:?}"),
+        }
+    }
+    let short = Dispatch::new("gated")
+        .constant(0, false)
+        .constant(1, 9)
+        .bytes(0, [0; 4])
+        .bytes(1, [0; 4]);
+    let e = run(&lib, short, &DispatchOptions::default()).unwrap_err();
+    assert!(matches!(e, Error::Binding { index: 1, .. }), "{e}");
+}
+
+#[test]
+fn a_gate_that_is_no_function_constant() {
+    let text = GATED.replace("function_constant(either)", "function_constant(neither)");
+    match Library::compile(&text, &CompileOptions::named("gated.metal")) {
+        Err(Error::NoCompiler(_)) => {}
+        Err(e @ Error::Text { .. }) => assert!(e.to_string().contains("`neither`"), "{e}"),
+        other => panic!("{other:?}"),
+    }
 }

@@ -4,30 +4,15 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::args::Args;
-use crate::attention::bindings::{constant, other};
 use crate::attention::mask::{TileClass, Visibility};
-use crate::attention::params::{BlkParamsGpu, MaskFillParamsGpu};
 use crate::backend::Dispatch;
-use crate::error::{MlxError, Result};
-
-fn overflow(dispatch: &Dispatch) -> MlxError {
-    MlxError::CommandBufferError(format!(
-        "{}: a product of sizes overflows",
-        dispatch.kernel.name
-    ))
-}
+use crate::backend::checked::{Classes, Fill};
+use crate::error::Result;
 
 /// Writes 0 where a key is visible and `-inf` where it is not.
 pub(crate) fn fill(_cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
-    let args = Args::new(dispatch);
-    let p: MaskFillParamsGpu = args.params(other::FILL_PARAMS)?;
-    let (rows, keys) = (p.seq_len_q as usize, p.seq_len_k as usize);
-    let cells = rows
-        .checked_mul(keys)
-        .filter(|n| *n > 0)
-        .ok_or_else(|| overflow(dispatch))?;
-    let mask: &mut [bf16] = args.slice_mut(other::FILL_OUT, cells)?;
+    let Fill { params: p, mask } = Fill::read(dispatch)?;
+    let keys = p.seq_len_k as usize;
     let visibility = Visibility {
         q_offset: i64::from(p.q_abs_offset),
         causal: p.causal != 0,
@@ -44,36 +29,17 @@ pub(crate) fn fill(_cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
 
 /// Writes the class of every tile of a mask.
 pub(crate) fn classify(_cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
-    let args = Args::new(dispatch);
-    args.check_aliasing()?;
-    let p: BlkParamsGpu = args.params(other::BLK_PARAMS)?;
+    let Classes {
+        params: p,
+        tile,
+        stride,
+        mask,
+        classes,
+    } = Classes::read(dispatch)?;
     let (rows, keys) = (p.seq_len_q as usize, p.seq_len_k as usize);
-    let side = |index| {
-        let size = dispatch.kernel.constants.int(index).unwrap_or(0);
-        usize::try_from(size)
-            .ok()
-            .filter(|n| *n > 0)
-            .ok_or_else(|| {
-                let name = &dispatch.kernel.name;
-                MlxError::CommandBufferError(format!(
-                    "{name}: constant {index}: expected a tile side, got {size}"
-                ))
-            })
-    };
-    let (bq, bk) = (side(constant::BLK_BQ)?, side(constant::BLK_BK)?);
-    let (nq, nk) = (rows.div_ceil(bq), keys.div_ceil(bk));
-    let stride = usize::try_from(p.row_stride).map_err(|_| overflow(dispatch))?;
-    let cells = rows
-        .checked_sub(1)
-        .and_then(|last| last.checked_mul(stride))
-        .and_then(|start| start.checked_add(keys))
-        .filter(|_| keys > 0)
-        .ok_or_else(|| overflow(dispatch))?;
-    let tiles = nq.checked_mul(nk).ok_or_else(|| overflow(dispatch))?;
-    let mask: &[bf16] = args.slice(other::BLK_MASK, cells)?;
-    let classes: &mut [u8] = args.slice_mut(other::BLK_OUT, tiles)?;
+    let (bq, bk) = (tile.bq, tile.bk);
     classes
-        .par_chunks_mut(nk)
+        .par_chunks_mut(tile.count(rows, keys).1)
         .enumerate()
         .for_each(|(qt, row)| {
             for (kt, class) in row.iter_mut().enumerate() {

@@ -1,6 +1,5 @@
 //! The CPU device: every kernel of this crate as a native function under the kernel's own name.
 
-mod args;
 mod isa;
 mod job;
 mod kernels;

@@ -1,25 +1,15 @@
-//! Prefill on the CPU: reads a dispatch back into a checked [`Problem`] and runs it.
+//! Prefill on the CPU.
 
 use super::Cpu;
-use super::args::Args;
-use super::job::{Job, Pointers};
+use super::job::Job;
 use super::kernels;
-use crate::attention::bindings::{Access, coded_dtype, constant, prefill};
-use crate::attention::layout::Strides;
-use crate::attention::mask::MaskSpec;
-use crate::attention::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
-use crate::attention::variant::{self, MaskKind};
-use crate::attention::{Problem, QueryOffset, Role, Shape};
 use crate::backend::Dispatch;
-use crate::dtype::DType;
-use crate::error::{MlxError, Result};
+use crate::backend::checked::Prefill;
+use crate::error::Result;
 
 /// Runs a prefill kernel.
 pub(crate) fn run(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
-    let args = Args::new(dispatch);
-    args.check_aliasing()?;
-    let problem = problem(dispatch, &args)?;
-    let at = pointers(&problem, &args)?;
+    let Prefill { problem, at } = Prefill::read(dispatch)?;
     kernels::run(
         &Job {
             problem: &problem,
@@ -29,135 +19,4 @@ pub(crate) fn run(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
         cpu.threads(),
     );
     Ok(())
-}
-
-/// The problem that a dispatch states. Building it checks sizes, strides and overlap once more, for
-/// the params may come from any caller of the encoder.
-fn problem(dispatch: &Dispatch, args: &Args<'_>) -> Result<Problem> {
-    let fail =
-        |what: &str| MlxError::CommandBufferError(format!("{}: {what}", dispatch.kernel.name));
-    let variant =
-        variant::by_name(&dispatch.kernel.name).ok_or_else(|| fail("is no prefill kernel"))?;
-    let constants = &dispatch.kernel.constants;
-    let dtype = |index, what| {
-        coded_dtype(constants.int(index).unwrap_or(0), variant.dtype).ok_or_else(|| fail(what))
-    };
-    let p: AttnParamsGpu = args.params(prefill::PARAMS)?;
-    let size = |n: i32| usize::try_from(n).map_err(|_| fail("a negative size in the params"));
-    let stride = |n: i64| usize::try_from(n).map_err(|_| fail("a negative stride in the params"));
-    let strides = |s: [i64; 3]| -> Result<Strides> {
-        Ok(Strides {
-            batch: stride(s[0])?,
-            head: stride(s[1])?,
-            seq: stride(s[2])?,
-        })
-    };
-    let (heads, group) = (size(p.h)?, size(p.gqa_factor)?);
-    if group == 0 || !heads.is_multiple_of(group) || size(p.d)? != variant.head_dim {
-        return Err(fail(
-            "head counts or head dim in the params do not fit the kernel",
-        ));
-    }
-    let flag = |index| constants.bool(index);
-    let packed = flag(constant::IS_VARLEN);
-    let builder = if packed {
-        let count = size(p.b)?.saturating_add(1);
-        let cu_q: Vec<u32> = args.elements(prefill::CU_SEQLENS_Q, count)?;
-        let cu_k: Vec<u32> = args.elements(prefill::CU_SEQLENS_K, count)?;
-        Problem::varlen(
-            variant.dtype,
-            heads,
-            heads / group,
-            variant.head_dim,
-            &cu_q,
-            &cu_k,
-        )
-    } else {
-        let shape = Shape {
-            batch: size(p.b)?,
-            heads,
-            kv_heads: heads / group,
-            query_len: size(p.ql)?,
-            key_len: size(p.kl)?,
-            head_dim: variant.head_dim,
-        };
-        Problem::builder(variant.dtype, shape)
-    };
-    let mut builder = builder
-        .kv_dtype(dtype(
-            constant::KV_DTYPE,
-            "an unknown code of K and V's dtype",
-        )?)
-        .scale(p.scale)
-        .causal(flag(constant::DO_CAUSAL))
-        .query_offset(QueryOffset::At(i64::from(p.ql_off)))
-        .strides(Role::Query, strides(p.q_strides)?)
-        .strides(Role::Key, strides(p.k_strides)?)
-        .strides(Role::Value, strides(p.v_strides)?)
-        .strides(Role::Output, strides(p.o_strides)?)
-        .tile_classes(flag(constant::HAS_BLK))
-        .sinks(flag(constant::HAS_SINKS))
-        .alibi(flag(constant::HAS_ALIBI))
-        .lse(flag(constant::HAS_LSE));
-    if flag(constant::HAS_SOFTCAP) {
-        builder = builder.softcap(p.softcapping);
-    }
-    if flag(constant::HAS_MASK) {
-        let m: AttnMaskParamsGpu = args.params(prefill::MASK_PARAMS)?;
-        let [batch_stride, head_stride, row_stride] = m.m_strides;
-        builder = builder.mask(MaskSpec {
-            dtype: match variant.mask {
-                MaskKind::Bool => DType::U8,
-                MaskKind::Additive => {
-                    dtype(constant::MASK_DTYPE, "an unknown code of the mask's dtype")?
-                }
-            },
-            batch_stride: stride(batch_stride)?,
-            head_stride: stride(head_stride)?,
-            row_stride: stride(row_stride)?,
-        });
-    }
-    if flag(constant::HAS_WINDOW) || packed {
-        let extra: AttnExtraParamsGpu = args.params(prefill::EXTRA_PARAMS)?;
-        if let Ok(window) = u32::try_from(extra.window) {
-            builder = builder.window(window);
-        }
-        if let Ok(window_right) = u32::try_from(extra.window_right) {
-            builder = builder.window_right(window_right);
-        }
-        if extra.bottom_right != 0 {
-            builder = builder.query_offset(QueryOffset::BottomRight);
-        }
-    }
-    builder.build().map_err(|e| fail(&e.to_string()))
-}
-
-fn pointers(problem: &Problem, args: &Args<'_>) -> Result<Pointers> {
-    let pointer = |role: Role| match problem.operand(role) {
-        None => Ok(std::ptr::null_mut()),
-        Some(spec) => {
-            let access = if role.is_output() {
-                Access::Write
-            } else {
-                Access::Read
-            };
-            args.pointer(
-                prefill::index(role),
-                spec.elements,
-                spec.dtype.size_of(),
-                access,
-            )
-        }
-    };
-    Ok(Pointers {
-        q: pointer(Role::Query)?,
-        k: pointer(Role::Key)?,
-        v: pointer(Role::Value)?,
-        o: pointer(Role::Output)?,
-        mask: pointer(Role::Mask)?,
-        tile_classes: pointer(Role::TileClasses)?,
-        sinks: pointer(Role::Sinks)?.cast(),
-        alibi_slopes: pointer(Role::AlibiSlopes)?.cast(),
-        lse: pointer(Role::Lse)?.cast(),
-    })
 }

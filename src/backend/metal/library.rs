@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use objc2::rc::Retained;
 use objc2::runtime::{NSObjectProtocol, ProtocolObject};
 use objc2::sel;
-use objc2_foundation::{NSError, NSString};
+use objc2_foundation::{NSError, NSString, NSURL};
 use objc2_metal::{
     MTLCompileOptions, MTLComputePipelineDescriptor, MTLComputePipelineState, MTLDataType,
     MTLDevice, MTLFunction, MTLFunctionConstantValues, MTLLanguageVersion, MTLLibrary,
@@ -20,6 +20,7 @@ use crate::attention::bindings::Constants;
 use crate::backend::constants::{self, Value};
 use crate::backend::{Kernel, Limits};
 use crate::error::{MlxError, Result};
+use crate::sources;
 
 /// What a kernel of this device holds.
 pub(super) type PipelineState = Retained<ProtocolObject<dyn MTLComputePipelineState>>;
@@ -70,12 +71,27 @@ impl Libraries {
         if let Some(library) = compiled.get(source) {
             return Ok(library.clone());
         }
-        let library = device
-            .newLibraryWithSource_options_error(&NSString::from_str(source), Some(&options()))
-            .map_err(|e| message(&e))?;
+        let library = match precompiled(source) {
+            Some(path) => {
+                let path = NSString::from_str(&path);
+                device.newLibraryWithURL_error(&NSURL::fileURLWithPath(&path))
+            }
+            None => {
+                let text = NSString::from_str(source);
+                device.newLibraryWithSource_options_error(&text, Some(&options()))
+            }
+        };
+        let library = library.map_err(|e| message(&e))?;
         compiled.insert(source.into(), library.clone());
         Ok(library)
     }
+}
+
+/// The text's library in `MLX_FLASH_METALLIB_DIR`, if it is there (see `cargo xtask metallib`).
+fn precompiled(source: &str) -> Option<String> {
+    let dir = std::env::var_os("MLX_FLASH_METALLIB_DIR")?;
+    let path = std::path::Path::new(&dir).join(sources::metallib_name(source));
+    path.exists().then(|| path.to_str().map(str::to_owned))?
 }
 
 /// The compiler's own words.

@@ -2,7 +2,7 @@
 
 use std::ffi::{c_char, c_void};
 
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 pub(crate) const BUFFERS: usize = 31;
 pub(crate) const REGION: usize = 512 << 20;
 pub(crate) const STACKS: usize = 64 << 20;
@@ -133,6 +133,8 @@ pub(crate) struct Table {
     pub(crate) n_kernels: u64,
     pub(crate) constants: *const ConstantRecord,
     pub(crate) n_constants: u64,
+    pub(crate) derived: *const ConstantRecord,
+    pub(crate) n_derived: u64,
     pub(crate) threadgroup: *const *mut ThreadgroupRecord,
     pub(crate) derive: unsafe extern "C" fn(*mut c_void),
     pub(crate) run: unsafe extern "C" fn(*mut c_void, *const Launch, u64) -> u32,

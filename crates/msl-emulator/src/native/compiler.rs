@@ -238,6 +238,11 @@ pub(crate) fn check_types(code: &str, headers: &Headers) -> Result<()> {
             "-std=c++14",
             "-fsyntax-only",
             "-ferror-limit=0",
+            // `__fp16`, the stand-in for bfloat, computes and is passed as any other type.
+            "-Xclang",
+            "-fnative-half-type",
+            "-Xclang",
+            "-fnative-half-arguments-and-returns",
             &include,
             "-",
         ],
@@ -283,7 +288,7 @@ fn genuine_errors(log: &str) -> String {
     out
 }
 
-/// Names address spaces as the program does.
+/// Names types and address spaces as the program does.
 fn readable(line: &str) -> String {
     [
         ("__attribute__((address_space(1)))", "device"),
@@ -296,6 +301,8 @@ fn readable(line: &str) -> String {
         ("address space '2'", "address space 'constant'"),
         ("address space '3'", "address space 'threadgroup'"),
         ("generic address space", "address space 'thread'"),
+        ("_Float16", "half"),
+        ("__fp16", "bfloat"),
     ]
     .iter()
     .fold(line.to_owned(), |text, (from, to)| text.replace(from, to))

@@ -1,6 +1,8 @@
 //! Function constants: from what the caller gave to the program's globals.
 
+use super::abi::ConstantRecord;
 use super::module::Module;
+use super::region::Region;
 use crate::dispatch::{Constant, Dispatch};
 use crate::error::{Error, Result};
 use crate::reflect::{ConstantInfo, KernelInfo};
@@ -58,6 +60,30 @@ pub(crate) unsafe fn set(module: &Module, constants: &[ConstantInfo], dispatch: 
             *record.defined = value.is_some();
         }
     }
+}
+
+/// Computes the globals that depend on them, and gives the names of those that are not zero.
+///
+/// # Safety
+/// The module's lock is held, and `set` has run.
+pub(crate) unsafe fn derive<'a>(module: &Module, names: &'a [String]) -> Result<Vec<&'a str>> {
+    if names.is_empty() {
+        return Ok(Vec::new());
+    }
+    let region = Region::take(1)?;
+    // SAFETY: the worker has a stack ready, and the lock lets its globals be written.
+    unsafe { (module.table().derive)(region.worker()) };
+    region.put_back();
+    let is_set = |record: &ConstantRecord| {
+        // SAFETY: a global of `size` bytes, which nobody writes while the lock is held.
+        let bytes = unsafe { std::slice::from_raw_parts(record.value, record.size as usize) };
+        bytes.iter().any(|b| *b != 0)
+    };
+    let records = module.derived().iter().zip(names);
+    Ok(records
+        .filter(|(record, _)| is_set(record))
+        .map(|(_, name)| name.as_str())
+        .collect())
 }
 
 /// The bytes of a value as the declared type; `None` when it is of another.

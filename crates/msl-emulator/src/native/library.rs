@@ -22,6 +22,8 @@ pub struct Library {
     pub(crate) file: String,
     pub(crate) kernels: Vec<KernelInfo>,
     pub(crate) constants: Vec<ConstantInfo>,
+    /// Names of the globals computed from them.
+    pub(crate) derived: Vec<String>,
     /// Threadgroup variables: name and line, by site.
     pub(crate) storage: Vec<(String, u32)>,
     code: String,
@@ -84,6 +86,7 @@ impl Library {
             file: options.name.clone(),
             kernels,
             constants: program.constants,
+            derived: program.derived,
             storage: program.storage,
             code: program.code,
             stem,

@@ -153,6 +153,12 @@ impl Module {
         unsafe { std::slice::from_raw_parts(self.table.constants, self.table.n_constants as usize) }
     }
 
+    /// The globals computed from function constants.
+    pub(crate) fn derived(&self) -> &[ConstantRecord] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(self.table.derived, self.table.n_derived as usize) }
+    }
+
     /// Bytes that each argument refers to: 0 for pointers and values.
     pub(crate) fn argument_sizes(&self, kernel: &KernelRecord) -> &[u32] {
         // SAFETY: the record has a size for each argument, for as long as the object is loaded.

@@ -51,7 +51,13 @@ pub(crate) unsafe fn run(
     let record = &module.kernels()[index];
     validate::grid(kernel, dispatch, &options.limits)?;
     constants::check(kernel, &library.constants, dispatch)?;
-    validate::bindings(library, kernel, module.argument_sizes(record), dispatch)?;
+    let lock = module.lock.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: the lock is held.
+    unsafe { constants::set(module, &library.constants, dispatch) };
+    // SAFETY: the lock is held and the constants are set.
+    let derived = unsafe { constants::derive(module, &library.derived) }?;
+    let sizes = module.argument_sizes(record);
+    validate::bindings(library, kernel, sizes, &derived, dispatch)?;
     let arena = validate::arena(
         library,
         module,
@@ -109,13 +115,10 @@ pub(crate) unsafe fn run(
         shuffle: options.shuffle_seed.map_or(0, |s| s | 1 << 63),
     };
 
-    let lock = module.lock.lock().unwrap_or_else(PoisonError::into_inner);
     for (variable, offset) in &arena.variables {
         // SAFETY: the lock is held.
         unsafe { variable.place(*offset) };
     }
-    // SAFETY: the lock is held.
-    unsafe { constants::set(module, &library.constants, dispatch) };
     let result = spread(module, &launch, options);
     drop(lock);
     match result? {
@@ -190,9 +193,6 @@ fn spread(module: &Module, launch: &Launch, options: &DispatchOptions) -> Result
     let mut regions = (0..workers)
         .map(|_| Region::take(fibers))
         .collect::<Result<Vec<_>>>()?;
-    // SAFETY: the worker has a stack ready, and the module's lock is held, so that its globals may
-    // be written.
-    unsafe { (module.table().derive)(regions[0].worker()) };
 
     let order = Order::new(groups, options.shuffle_seed);
     let next = AtomicU64::new(0);

@@ -66,14 +66,18 @@ pub(crate) fn grid(kernel: &KernelInfo, dispatch: &Dispatch<'_>, limits: &Limits
     Ok(())
 }
 
-/// Whether an argument exists: it has no gate, or its function constant is true.
-fn exists(library: &Library, dispatch: &Dispatch<'_>, gate: Option<&str>) -> bool {
+/// Whether an argument exists: it has no gate, or its function constant is true. `derived` names the
+/// computed constants that are.
+fn exists(
+    library: &Library,
+    dispatch: &Dispatch<'_>,
+    derived: &[&str],
+    gate: Option<&str>,
+) -> bool {
     use crate::dispatch::Constant;
     let Some(gate) = gate else { return true };
     let Some(info) = library.constants.iter().find(|c| c.name == gate) else {
-        // Computed from function constants: only the program knows. A null pointer that is used is
-        // out of bounds.
-        return false;
+        return derived.contains(&gate);
     };
     match dispatch.constants.get(&info.index) {
         Some(Constant::Bool(b)) => *b,
@@ -89,6 +93,7 @@ pub(crate) fn bindings(
     library: &Library,
     kernel: &KernelInfo,
     sizes: &[u32],
+    derived: &[&str],
     dispatch: &Dispatch<'_>,
 ) -> Result<()> {
     for (argument, &size) in kernel.arguments.iter().zip(sizes) {
@@ -98,7 +103,7 @@ pub(crate) fn bindings(
         else {
             continue;
         };
-        if !exists(library, dispatch, gate.as_deref()) {
+        if !exists(library, dispatch, derived, gate.as_deref()) {
             continue;
         }
         let missing = |what| Error::MissingBinding {

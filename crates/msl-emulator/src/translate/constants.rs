@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use super::attributes::Attributes;
 use super::declarations::Declaration;
+use super::kernels::Kernels;
 use super::{Pass, Step, bad};
 use crate::lex::{Text, integer};
-use crate::reflect::ConstantInfo;
+use crate::reflect::{ArgumentKind, ConstantInfo};
 
 /// A declared function constant.
 pub(crate) struct Declared {
@@ -135,6 +136,31 @@ pub(crate) fn find(
         }
     }
     Ok(out)
+}
+
+/// Refuses an argument whose existence hangs on something else than a function constant.
+pub(crate) fn check_gates(constants: &Constants, kernels: &Kernels) -> Step<()> {
+    for info in kernels.entries.iter().map(|e| &e.info) {
+        for argument in &info.arguments {
+            let ArgumentKind::Buffer {
+                gate: Some(gate), ..
+            } = &argument.kind
+            else {
+                continue;
+            };
+            let declared = constants.declared.iter().any(|c| c.info.name == *gate);
+            if !declared && constants.derived_value(gate).is_none() {
+                return bad(
+                    info.line,
+                    format!(
+                        "kernel `{}`: argument `{}`: `{gate}` is no function constant",
+                        info.name, argument.name
+                    ),
+                );
+            }
+        }
+    }
+    Ok(())
 }
 
 fn type_of(text: &Text<'_>, range: Range<usize>) -> String {

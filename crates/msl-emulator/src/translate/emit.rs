@@ -100,6 +100,11 @@ fn tables(out: &mut String, kernels: &Kernels, constants: &Constants) {
             p = c.path
         );
     }
+    *out += "  {}};\nstatic const msl_rt::ConstantRecord msl_derived[] = {\n";
+    for d in &constants.derived {
+        let path = format!("{}{}", d.scope, d.name);
+        let _ = writeln!(out, "  {{0, sizeof({path}), (void *)&{path}, nullptr}},");
+    }
     *out += "  {}};\nstatic void msl_derive_all() {\n";
     for (n, d) in constants.derived.iter().enumerate() {
         let _ = writeln!(out, "  {}msl_derive_{n}();", d.scope);
@@ -109,9 +114,10 @@ fn tables(out: &mut String, kernels: &Kernels, constants: &Constants) {
     let _ = writeln!(
         out,
         "const msl_rt::Table msl_table = {{MSL_ABI_VERSION, msl_rt::is_checked, msl_kernels, {}, msl_constants, \
-         {}, &msl_rt::threadgroup_records, msl_derive, msl_rt::run_group, msl_rt::fault_of, msl_rt::counts_of}};",
+         {}, msl_derived, {}, &msl_rt::threadgroup_records, msl_derive, msl_rt::run_group, msl_rt::fault_of, msl_rt::counts_of}};",
         kernels.entries.len(),
         constants.declared.len(),
+        constants.derived.len(),
     );
     *out += "#pragma clang attribute pop\n";
 }

@@ -31,6 +31,8 @@ pub(crate) struct Program {
     pub(crate) kernels: Vec<KernelInfo>,
     /// Function constants, in the order of the table.
     pub(crate) constants: Vec<ConstantInfo>,
+    /// Globals computed from them, in the order of the table.
+    pub(crate) derived: Vec<String>,
     /// Threadgroup variables: name and line, by site.
     pub(crate) storage: Vec<(String, u32)>,
 }
@@ -65,6 +67,7 @@ fn run(expanded: &str, pass: Pass) -> Step<Program> {
     let declarations = declarations::split(&text, &attributes);
     let constants = constants::find(&text, &attributes, &declarations)?;
     let mut kernels = kernels::find(&text, &attributes, &declarations)?;
+    constants::check_gates(&constants, &kernels)?;
     reach::required_constants(&text, &declarations, &constants, &mut kernels);
     let swizzles = words::swizzles(&text);
     let storage = storage::rewrite(&mut text, &declarations, &kernels, pass)?;
@@ -77,6 +80,7 @@ fn run(expanded: &str, pass: Pass) -> Step<Program> {
     Ok(Program {
         code,
         kernels: kernels.entries.into_iter().map(|e| e.info).collect(),
+        derived: constants.derived.into_iter().map(|d| d.name).collect(),
         constants: constants.declared.into_iter().map(|c| c.info).collect(),
         storage,
     })

@@ -75,6 +75,15 @@ impl<'a> Args<'a> {
         Ok(base)
     }
 
+    /// Refuses a buffer that does not start on `size` bytes; bytes in the command are aligned.
+    #[cfg(feature = "emulator")]
+    pub(crate) fn aligned(&self, index: usize, size: usize) -> Result<()> {
+        match self.get(index) {
+            Some(Arg::Memory { .. }) => self.pointer(index, 1, size, Access::Read).map(|_| ()),
+            _ => Ok(()),
+        }
+    }
+
     /// A struct of params, read by value.
     pub(crate) fn params<T: AnyBitPattern>(&self, index: usize) -> Result<T> {
         let bytes = self.bytes(index, size_of::<T>())?;

@@ -1,0 +1,417 @@
+//! The shipped kernels in the emulator: their texts pass the type check, they run clean under every
+//! check and in any order, and without any one of their barriers they do not.
+#![allow(clippy::print_stderr)]
+
+use std::borrow::Cow;
+
+use half::{bf16, f16};
+use msl_emulator::{CompileOptions, Library};
+
+use super::EmulatorOptions;
+use crate::attention::bindings::names;
+use crate::attention::plan::PlanOptions;
+use crate::attention::variant::{self, MaskKind, Tile, Variant};
+use crate::attention::{MaskSpec, Problem, QueryOffset, Shape};
+use crate::ops::flash_attn_prefill_blk::{
+    BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
+};
+use crate::ops::flash_attn_prefill_mask::{SdpaMaskParams, build_sdpa_mask_bf16};
+use crate::ops::flash_attn_vec::{FlashAttnVecParams, flash_attn_vec, tmp_buffer_bytes};
+use crate::ops::{self, Operands};
+use crate::sources;
+use crate::{DType, KernelRegistry, MlxBuffer, MlxDevice, Result};
+
+const SEEDS: [u64; 3] = [1, 20, 333];
+
+fn device(check: bool, shuffle_seed: Option<u64>) -> Option<MlxDevice> {
+    let options = EmulatorOptions {
+        check,
+        shuffle_seed,
+        threads: 0,
+    };
+    MlxDevice::emulator(options)
+        .inspect_err(|error| eprintln!("SKIPPED: {error}"))
+        .ok()
+}
+
+/// The texts with their file names in this repository.
+fn texts() -> [(&'static str, &'static str); 3] {
+    [
+        ("prefill.metal", sources::PREFILL_TEXT),
+        ("masks.metal", sources::MASK_TEXT),
+        ("decode.metal", sources::VEC_TEXT),
+    ]
+}
+
+fn upload(device: &MlxDevice, values: &[f32], dtype: DType) -> MlxBuffer {
+    let shape = vec![values.len()];
+    let buffer = match dtype {
+        DType::F32 => device.buffer_from_slice(values, dtype, shape),
+        DType::F16 => {
+            let values: Vec<f16> = values.iter().map(|x| f16::from_f32(*x)).collect();
+            device.buffer_from_slice(&values, dtype, shape)
+        }
+        DType::BF16 => {
+            let values: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
+            device.buffer_from_slice(&values, dtype, shape)
+        }
+        _ => {
+            // As bools: visible where the additive mask has 0.
+            let values: Vec<u8> = values.iter().map(|x| u8::from(*x == 0.0)).collect();
+            device.buffer_from_slice(&values, dtype, shape)
+        }
+    };
+    buffer.unwrap()
+}
+
+fn values(n: usize, step: usize) -> Vec<f32> {
+    (0..n)
+        .map(|i| ((i * step + i / 7) % 41) as f32 / 16.0 - 1.25)
+        .collect()
+}
+
+/// One prefill: a ragged second query tile, more than three chunks of keys with a ragged end.
+#[derive(Clone, Copy)]
+struct Prefill {
+    variant: &'static Variant,
+    nsg: Option<u32>,
+    /// Whether every option is on: mask, classes, causal, window, sinks, softcap, ALiBi, LSE.
+    full: bool,
+}
+
+impl Prefill {
+    fn name(&self) -> Cow<'static, str> {
+        match self.nsg {
+            None => self.variant.kernel.into(),
+            Some(n) => format!("{}, {n} simdgroups", self.variant.kernel).into(),
+        }
+    }
+
+    /// The bits of the output, and of the log-sum-exp with all options.
+    fn run(&self, device: &MlxDevice, registry: &mut KernelRegistry) -> Result<Vec<u8>> {
+        let Self { variant, full, .. } = *self;
+        let (dtype, dim) = (variant.dtype, variant.head_dim);
+        let chunk = if dim * dtype.size_of() >= 1024 {
+            64
+        } else {
+            32
+        };
+        let (ql, kl) = (variant.tile.bq + 3, 3 * chunk + 21);
+        let shape = Shape {
+            batch: 1,
+            heads: 1,
+            kv_heads: 1,
+            query_len: ql,
+            key_len: kl,
+            head_dim: dim,
+        };
+        let q = upload(device, &values(ql * dim, 3), dtype);
+        let k = upload(device, &values(kl * dim, 5), dtype);
+        let v = upload(device, &values(kl * dim, 11), dtype);
+        let out = upload(device, &vec![f32::NAN; ql * dim], dtype);
+        let lse = upload(device, &vec![f32::NAN; ql], DType::F32);
+        let one = upload(device, &[0.5], DType::F32);
+
+        // Hidden: a whole class tile, and cells of others.
+        let tile = variant::class_tile(dim);
+        let hidden = |i: usize, j: usize| {
+            (i < tile.bq && (tile.bk..2 * tile.bk).contains(&j))
+                || (j >= 2 * tile.bk && (i + j) % 5 == 0)
+        };
+        let cell = |c| {
+            if hidden(c / kl, c % kl) {
+                f32::NEG_INFINITY
+            } else {
+                0.0
+            }
+        };
+        let cells: Vec<f32> = (0..ql * kl).map(cell).collect();
+        let mask_dtype = match variant.mask {
+            MaskKind::Bool => DType::U8,
+            MaskKind::Additive => dtype,
+        };
+        let mask = upload(device, &cells, mask_dtype);
+
+        let mut encoder = device.command_encoder()?;
+        let mut operands = Operands::new(&q, &k, &v, &out);
+        let mut builder = Problem::builder(dtype, shape);
+        let classes;
+        if full || variant.mask == MaskKind::Bool {
+            builder = builder.mask(MaskSpec {
+                dtype: mask_dtype,
+                batch_stride: 0,
+                head_stride: 0,
+                row_stride: kl,
+            });
+            operands.mask = Some(&mask);
+        }
+        if full && variant.mask == MaskKind::Additive {
+            let twin = upload(device, &cells, DType::BF16);
+            classes = classify(&mut encoder, device, registry, &twin, (ql, kl), tile)?;
+            builder = builder.tile_classes(true);
+            operands.tile_classes = Some(&classes);
+        }
+        if full {
+            builder = builder
+                .causal(true)
+                .query_offset(QueryOffset::BottomRight)
+                .window(kl as u32 - 20)
+                .softcap(20.0)
+                .sinks(true)
+                .alibi(true)
+                .lse(true);
+            operands.sinks = Some(&one);
+            operands.alibi_slopes = Some(&one);
+            operands.lse = Some(&lse);
+        }
+        let options = PlanOptions {
+            nsg: self.nsg,
+            variant: Some(variant),
+        };
+        let problem = builder.build()?;
+        ops::encode(&mut encoder, device, registry, &problem, &operands, options)?;
+        encoder.commit_and_wait()?;
+        let mut bits = out.as_slice::<u8>()?.to_vec();
+        if full {
+            bits.extend_from_slice(lse.as_slice()?);
+        }
+        Ok(bits)
+    }
+}
+
+fn classify(
+    encoder: &mut crate::CommandEncoder,
+    device: &MlxDevice,
+    registry: &mut KernelRegistry,
+    mask: &MlxBuffer,
+    (ql, kl): (usize, usize),
+    tile: Tile,
+) -> Result<MlxBuffer> {
+    let params = BlkParams {
+        seq_len_q: ql as u32,
+        seq_len_k: kl as u32,
+        bq: tile.bq as u32,
+        bk: tile.bk as u32,
+    };
+    let classes = alloc_blk_buffer(device, &params)?;
+    dispatch_flash_attn_prefill_blk(encoder, device, registry, mask, &classes, &params)?;
+    Ok(classes)
+}
+
+/// The bits of a mask and of its tile classes.
+fn masks(device: &MlxDevice, registry: &mut KernelRegistry) -> Result<Vec<u8>> {
+    let mut encoder = device.command_encoder()?;
+    let params = SdpaMaskParams {
+        seq_len_q: 70,
+        seq_len_k: 75,
+        window_size: Some(20),
+        causal: true,
+        q_abs_offset: 3,
+    };
+    let mask = build_sdpa_mask_bf16(device, registry, &mut encoder, &params)?;
+    let tile = Tile { bq: 32, bk: 16 };
+    let classes = classify(&mut encoder, device, registry, &mask, (70, 75), tile)?;
+    encoder.commit_and_wait()?;
+    Ok([mask.as_slice::<u8>()?, classes.as_slice()?].concat())
+}
+
+/// The bits of a decode step over keys of `dtype`.
+fn decode(device: &MlxDevice, registry: &mut KernelRegistry, dtype: DType) -> Result<Vec<u8>> {
+    let mut encoder = device.command_encoder()?;
+    let params = FlashAttnVecParams {
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 80,
+        kv_seq_len: 300,
+        kv_capacity: 310,
+        scale: 0.1,
+        mask_type: 2,
+        sliding_window: 290,
+        softcap: 15.0,
+    };
+    let cache = 2 * 310 * 80;
+    let q = upload(device, &values(4 * 80, 3), DType::F32);
+    let k = upload(device, &values(cache, 5), dtype);
+    let v = upload(device, &values(cache, 11), dtype);
+    let out = upload(device, &values(4 * 80, 1), DType::F32);
+    let tmp = tmp_buffer_bytes(4, 80);
+    let tmp = device.alloc_buffer(tmp, DType::F32, vec![tmp / 4])?;
+    flash_attn_vec(
+        &mut encoder,
+        registry,
+        device,
+        &q,
+        &k,
+        &v,
+        &out,
+        &tmp,
+        &params,
+    )?;
+    encoder.commit_and_wait()?;
+    Ok(out.as_slice::<u8>()?.to_vec())
+}
+
+#[test]
+fn every_text_passes_the_type_check() {
+    if let Err(error) = msl_emulator::find_compiler() {
+        eprintln!("SKIPPED: {error}");
+        return;
+    }
+    for (file, text) in texts() {
+        let options = CompileOptions::named(file);
+        assert!(options.check_types);
+        if let Err(error) = Library::compile(text, &options) {
+            panic!("{file}: {error}");
+        }
+    }
+}
+
+type Run = Box<dyn Fn(&MlxDevice, &mut KernelRegistry) -> Result<Vec<u8>>>;
+
+#[test]
+fn every_kernel_is_clean_and_gives_the_same_bits_in_any_order() {
+    let mut runs: Vec<(String, Run)> = Vec::new();
+    for variant in variant::PREFILL {
+        for (nsg, full) in [(None, false), (None, true), (Some(4), true)] {
+            if nsg.is_some() && variant.head_dim != 512 {
+                continue;
+            }
+            let case = Prefill { variant, nsg, full };
+            let run: Run = Box::new(move |d, r| case.run(d, r));
+            runs.push((format!("{} full {full}", case.name()), run));
+        }
+    }
+    runs.push((names::MASK_FILL.into(), Box::new(masks)));
+    for dtype in [DType::F32, DType::F16] {
+        let run: Run = Box::new(move |d, r| decode(d, r, dtype));
+        runs.push((format!("decode {dtype}"), run));
+    }
+    let Some(plain) = device(false, None) else {
+        return;
+    };
+    let mut others: Vec<_> = SEEDS
+        .iter()
+        .filter_map(|s| device(true, Some(*s)))
+        .collect();
+    others.extend(device(false, Some(SEEDS[0])));
+    let mut registry = KernelRegistry::new();
+    let mut wrong = Vec::new();
+    for (name, run) in &runs {
+        let want = run(&plain, &mut registry).unwrap();
+        for other in &others {
+            match run(other, &mut registry) {
+                Ok(bits) if bits == want => {}
+                Ok(_) => wrong.push(format!("{name}: other bits")),
+                Err(error) => wrong.push(format!("{name}: {error}")),
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    eprintln!("{} calls, each in {} ways", runs.len(), others.len() + 1);
+}
+
+/// Every barrier of a text: its line, its call, and the text without it.
+fn removals(text: &str) -> Vec<(usize, String, String)> {
+    let mut found = Vec::new();
+    for call in ["threadgroup_barrier(", "simdgroup_barrier("] {
+        for (at, _) in text.match_indices(call) {
+            let line_start = text[..at].rfind('\n').map_or(0, |n| n + 1);
+            let end = at + text[at..].find(';').unwrap();
+            if text[line_start..at].contains("//") {
+                continue;
+            }
+            let line = text[..at].matches('\n').count() + 1;
+            let without = format!("{}(void)0{}", &text[..at], &text[end..]);
+            found.push((line, text[at..end].to_owned(), without));
+        }
+    }
+    found.sort_by_key(|(line, ..)| *line);
+    found
+}
+
+/// The prefill text with these instantiations alone, so that it compiles in little time.
+fn only(instantiations: &str) -> String {
+    let text = sources::PREFILL_TEXT;
+    let first = text.find("\nHALVES(32)").unwrap();
+    format!("{}\n{instantiations}", &text[..first])
+}
+
+#[test]
+fn a_kernel_without_any_one_barrier_is_rejected() {
+    // One for each scheme: P apart or in the place of S, 32 rows or 8, four simdgroups or eight.
+    let cases: Vec<Prefill> = [
+        ("flash_attn_prefill_bf16_d64", None),
+        ("flash_attn_prefill_f32_d64", None),
+        ("flash_attn_prefill_f32_d256", None),
+        ("flash_attn_prefill_f16_d512", Some(4)),
+        ("flash_attn_prefill_f16_d512", Some(8)),
+    ]
+    .into_iter()
+    .map(|(kernel, nsg)| Prefill {
+        variant: variant::by_name(kernel).unwrap(),
+        nsg,
+        full: false,
+    })
+    .collect();
+    let text = only(
+        "MASKS(\"bf16_d64\", bfloat, 64, 32, 32, 4, 0)\nFLOATS(64)\nWIDE(\"f32_d\", 256, float, 0)\n\
+         WIDE(\"f16_d\", 512, half, 0)\n",
+    );
+    let devices: Vec<_> = [None]
+        .into_iter()
+        .chain(SEEDS.map(Some))
+        .filter_map(|seed| device(true, seed))
+        .collect();
+    if devices.is_empty() {
+        return;
+    }
+    let run = |text: &str, case: &Prefill| -> Vec<Result<Vec<u8>>> {
+        let text: &'static str = Box::leak(text.to_owned().into_boxed_str());
+        let mut registry = KernelRegistry::new();
+        registry.register_source(case.variant.kernel, text);
+        devices.iter().map(|d| case.run(d, &mut registry)).collect()
+    };
+    for case in &cases {
+        for result in run(&text, case) {
+            assert!(result.is_ok(), "{}: {:?}", case.name(), result.err());
+        }
+    }
+    let offset = text.find("// Tiled attention").unwrap();
+    let before = text[..offset].matches('\n').count();
+    let mut unseen = Vec::new();
+    let mut count = 0;
+    for (line, call, without) in removals(&text) {
+        // A barrier that only kernels with P in the place of S have.
+        let in_place = text.lines().nth(line - 1).unwrap().contains("IN_PLACE");
+        for case in &cases {
+            if in_place && case.variant.dtype != DType::F32 {
+                continue;
+            }
+            count += 1;
+            let faults: Vec<String> = run(&without, case)
+                .into_iter()
+                .filter_map(|r| r.err().map(|e| e.to_string()))
+                .collect();
+            let place = format!("{} | prefill.metal:{} | {call}", case.name(), line - before);
+            let seen = format!("{} of {}", faults.len(), devices.len());
+            match faults.first() {
+                Some(fault) => eprintln!("{place} | {seen} | {}", brief(fault)),
+                None => unseen.push(place),
+            }
+        }
+    }
+    assert!(unseen.is_empty(), "not seen: {unseen:#?}");
+    assert!(count > 0);
+    // Were there others, they would need a case here.
+    for (file, text) in &texts()[1..] {
+        assert_eq!(removals(text).len(), 0, "{file} has barriers");
+    }
+}
+
+/// What a fault says, from the threadgroup on.
+fn brief(fault: &str) -> &str {
+    fault
+        .find("thread (")
+        .map_or(fault, |at| &fault[at..])
+        .trim()
+}
