@@ -14,6 +14,9 @@ use mlx_flash_attn::{DType, EmulatorCounters, EmulatorOptions, KernelRegistry, M
 /// Query rows and keys: whole tiles of every kernel.
 const LEN: usize = 512;
 
+/// Adds to a problem.
+type With = fn(ProblemBuilder) -> ProblemBuilder;
+
 /// Figures of one kernel, those from `multiplies` on for each score.
 struct Figures {
     name: String,
@@ -54,7 +57,7 @@ fn main() -> Result<()> {
     }
     println!("\nwhat is ruled out (bf16 d64, {LEN}x{LEN}), against the full problem:");
     let full = count(&device, DType::BF16, 64, |b| b)?;
-    let bounded: [(&str, fn(ProblemBuilder) -> ProblemBuilder); 3] = [
+    let bounded: [(&str, With); 3] = [
         ("causal", |b| b.causal(true)),
         ("causal, window 64", |b| b.causal(true).window(64)),
         ("causal, window 1", |b| b.causal(true).window(1)),
@@ -80,7 +83,7 @@ fn count(
     device: &MlxDevice,
     dtype: DType,
     head_dim: usize,
-    with: fn(ProblemBuilder) -> ProblemBuilder,
+    with: With,
 ) -> Result<EmulatorCounters> {
     let shape = Shape {
         batch: 1,
