@@ -269,3 +269,107 @@ fn softcap_sinks_and_slopes_are_what_they_say() {
         }
     }
 }
+
+#[test]
+fn masks_broadcast_over_batches_heads_and_rows() {
+    let (batch, heads, ql, kl) = (2usize, 3usize, 9usize, 21usize);
+    for device in devices() {
+        let data = Qkv::new(6, DType::F32, shape([batch, heads, 1], (ql, kl), 64));
+        // Which of batch, head and row the mask tells apart.
+        for own in (0..8).map(|n| [n & 1 == 1, n & 2 == 2, n & 4 == 4]) {
+            let sizes = [(own[0], batch), (own[1], heads), (own[2], ql)];
+            let [b_size, h_size, rows] = sizes.map(|(own, n)| if own { n } else { 1 });
+            let cells = common::normal(70, b_size * h_size * rows * kl, DType::F32);
+            let mask = upload(&device, &cells, DType::F32, &[cells.len()]);
+            let stride = |own: bool, n: usize| if own { n } else { 0 };
+            let spec = MaskSpec {
+                dtype: DType::F32,
+                batch_stride: stride(own[0], h_size * rows * kl),
+                head_stride: stride(own[1], rows * kl),
+                row_stride: stride(own[2], kl),
+            };
+            let bias = |bh: usize, i: usize, j: usize| {
+                let b = if own[0] { bh / heads } else { 0 };
+                let h = if own[1] { bh % heads } else { 0 };
+                let i = if own[2] { i } else { 0 };
+                Some(f64::from(cells[((b * h_size + h) * rows + i) * kl + j]))
+            };
+            let want = data.plain(&Plain::new(&bias));
+            let problem = data.builder().mask(spec).build().unwrap();
+            let (_, got) = data.run_masked(&device, &problem, &mask);
+            assert_close(&format!("{own:?}"), &got, &want, DType::F32);
+        }
+    }
+}
+
+#[test]
+fn the_log_sum_exp_is_in_natural_logs_a_row_after_the_other() {
+    use mlx_flash_attn::attention::Problem;
+    use mlx_flash_attn::ops::Operands;
+    let (heads, dim) = (2usize, 64usize);
+    for device in devices() {
+        // Two sequences, as a batch and packed; rows see the keys up to their own.
+        for packed in [false, true] {
+            let lengths: [(usize, usize); 2] = if packed {
+                [(3, 9), (5, 4)]
+            } else {
+                [(4, 7); 2]
+            };
+            let total = lengths.iter().fold((0, 0), |t, l| (t.0 + l.0, t.1 + l.1));
+            let (q, k) = (
+                common::normal(80, total.0 * heads * dim, DType::F32),
+                common::normal(81, total.1 * heads * dim, DType::F32),
+            );
+            let builder = if packed {
+                let cu_q = [0, lengths[0].0 as u32, total.0 as u32];
+                let cu_k = [0, lengths[0].1 as u32, total.1 as u32];
+                Problem::varlen(DType::F32, heads, heads, dim, &cu_q, &cu_k)
+            } else {
+                Problem::builder(DType::F32, shape([2, heads, heads], lengths[0], dim))
+            };
+            let problem = builder.causal(true).lse(true).build().unwrap();
+            let [q_buffer, k_buffer] = [&q, &k].map(|x| upload(&device, x, DType::F32, &[x.len()]));
+            let out = common::output(&device, q.len(), DType::F32);
+            let lse = common::output(&device, total.0 * heads, DType::F32);
+            let operands = Operands {
+                lse: Some(&lse),
+                ..Operands::new(&q_buffer, &k_buffer, &k_buffer, &out)
+            };
+            common::attend(&device, &problem, &operands);
+            let got = common::download(&lse);
+
+            let mut start = (0, 0);
+            for (b, (ql, kl)) in lengths.into_iter().enumerate() {
+                for (h, i) in (0..heads).flat_map(|h| (0..ql).map(move |i| (h, i))) {
+                    // Packed: [total, H, D]; a batch: [B, H, L, D].
+                    let row = |x: &[f32], len: usize, start: usize, i: usize| -> Vec<f64> {
+                        let at = match packed {
+                            true => (start + i) * heads + h,
+                            false => (b * heads + h) * len + i,
+                        };
+                        x[at * dim..][..dim].iter().map(|x| f64::from(*x)).collect()
+                    };
+                    let query = row(&q, ql, start.0, i);
+                    let sum: f64 = (0..kl.min(i + 1))
+                        .map(|j| {
+                            let key = row(&k, kl, start.1, j);
+                            let dot: f64 = query.iter().zip(&key).map(|(a, b)| a * b).sum();
+                            (dot / 8.0).exp()
+                        })
+                        .sum();
+                    // Packed: [H, total]; a batch: [B, H, L].
+                    let at = match packed {
+                        true => h * total.0 + start.0 + i,
+                        false => (b * heads + h) * ql + i,
+                    };
+                    let error = (f64::from(got[at]) - sum.ln()).abs();
+                    assert!(
+                        error < 1e-5,
+                        "packed {packed} {b} {h} {i}: off by {error:.1e}"
+                    );
+                }
+                start = (start.0 + ql, start.1 + kl);
+            }
+        }
+    }
+}

@@ -221,7 +221,7 @@ impl Qkv {
                     let row = ((b * s.heads + h) * s.query_len + i) * d;
                     let mut scores = Vec::new();
                     for j in 0..s.key_len {
-                        let Some(bias) = (plain.cell)(h, i, j) else {
+                        let Some(bias) = (plain.cell)(b * s.heads + h, i, j) else {
                             continue;
                         };
                         let products = (0..d).map(|x| {
@@ -260,7 +260,7 @@ pub(crate) struct Plain<'a> {
     pub(crate) scale: Option<f64>,
     pub(crate) softcap: Option<f64>,
     pub(crate) sinks: Option<&'a [f32]>,
-    /// The bias of (head, query, key); `None` where the key is hidden.
+    /// The bias of (head counted over all batches, query, key); `None` where the key is hidden.
     pub(crate) cell: &'a dyn Fn(usize, usize, usize) -> Option<f64>,
 }
 
