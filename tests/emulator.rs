@@ -272,7 +272,7 @@ fn masked_tiles_are_not_loaded() {
         .map(|c| if c % 256 < 64 { 0.0 } else { f32::NEG_INFINITY })
         .collect();
     let mask = upload(&device, &cells, DType::BF16, &[64, 256]);
-    let mut run = |given: bool| {
+    let run = |given: bool| {
         let problem = data.builder().mask(MaskSpec::plane(DType::BF16, 256));
         let problem = problem.tile_classes(given).build().unwrap();
         let classes = given.then(|| {
