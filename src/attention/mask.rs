@@ -28,7 +28,7 @@ impl Visibility {
     pub fn attended(&self, q: i64, k: i64) -> bool {
         let p = q + self.q_offset;
         (!self.causal || k <= p)
-            && self.window.is_none_or(|w| p - k <= i64::from(w))
+            && self.window.is_none_or(|w| p - k < i64::from(w))
             && self.window_right.is_none_or(|r| k - p <= i64::from(r))
     }
 
