@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Callable
 
-# One query's inputs as numpy arrays: q, k, v.
+# What peers that are fed from numpy are asked for; it has no bf16.
 NUMPY_DTYPES = ("f32", "f16")
 
 

@@ -150,7 +150,7 @@ fn main() -> Result<()> {
         };
         let (times, verdicts) = comparison.run(&options.rows, &mut workers, &mut findings)?;
         if let Some(path) = &options.svg {
-            write(path, &report::picture(&title, &times, &peaks))?;
+            write(path, &report::picture(&device.name(), &times, &peaks))?;
         }
         findings.0.extend(times.into_iter().map(Line::Time));
         findings.0.extend(verdicts.into_iter().map(Line::Bar));

@@ -123,7 +123,7 @@ pub(crate) fn summary(verdicts: &[Verdict], expected: usize, skipped: usize) -> 
 }
 
 /// Ours and the fastest variant of each peer in each dtype, row by row.
-pub(crate) fn picture(title: &str, times: &[Time], peaks: &[(String, f64)]) -> String {
+pub(crate) fn picture(device: &str, times: &[Time], peaks: &[(String, f64)]) -> String {
     let mut shown: Vec<&Time> = Vec::new();
     for t in times.iter().filter(|t| t.counts()) {
         let same = |o: &&mut &Time| (o.row, &o.peer, &o.dtype) == (t.row, &t.peer, &t.dtype);
@@ -153,7 +153,8 @@ pub(crate) fn picture(title: &str, times: &[Time], peaks: &[(String, f64)]) -> S
         value: *peak,
     });
     let axis = "GFLOP/s of visible pairs, median; line: slowest to fastest round";
-    plot::bars(title, "row, peer, dtype", axis, &bars, peak.as_ref())
+    let title = format!("Attention on {device} and by its peers");
+    plot::bars(&title, "row, peer, dtype", axis, &bars, peak.as_ref())
 }
 
 #[cfg(test)]
