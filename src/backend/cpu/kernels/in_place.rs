@@ -10,10 +10,17 @@ use super::step::{Products, QUERY_ROW, Strip};
 use crate::DType;
 
 /// Most query rows of a unit whose K and V are not packed.
-pub(super) const FEW_ROWS: usize = 4;
+pub(super) const FEW_ROWS: usize = 8;
+
+/// Most query rows that go over a strip together.
+pub(super) const ROWS_AT_ONCE: usize = 4;
 
 /// Keys whose values are added up in registers before the next columns are.
 const KEYS: usize = 32;
+
+/// How many keys ahead memory is asked for: the processor's own prefetcher falls behind when each
+/// key is worked on for several rows.
+const AHEAD: usize = 32;
 
 /// Vectors of columns that are added up together.
 const COLUMNS: usize = 4;
@@ -63,6 +70,14 @@ impl Strip for InPlace {
     }
 }
 
+/// Asks for the cache lines of `count` elements.
+#[inline(always)]
+fn ask_for<S: Simd, T>(s: S, at: *const T, count: usize) {
+    for i in (0..count).step_by(64 / size_of::<T>()) {
+        s.prefetch(at.wrapping_add(i).cast());
+    }
+}
+
 #[inline(always)]
 unsafe fn scores<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
     strip: InPlace,
@@ -76,25 +91,36 @@ unsafe fn scores<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
     let scale = s.splat(call.scale);
     for first in (of.all.first * NR..of.all.end * NR).map(|vector| vector * lanes) {
         let there = strip.count.saturating_sub(first).min(lanes);
-        let mut sums = [s.zeros(); MR];
-        for i in 0..there {
-            let mut acc = [s.splat(0.0); MR];
+        for r in 0..MR {
+            let mut sums = s.zeros();
             for c in (0..call.dim_units).step_by(lanes) {
-                // SAFETY: the key is there, and so are the queries.
+                if r == 0 {
+                    // In the order of addresses, a share with each step.
+                    let share =
+                        |c: usize| first + AHEAD + c.min(call.dim_units) * lanes / call.dim_units;
+                    for key in share(c)..share(c + lanes) {
+                        ask_for(s, keys.wrapping_add(key * call.key_stride), call.dim);
+                    }
+                }
+                // SAFETY: the keys are there, and so are the queries.
                 unsafe {
-                    let at = keys.add((first + i) * call.key_stride + c * K::PAIR);
-                    let key = kernel.row_units(at, call.dim_units - c);
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        let query = s.load(of.queries.add(r * QUERY_ROW + c).cast());
-                        *acc = kernel.multiply(query, key, *acc);
+                    let query = s.load(of.queries.add(r * QUERY_ROW + c).cast());
+                    let add = |i: usize, sum: &mut Vector<K>| {
+                        let at = keys.add((first + i) * call.key_stride + c * K::PAIR);
+                        let key = kernel.row_units(at, call.dim_units - c);
+                        *sum = kernel.multiply(query, key, *sum);
+                    };
+                    if there == lanes {
+                        for (i, sum) in sums.as_mut().iter_mut().enumerate() {
+                            add(i, sum);
+                        }
+                    } else {
+                        for (i, sum) in sums.as_mut().iter_mut().take(there).enumerate() {
+                            add(i, sum);
+                        }
                     }
                 }
             }
-            for (sums, acc) in sums.iter_mut().zip(acc) {
-                sums.as_mut()[i] = acc;
-            }
-        }
-        for (r, sums) in sums.into_iter().enumerate() {
             let sum = s
                 .transpose(sums)
                 .as_ref()
@@ -154,6 +180,10 @@ unsafe fn columns<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
                     std::ptr::null()
                 }
             };
+            for i in 0..K::PAIR {
+                let ahead = values.wrapping_add((key + i + AHEAD) * call.value_stride);
+                ask_for(s, ahead, NV * lanes);
+            }
             let p = of.scores.cast::<u32>().add(key / K::PAIR);
             let p: [Vector<K>; MR] = std::array::from_fn(|r| kernel.broadcast(p.add(r * STRIP)));
             for j in 0..NV {
