@@ -1,4 +1,5 @@
-// Attention forward for Hopper, head dims up to 256. The host puts hopper_ptx.cu before this text.
+// Attention forward for Hopper, head dims up to 256. The host puts hopper_ptx.cu and
+// hopper_core.cu before this text.
 //
 // One producer warpgroup (one thread of it issues bulk tensor copies) and WGS consumer warpgroups
 // of 64 query rows each. K and V pass through rings of STAGES tiles. A consumer issues the next
@@ -8,118 +9,7 @@
 // Shared memory: Q [PANELS][BM][64] (later O), K [STAGES][PANELS][BN][64], V likewise, all in the
 // 128-byte swizzle; columns past D are zero.
 
-// What the host defines: D head dim, BN keys a tile, WGS consumer warpgroups, STAGES,
-// REGS_PRODUCER, REGS_CONSUMER; F16; and what follows, each off by default.
-#ifndef RIGHT // keys after a row's position + right are hidden
-#define RIGHT 0
-#endif
-#ifndef LEFT // keys before a row's position - left are hidden
-#define LEFT 0
-#endif
-#ifndef MASK // 1 bf16, 2 f16, 3 f32: added to the scores; 4 bytes: nonzero attends
-#define MASK 0
-#endif
-#ifndef CLASSES // a byte a tile: 0 skipped, 1 masked, 2 free of mask
-#define CLASSES 0
-#endif
-#ifndef SCORE_MOD // softcap or ALiBi (or a scale that is not positive): scores are scaled first
-#define SCORE_MOD 0
-#endif
-#ifndef VARLEN // packed sequences
-#define VARLEN 0
-#endif
-#ifndef PINGPONG
-#define PINGPONG (D <= 128)
-#endif
-#ifndef RESCALE_FIRST // rescale O before its product is issued, under QK^T
-#define RESCALE_FIRST (D > 128)
-#endif
-#ifndef LAZY // rescale O only when a row's maximum has grown by more than 2^LAZY; 0: always
-#define LAZY 0
-#endif
-
-#define BM (64 * WGS)
-#define PANELS ((D + 63) / 64)
 #define THREADS (128 * (WGS + 1))
-#define LIST_CAP 1024
-
-struct Params {
-    int batch, heads, kv_group;      // kv_group: query heads for each key/value head
-    int sq, sk;                      // the longest, if packed
-    int q_off;                       // position of query row 0 among the keys
-    int left, right;                 // keys before and after a position that are seen
-    int tiles_m, tiles, section;     // query tiles; all tiles; heads that share the L2 cache
-    int bottom_right;                // packed: each sequence's offset is its sk - sq
-    float scale, scale_log2;         // scale * log2(e)
-    float softcap;                   // 0: none
-    float inv_scale;                 // 1 / scale
-    const float* sinks;              // [heads] or null
-    const float* slopes;             // [heads] or null (ALiBi)
-    float* lse;                      // or null
-    const void* mask;                // columns contiguous
-    const u8* classes;               // [tiles_m, ceil(sk / BN)]
-    const int* cu_q;                 // packed: [batch + 1]
-    const int* cu_k;
-    u16* o;                          // written directly where rows are packed or none is visible
-    i64 o_strides[3];                // batch, head, row; in elements
-    i64 lse_strides[2];              // batch, head
-    i64 mask_strides[3];             // batch, head, row
-};
-
-#define NEG_INF __int_as_float(0xff800000)
-#define LOG2E 1.4426950408889634f
-#define LN2 0.6931471805599453f
-
-struct Tile {
-    int b, h, m0;        // batch, head, first row
-    int sq, sk, q_off;   // of the sequence
-    int q_start, k_start;
-    int lo, hi;          // key tiles [lo, hi)
-};
-
-DEV Tile tile_of(const Params& p, int index) {
-    Tile t;
-    int per = p.section * p.tiles_m;
-    int s = index / per, r = index - s * per;
-    int first = s * p.section;
-    int in = min(p.section, p.batch * p.heads - first);
-    int m = r / in;
-    int bh = first + (r - m * in);
-    t.b = bh / p.heads;
-    t.h = bh - t.b * p.heads;
-    t.m0 = (p.tiles_m - 1 - m) * BM;
-#if VARLEN
-    t.q_start = p.cu_q[t.b];
-    t.k_start = p.cu_k[t.b];
-    t.sq = p.cu_q[t.b + 1] - t.q_start;
-    t.sk = p.cu_k[t.b + 1] - t.k_start;
-    t.q_off = p.bottom_right ? t.sk - t.sq : p.q_off;
-#else
-    t.q_start = t.k_start = 0;
-    t.sq = p.sq;
-    t.sk = p.sk;
-    t.q_off = p.q_off;
-#endif
-    t.lo = 0;
-    t.hi = (t.sk + BN - 1) / BN;
-    int last = min(t.m0 + BM, t.sq) - 1;
-#if RIGHT
-    int end = last + t.q_off + p.right + 1; // keys that the last row sees
-    t.hi = min(t.hi, end <= 0 ? 0 : (end + BN - 1) / BN);
-#endif
-#if LEFT
-    t.lo = max(0, (t.m0 + t.q_off - p.left) / BN);
-#endif
-    if (t.m0 >= t.sq) t.hi = t.lo;
-    return t;
-}
-
-struct Yes {
-    static constexpr bool value = true;
-};
-struct No {
-    static constexpr bool value = false;
-};
 
 struct Ring {
     int stage;
@@ -148,11 +38,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
               const __grid_constant__ TensorMap map_v, const __grid_constant__ TensorMap map_o,
               const __grid_constant__ Params p) {
-    extern __shared__ u8 raw[];
-    u32 base = (smem_u32(raw) + 1023) & ~1023u;
-    u8* raw_aligned = raw + (base - smem_u32(raw));
+    extern __shared__ __align__(1024) u8 raw[];
+    const u32 base = smem_u32(raw);
     const u32 sm_q = base, sm_k = base + Q_BYTES, sm_v = sm_k + STAGES * TILE_BYTES;
-    Shared* sh = (Shared*)(raw_aligned + Q_BYTES + 2 * STAGES * TILE_BYTES);
+    Shared* sh = (Shared*)(raw + Q_BYTES + 2 * STAGES * TILE_BYTES);
     const u32 q_full = smem_u32(&sh->q_full), q_empty = smem_u32(&sh->q_empty);
     const u32 k_full = smem_u32(sh->k_full), k_empty = smem_u32(sh->k_empty);
     const u32 v_full = smem_u32(sh->v_full), v_empty = smem_u32(sh->v_empty);
@@ -204,18 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if CLASSES
                 bar_wait(q_empty, q_phase);
                 q_phase ^= 1;
-                int len = 0;
-                const u8* row = p.classes + (i64)(t.m0 / BM) * ((p.sk + BN - 1) / BN);
-                for (int at = t.hi - 1; at >= t.lo; at -= 32) {
-                    int tile = at - lane;
-                    u32 c = tile >= t.lo ? row[tile] : 0;
-                    u32 some = __ballot_sync(~0u, c != 0);
-                    if (c != 0) {
-                        int slot = len + __popc(some & ((1u << lane) - 1));
-                        sh->list[slot] = (u16)(tile | (c == 1 ? 0x8000 : 0));
-                    }
-                    len += __popc(some);
-                }
+                const int len = list_tiles(sh->list, p, t, lane);
                 if (lane == 0) sh->list_len = len;
                 __syncwarp();
                 n = len;
@@ -269,11 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u64 desc_v = smem_desc(sm_v, BN * 128);
     const int row_in = wg * 64 + (tid >> 5) * 16 + (lane >> 2); // and + 8
     const int col_in = 2 * (lane & 3);
-#if SCORE_MOD
-    const float sc = 1.0f; // scores are in log2 units already
-#else
-    const float sc = p.scale_log2;
-#endif
+    const float sc = score_unit(p);
     Ring rk = {0, 0}, rv = {0, 0};
     u32 q_phase = 0;
 #if PINGPONG
@@ -288,23 +162,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         q_phase ^= 1;
         n = sh->list_len;
 #endif
-        u16* o_rows = p.o + (i64)(VARLEN ? 0 : t.b) * p.o_strides[0] + (i64)t.h * p.o_strides[1] +
-                      (i64)t.q_start * p.o_strides[2];
-        float* lse_rows = p.lse + (i64)(VARLEN ? 0 : t.b) * p.lse_strides[0] +
-                          (i64)t.h * p.lse_strides[1] + t.q_start;
         if (n <= 0) {
-            // No key is visible to any row.
-            for (int i = tid; i < 64 * (D / 8); i += 128) {
-                int r = t.m0 + wg * 64 + i / (D / 8);
-                if (r < t.sq)
-                    *(uint4*)(o_rows + r * p.o_strides[2] + i % (D / 8) * 8) =
-                        make_uint4(0, 0, 0, 0);
-            }
-            int r = t.m0 + wg * 64 + tid;
-            if (p.lse && tid < 64 && r < t.sq) {
-                float s = p.sinks ? p.sinks[t.h] : NEG_INF;
-                lse_rows[r] = s;
-            }
+            write_unseen(p, t, t.m0 + wg * 64, 64, tid);
 #if CLASSES
             if (tid == 0) bar_arrive(q_empty);
 #endif
@@ -315,16 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         float s[BN / 2];
         u32 pr[BN / 4];
         float m[2] = {NEG_INF, NEG_INF}, l[2] = {0.0f, 0.0f}, alpha[2] = {1.0f, 1.0f};
-        const int row0 = t.m0 + row_in;
-#if SCORE_MOD
-        const float slope = p.slopes ? p.slopes[t.h] * LOG2E : 0.0f;
-        const float cap_in = p.softcap != 0.0f ? 2.0f * LOG2E * p.scale / p.softcap : 0.0f;
-        const float cap_out = p.softcap * LOG2E;
-#endif
-#if MASK
-        const i64 mask_base = (i64)t.b * p.mask_strides[0] + (i64)t.h * p.mask_strides[1] +
-                              (i64)t.q_start * p.mask_strides[2];
-#endif
+        const Rows rows = rows_of(p, t, row_in, col_in);
 
         auto issue_qk = [&](int stage) {
             const u64 kd = desc_k + (u64)(stage * (TILE_BYTES >> 4));
@@ -342,145 +192,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 wgmma_rs<D>(o, pr[4 * k], pr[4 * k + 1], pr[4 * k + 2], pr[4 * k + 3],
                             vd + (u64)(k * 128), k > 0 || !first);
         };
-        // What happens to scores before the softmax, for key tile `tile`.
-        auto modify = [&](int tile, bool masked) {
-            const int c0 = tile * BN + col_in;
-#if SCORE_MOD
-#pragma unroll
-            for (int j = 0; j < BN / 2; j++) {
-                float x = s[j];
-                if (p.softcap != 0.0f) {
-                    // c tanh(x scale / c) in log2 units
-                    float e = exp2_fast(x * cap_in);
-                    x = cap_out - 2.0f * cap_out * rcp_fast(e + 1.0f);
-                } else {
-                    x = x * p.scale_log2;
-                }
-                if (p.slopes) {
-                    int col = c0 + 8 * (j / 4) + (j & 1);
-                    int pos = row0 + ((j >> 1) & 1) * 8 + t.q_off;
-                    x -= slope * fabsf((float)(pos - col));
-                }
-                s[j] = x;
-            }
-#endif
-            if (!masked) return;
-#if MASK
-#if SCORE_MOD
-            const float unit = LOG2E;
-#else
-            const float unit = p.inv_scale;
-#endif
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int r = min(row0 + 8 * half, t.sq - 1);
-                const i64 at = mask_base + (i64)r * p.mask_strides[2] + c0;
-#pragma unroll
-                for (int j = 0; j < BN / 8; j++) {
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const int col = 8 * j + e;
-                        float& x = s[4 * j + 2 * half + e];
-                        if (c0 + col < t.sk) {
-#if MASK == 4
-                            if (!((const u8*)p.mask)[at + col]) x = NEG_INF;
-#else
-#if MASK == 1
-                            float v = bf16_to_f32(((const u16*)p.mask)[at + col]);
-#elif MASK == 2
-                            float v = f16_to_f32(((const u16*)p.mask)[at + col]);
-#else
-                            float v = ((const float*)p.mask)[at + col];
-#endif
-                            x += v == NEG_INF ? v : fmaxf(v * unit, -3.0e38f);
-#endif
-                        }
-                    }
-                }
-            }
-#endif
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int last = t.sk - 1;
-#if RIGHT
-                last = min(last, row0 + 8 * half + t.q_off + p.right);
-#endif
-                last -= c0;
-#if LEFT
-                const int first = row0 + 8 * half + t.q_off - p.left - c0;
-#endif
-#pragma unroll
-                for (int j = 0; j < BN / 8; j++) {
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float& x = s[4 * j + 2 * half + e];
-                        bool keep = 8 * j + e <= last;
-#if LEFT
-                        keep = keep && 8 * j + e >= first;
-#endif
-                        x = keep ? x : NEG_INF;
-                    }
-                }
-            }
-        };
-        // Scores to weights; m, l and alpha follow.
-        auto softmax = [&](bool masked) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float a = s[2 * half], b = s[2 * half + 1];
-#pragma unroll
-                for (int j = 1; j < BN / 8; j++) {
-                    a = fmaxf(a, s[4 * j + 2 * half]);
-                    b = fmaxf(b, s[4 * j + 2 * half + 1]);
-                }
-                a = fmaxf(a, b);
-                a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
-                a = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
-                const float old = m[half];
-#if LAZY
-                const float grown = (a - old) * sc > (float)LAZY ? a : old;
-                const float now = grown;
-#else
-                const float now = fmaxf(old, a);
-#endif
-                m[half] = now;
-                float off = now * sc;
-                if (masked) {
-                    off = now == NEG_INF ? 0.0f : off;
-                    alpha[half] = exp2_fast(old * sc - off);
-                } else {
-                    alpha[half] = exp2_fast((old - now) * sc);
-                }
-#if MASK && MASK != 4
-                // A mask of huge finite values: the fused product would lose the difference.
-                if (__any_sync(~0u, fabsf(off) > 4096.0f)) {
-                    const float mm = now == NEG_INF ? 0.0f : now;
-#pragma unroll
-                    for (int j = 0; j < BN / 8; j++) {
-                        s[4 * j + 2 * half] = (s[4 * j + 2 * half] - mm) * sc;
-                        s[4 * j + 2 * half + 1] = (s[4 * j + 2 * half + 1] - mm) * sc;
-                    }
-                } else
-#endif
-                {
-#pragma unroll
-                    for (int j = 0; j < BN / 8; j++) {
-                        s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], sc, -off);
-                        s[4 * j + 2 * half + 1] =
-                            __fmaf_rn(s[4 * j + 2 * half + 1], sc, -off);
-                    }
-                }
-                float x = 0.0f, y = 0.0f;
-#pragma unroll
-                for (int j = 0; j < BN / 8; j++) {
-                    s[4 * j + 2 * half] = exp2_fast(s[4 * j + 2 * half]);
-                    s[4 * j + 2 * half + 1] = exp2_fast(s[4 * j + 2 * half + 1]);
-                    x += s[4 * j + 2 * half];
-                    y += s[4 * j + 2 * half + 1];
-                }
-                l[half] = l[half] * alpha[half] + (x + y);
-            }
-        };
         auto pack = [&]() {
 #pragma unroll
             for (int c = 0; c < BN / 16; c++) {
@@ -490,9 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         };
         auto rescale = [&]() {
-#if LAZY
-            if (!__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) return;
-#endif
+            if (LAZY && !__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) return;
 #pragma unroll
             for (int j = 0; j < D / 8; j++) {
                 o[4 * j] *= alpha[0];
@@ -521,8 +230,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         rk.next();
 #pragma unroll
         for (int j = 0; j < D / 2; j++) o[j] = 0.0f;
-        modify(tile0, true);
-        softmax(true);
+        modify<BN>(s, p, rows, tile0, true);
+        softmax<BN>(s, m, l, alpha, sc, true);
         pack();
 
         // Issues QK^T of `tile` and PV of the tile before it, and does the softmax of `tile`.
@@ -548,8 +257,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             pin(s);
             if (signal) bar_arrive(k_empty + 8 * rk.stage);
             rk.next();
-            modify(tile, masked.value);
-            softmax(masked.value);
+            modify<BN>(s, p, rows, tile, masked.value);
+            softmax<BN>(s, m, l, alpha, sc, masked.value);
             pin(s);
             after(l[0] + l[1]);
             wgmma_wait<0>();
@@ -598,24 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         wgmma_commit();
 
         float inv[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float sum = l[half];
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            float top = m[half] * sc, f = 1.0f;
-            if (p.sinks) {
-                const float sink = p.sinks[t.h] * LOG2E;
-                const float now = fmaxf(top, sink);
-                f = top == NEG_INF ? 0.0f : exp2_fast(top - now);
-                sum = sum * f + exp2_fast(sink - now);
-                top = now;
-            }
-            inv[half] = sum > 0.0f ? f / sum : 0.0f;
-            const int r = row0 + 8 * half;
-            if (p.lse && (lane & 3) == 0 && r < t.sq)
-                lse_rows[r] = sum > 0.0f ? (top + log2_fast(sum)) * LN2 : NEG_INF;
-        }
+        finish(inv, m, l, p, t, rows, sc);
         wgmma_wait<0>();
         pin(o);
         if (signal) bar_arrive(v_empty + 8 * rv.stage);
@@ -638,11 +330,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
 #if VARLEN
         named_sync(8 + wg, 128);
+        u16* o_rows = p.o + (i64)t.h * p.o_strides[1] + (i64)t.q_start * p.o_strides[2];
         for (int i = tid; i < 64 * (D / 8); i += 128) {
             const int r = i / (D / 8), c = i % (D / 8);
             if (t.m0 + wg * 64 + r < t.sq)
                 *(uint4*)(o_rows + (i64)(t.m0 + wg * 64 + r) * p.o_strides[2] + c * 8) =
-                    *(const uint4*)(raw_aligned + wg * 64 * 128 + (c / 8) * BM * 128 + r * 128 +
+                    *(const uint4*)(raw + wg * 64 * 128 + (c / 8) * BM * 128 + r * 128 +
                                     (((c & 7) ^ (r & 7)) << 4));
         }
         named_sync(8 + wg, 128);
