@@ -306,8 +306,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         issue_pv(rv.stage, false);
         wgmma_commit();
 
+        // Worked out again, lest all of it be kept in registers through the loops.
+        int again = index;
+        asm volatile("" : "+r"(again));
+        const Tile e = tile_of(p, again);
+        const Rows ends = rows_of(p, e, row_in, col_in);
         float inv[2];
-        finish(inv, m, l, p, t, rows, sc);
+        finish(inv, m, l, p, e, ends, sc);
         wgmma_wait<0>();
         pin(o);
         if (signal) bar_arrive(v_empty + 8 * rv.stage);
@@ -330,11 +335,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
 #if VARLEN
         named_sync(8 + wg, 128);
-        u16* o_rows = p.o + (i64)t.h * p.o_strides[1] + (i64)t.q_start * p.o_strides[2];
+        u16* o_rows = p.o + (i64)e.h * p.o_strides[1] + (i64)e.q_start * p.o_strides[2];
         for (int i = tid; i < 64 * (D / 8); i += 128) {
             const int r = i / (D / 8), c = i % (D / 8);
-            if (t.m0 + wg * 64 + r < t.sq)
-                *(uint4*)(o_rows + (i64)(t.m0 + wg * 64 + r) * p.o_strides[2] + c * 8) =
+            if (e.m0 + wg * 64 + r < e.sq)
+                *(uint4*)(o_rows + (i64)(e.m0 + wg * 64 + r) * p.o_strides[2] + c * 8) =
                     *(const uint4*)(raw + wg * 64 * 128 + (c / 8) * BM * 128 + r * 128 +
                                     (((c & 7) ^ (r & 7)) << 4));
         }
@@ -344,10 +349,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         fence_async_smem();
         named_sync(8 + wg, 128);
         if (tid == 0) {
-            if (t.m0 + wg * 64 < t.sq) {
+            if (e.m0 + wg * 64 < e.sq) {
 #pragma unroll
                 for (int c = 0; c < PANELS; c++)
-                    tma_store(&map_o, own_q + c * BM * 128, c * 64, t.m0 + wg * 64, t.h, t.b);
+                    tma_store(&map_o, own_q + c * BM * 128, c * 64, e.m0 + wg * 64, e.h, e.b);
             }
             tma_store_wait_read();
             bar_arrive(q_empty);

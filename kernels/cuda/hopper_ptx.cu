@@ -51,7 +51,7 @@ DEV void bar_arrive(u32 bar) {
 DEV void bar_arrive_cluster(u32 bar, u32 cta) {
     asm volatile(
         "{\n.reg .b32 a;\nmapa.shared::cluster.u32 a, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a];\n}" ::"r"(bar),
+        "mbarrier.arrive.shared::cluster.b64 _, [a];\n}" ::"r"(bar),
         "r"(cta)
         : "memory");
 }
@@ -61,20 +61,6 @@ DEV void bar_wait(u32 bar, u32 parity) {
     do {
         asm volatile(
             "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done)
-            : "r"(bar), "r"(parity)
-            : "memory");
-    } while (!done);
-}
-
-// As bar_wait, but sees what other CTAs of the cluster released.
-DEV void bar_wait_cluster(u32 bar, u32 parity) {
-    u32 done;
-    do {
-        asm volatile(
-            "{\n.reg .pred p;\n"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
             "selp.u32 %0, 1, 0, p;\n}"
             : "=r"(done)
             : "r"(bar), "r"(parity)
