@@ -33,6 +33,9 @@
 #ifndef EMULATE // every EMULATE-th pair of weights of a tile free of mask is a polynomial; 0: none
 #define EMULATE 0
 #endif
+#ifndef NOMAX // experiment
+#define NOMAX 0
+#endif
 
 #define BM (64 * WGS) // query rows of a tile; at head dim 512, of a pair of CTAs
 #define PANELS ((D + 63) / 64)
@@ -236,17 +239,20 @@ DEV void softmax(float (&s)[N / 2], float (&m)[2], float (&l)[2], float (&alpha)
                  bool masked) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float a = s[2 * half], b = s[2 * half + 1];
-#pragma unroll
-        for (int j = 1; j < N / 8; j++) {
-            a = fmaxf(a, s[4 * j + 2 * half]);
-            b = fmaxf(b, s[4 * j + 2 * half + 1]);
-        }
-        a = fmaxf(a, b);
-        a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
-        a = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
         const float old = m[half];
-        const float now = LAZY ? ((a - old) * sc > (float)LAZY ? a : old) : fmaxf(old, a);
+        float now = old;
+        if (masked || !NOMAX) {
+            float a = s[2 * half], b = s[2 * half + 1];
+#pragma unroll
+            for (int j = 1; j < N / 8; j++) {
+                a = fmaxf(a, s[4 * j + 2 * half]);
+                b = fmaxf(b, s[4 * j + 2 * half + 1]);
+            }
+            a = fmaxf(a, b);
+            a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
+            a = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
+            now = LAZY ? ((a - old) * sc > (float)LAZY ? a : old) : fmaxf(old, a);
+        }
         m[half] = now;
         // Where no key was visible yet: weights are 0, not 2^(-inf + inf).
         const float ref = masked && now == NEG_INF ? 0.0f : now;
