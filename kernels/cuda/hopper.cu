@@ -26,7 +26,8 @@ struct Ring {
 #define Q_BYTES (PANELS * BM * 128)
 
 struct Shared {
-    u64 q_full, q_empty;
+    u64 q_full, q_empty, verdict;
+    u32 redo[2]; // the pass that must be done again, by parity
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 #if CLASSES
     int list_len;
@@ -43,8 +44,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 sm_q = base, sm_k = base + Q_BYTES, sm_v = sm_k + STAGES * TILE_BYTES;
     Shared* sh = (Shared*)(raw + Q_BYTES + 2 * STAGES * TILE_BYTES);
     const u32 q_full = smem_u32(&sh->q_full), q_empty = smem_u32(&sh->q_empty);
+    const u32 verdict = smem_u32(&sh->verdict);
     const u32 k_full = smem_u32(sh->k_full), k_empty = smem_u32(sh->k_empty);
     const u32 v_full = smem_u32(sh->v_full), v_empty = smem_u32(sh->v_empty);
+
+    // Whether pass `pass` over a tile of queries met weights that overflow. All warps ask.
+    auto again = [&](u32 pass) {
+        if (!SPECULATE) return false;
+        bar_wait(verdict, (pass & 1) ^ 1);
+        return *(volatile u32*)&sh->redo[pass & 1] == pass;
+    };
 
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
@@ -54,6 +63,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         prefetch_map(&map_o);
         bar_init(q_full, 1);
         bar_init(q_empty, WGS);
+        bar_init(verdict, WGS);
+        sh->redo[0] = sh->redo[1] = 0;
         for (int s = 0; s < STAGES; s++) {
             bar_init(k_full + 8 * s, 1);
             bar_init(v_full + 8 * s, 1);
@@ -70,8 +81,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (threadIdx.x < 32) {
             const int lane = threadIdx.x;
             Ring rk = {0, 1}, rv = {0, 1};
-            u32 q_phase = 1;
-            for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+            u32 q_phase = 1, pass = 1;
+            for (int index = blockIdx.x; index < p.tiles;) {
                 const Tile t = tile_of(p, index);
                 const int kv_head = t.h / p.kv_group;
                 const int kv_batch = VARLEN ? 0 : t.b;
@@ -103,7 +114,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
 #define TILE_AT(i) (sh->list[i] & 0x7fff)
 #else
-                if (n <= 0) continue;
 #define TILE_AT(i) (t.hi - 1 - (i))
 #endif
                 if (lane == 0) {
@@ -130,6 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     }
                 }
                 __syncwarp();
+                if (n <= 0 || !again(pass++)) index += gridDim.x;
             }
         }
         return;
@@ -149,31 +160,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int col_in = 2 * (lane & 3);
     const float sc = score_unit(p);
     Ring rk = {0, 0}, rv = {0, 0};
-    u32 q_phase = 0;
-#if PINGPONG
-    if (wg == WGS - 1) named_arrive(1, 256);
-#endif
+    u32 q_phase = 0, pass = 1;
+    bool careful = false;
+    auto done_k = [&]() {
+        if (signal) bar_arrive(k_empty + 8 * rk.stage);
+        rk.next();
+    };
+    auto done_v = [&]() {
+        if (signal) bar_arrive(v_empty + 8 * rv.stage);
+        rv.next();
+    };
+    // Lets `n` tiles pass that none of this group's rows sees.
+    auto skip = [&](int n) {
+        for (; n > 0; n--) {
+            bar_wait(k_full + 8 * rk.stage, rk.phase);
+            done_k();
+            bar_wait(v_full + 8 * rv.stage, rv.phase);
+            done_v();
+        }
+    };
 
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    for (int index = blockIdx.x; index < p.tiles;) {
         const Tile t = tile_of(p, index);
         int n = t.hi - t.lo;
 #if CLASSES
         bar_wait(q_full, q_phase);
         q_phase ^= 1;
         n = sh->list_len;
+        int lo = 0, hi = n;
+#else
+        int lo, hi;
+        bounds(p, t, t.m0 + wg * 64, 64, lo, hi);
+        if (n > 0) {
+            bar_wait(q_full, q_phase);
+            q_phase ^= 1;
+            skip(t.hi - max(hi, t.lo));
+        }
 #endif
-        if (n <= 0) {
+        if (hi <= lo) {
             write_unseen(p, t, t.m0 + wg * 64, 64, tid);
-#if CLASSES
-            if (tid == 0) bar_arrive(q_empty);
-#endif
+            if (n > 0) {
+                if (hi > t.lo) skip(hi - t.lo);
+                if (SPECULATE && tid == 0) bar_arrive(verdict);
+            }
+            if ((n > 0 || CLASSES) && tid == 0) bar_arrive(q_empty);
+            careful = n > 0 && again(pass++);
+            if (!careful) index += gridDim.x;
             continue;
         }
 
         float o[D / 2];
         float s[BN / 2];
         u32 pr[BN / 4];
-        float m[2] = {NEG_INF, NEG_INF}, l[2] = {0.0f, 0.0f}, alpha[2] = {1.0f, 1.0f};
+        Soft soft = soft_start();
         const Rows rows = rows_of(p, t, row_in, col_in);
 
         auto issue_qk = [&](int stage) {
@@ -185,12 +224,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                 kd + (u64)(at * (BN * 8) + in), k > 0);
             }
         };
-        auto issue_pv = [&](int stage, bool first) {
+        auto issue_pv = [&](int stage) {
             const u64 vd = desc_v + (u64)(stage * (TILE_BYTES >> 4));
 #pragma unroll
             for (int k = 0; k < BN / 16; k++)
                 wgmma_rs<D>(o, pr[4 * k], pr[4 * k + 1], pr[4 * k + 2], pr[4 * k + 3],
-                            vd + (u64)(k * 128), k > 0 || !first);
+                            vd + (u64)(k * 128), true);
         };
         auto pack = [&]() {
 #pragma unroll
@@ -201,13 +240,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         };
         auto rescale = [&]() {
-            if (LAZY && !__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) return;
+            if (!soft.scaled) return;
 #pragma unroll
             for (int j = 0; j < D / 8; j++) {
-                o[4 * j] *= alpha[0];
-                o[4 * j + 1] *= alpha[0];
-                o[4 * j + 2] *= alpha[1];
-                o[4 * j + 3] *= alpha[1];
+                o[4 * j] *= soft.alpha[0];
+                o[4 * j + 1] *= soft.alpha[0];
+                o[4 * j + 2] *= soft.alpha[1];
+                o[4 * j + 3] *= soft.alpha[1];
             }
         };
 
@@ -216,9 +255,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int entry = sh->list[0];
         const int tile0 = entry & 0x7fff;
 #else
-        const int tile0 = t.hi - 1;
-        bar_wait(q_full, q_phase);
-        q_phase ^= 1;
+        const int tile0 = hi - 1;
+#endif
+#if MASK
+        prefetch_mask<BN>(p, t, rows, wg * 64, tile0, tid);
 #endif
         bar_wait(k_full + 8 * rk.stage, rk.phase);
         wgmma_fence();
@@ -226,50 +266,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         wgmma_commit();
         wgmma_wait<0>();
         pin(s);
-        if (signal) bar_arrive(k_empty + 8 * rk.stage);
-        rk.next();
+        done_k();
 #pragma unroll
         for (int j = 0; j < D / 2; j++) o[j] = 0.0f;
         modify<BN>(s, p, rows, tile0, true);
-        softmax<BN>(s, m, l, alpha, sc, true);
+        softmax<BN>(s, soft, sc, true);
+        soft.scaled = false;
         pack();
 
         // Issues QK^T of `tile` and PV of the tile before it, and does the softmax of `tile`.
         auto step = [&](int tile, auto masked) {
             bar_wait(k_full + 8 * rk.stage, rk.phase);
-#if PINGPONG
-            named_sync(1 + wg, 256);
-#endif
             wgmma_fence();
             issue_qk(rk.stage);
             wgmma_commit();
-#if RESCALE_FIRST
-            rescale();
-#endif
             bar_wait(v_full + 8 * rv.stage, rv.phase);
             wgmma_fence();
-            issue_pv(rv.stage, false);
+            issue_pv(rv.stage);
             wgmma_commit();
-#if PINGPONG
-            named_arrive(1 + (wg + 1) % WGS, 256);
+#if MASK
+            if (masked.value) prefetch_mask<BN>(p, t, rows, wg * 64, tile, tid);
 #endif
             wgmma_wait<1>();
             pin(s);
-            if (signal) bar_arrive(k_empty + 8 * rk.stage);
-            rk.next();
+            done_k();
             modify<BN>(s, p, rows, tile, masked.value);
-            softmax<BN>(s, m, l, alpha, sc, masked.value);
+            softmax<BN>(s, soft, sc, careful);
             pin(s);
-            after(l[0] + l[1]);
+            after(soft.l[0] + soft.l[1]);
             wgmma_wait<0>();
             pin(s);
             pin(o);
-            if (signal) bar_arrive(v_empty + 8 * rv.stage);
-            rv.next();
+            done_v();
             pack();
-#if !RESCALE_FIRST
             rescale();
-#endif
+            settle(soft, sc);
         };
 #if CLASSES
         for (int i = 1; i < n; i++) {
@@ -278,48 +309,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             else step(entry, No());
         }
 #elif MASK
-        for (int tile = t.hi - 2; tile >= t.lo; tile--) step(tile, Yes());
+        for (int tile = hi - 2; tile >= lo; tile--) step(tile, Yes());
 #else
-        int tile = t.hi - 2;
+        int tile = hi - 2;
         // Tiles from free_hi on hide keys from some row; so do those before free_lo.
 #if RIGHT
         const int free_hi = (t.m0 + wg * 64 + t.q_off + p.right + 1) / BN;
-        for (; tile >= max(t.lo, free_hi); tile--) step(tile, Yes());
+        for (; tile >= max(lo, free_hi); tile--) step(tile, Yes());
 #endif
 #if LEFT
         const int past = min(t.m0 + wg * 64 + 64, t.sq) - 1 + t.q_off - p.left;
-        const int free_lo = max(t.lo, past <= 0 ? 0 : (past + BN - 1) / BN);
+        const int free_lo = max(lo, past <= 0 ? 0 : (past + BN - 1) / BN);
 #else
-        const int free_lo = t.lo;
+        const int free_lo = lo;
 #endif
 #pragma unroll 1
         for (; tile >= free_lo; tile--) step(tile, No());
 #if LEFT
-        for (; tile >= t.lo; tile--) step(tile, Yes());
+        for (; tile >= lo; tile--) step(tile, Yes());
 #endif
-#endif
-#if RESCALE_FIRST
-        rescale();
 #endif
         bar_wait(v_full + 8 * rv.stage, rv.phase);
         wgmma_fence();
-        issue_pv(rv.stage, false);
+        issue_pv(rv.stage);
         wgmma_commit();
 
         // Worked out again, lest all of it be kept in registers through the loops.
-        int again = index;
-        asm volatile("" : "+r"(again));
-        const Tile e = tile_of(p, again);
+        int same = index;
+        asm volatile("" : "+r"(same));
+        const Tile e = tile_of(p, same);
         const Rows ends = rows_of(p, e, row_in, col_in);
         float inv[2];
-        finish(inv, m, l, p, e, ends, sc);
+        finish(inv, soft, p, e, ends, sc);
         wgmma_wait<0>();
         pin(o);
-        if (signal) bar_arrive(v_empty + 8 * rv.stage);
-        rv.next();
+        done_v();
+        // What grew by a factor after the last weights.
+        if (soft.scaled) {
+            inv[0] *= soft.alpha[0];
+            inv[1] *= soft.alpha[1];
+        }
+        if (SPECULATE && !careful &&
+            __any_sync(~0u, !(soft.l[0] < 1.0e38f) || !(soft.l[1] < 1.0e38f)) && lane == 0)
+            *(volatile u32*)&sh->redo[pass & 1] = pass;
+#if !CLASSES
+        bounds(p, e, e.m0 + wg * 64, 64, lo, hi);
+        skip(lo - e.lo);
+#endif
 
         // O takes Q's place: every warp of this group has read its rows of Q.
         named_sync(8 + wg, 128);
+        if (SPECULATE && tid == 0) bar_arrive(verdict);
         {
             const int r = (tid >> 5) * 16 + (lane & 15); // of the group's 64
             const u32 at = own_q + r * 128;
@@ -358,5 +398,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             bar_arrive(q_empty);
         }
 #endif
+        careful = again(pass++);
+        if (!careful) index += gridDim.x;
     }
 }

@@ -163,7 +163,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         const u64 desc_q = smem_desc(sm_q, 16);
         const Rows rows = rows_of(p, t, rank * 64 + warp * 16 + (lane >> 2), 2 * (lane & 3));
         const float sc = score_unit(p);
-        float s[32], m[2] = {NEG_INF, NEG_INF}, l[2] = {0.0f, 0.0f}, alpha[2] = {1.0f, 1.0f};
+        float s[32];
+        Soft soft = soft_start();
         u32 pr[16];
 
         // QK^T of tile i; all slots but the last are released.
@@ -197,8 +198,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                 stmatrix4(at + (((2 * c + (lane >> 4)) ^ (r & 7)) << 4), pr[4 * c], pr[4 * c + 1],
                           pr[4 * c + 2], pr[4 * c + 3]);
             if ((lane & 3) == 0) {
-                sh->alpha[b][warp * 16 + (lane >> 2)] = alpha[0];
-                sh->alpha[b][warp * 16 + (lane >> 2) + 8] = alpha[1];
+                sh->alpha[b][warp * 16 + (lane >> 2)] = soft.alpha[0];
+                sh->alpha[b][warp * 16 + (lane >> 2) + 8] = soft.alpha[1];
             }
             fence_async_smem();
         };
@@ -227,7 +228,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #endif
             if (masked) modify<64>(s, p, rows, tile, true);
             else modify<64>(s, p, rows, tile, false);
-            softmax<64>(s, m, l, alpha, sc, true);
+            softmax<64>(s, soft, sc, true);
         };
         auto issue_pv = [&](int i) {
 #pragma unroll
@@ -254,6 +255,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         pin(s);
         release_k();
         scores(0);
+        soft.scaled = false;
         pack();
         hand_over(0);
 #if !DEFER
@@ -271,7 +273,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             release_k();
             scores(i);
             pin(s);
-            after(l[0] + l[1]);
+            after(soft.l[0] + soft.l[1]);
             wgmma_wait<0>();
             pin(s);
             pin(o);
@@ -281,13 +283,14 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #if !DEFER
             named_arrive(BAR_FULL + (i & (PBUF - 1)), 256);
 #endif
-            rescale(alpha[0], alpha[1]);
+            rescale(soft.alpha[0], soft.alpha[1]);
+            soft.scaled = false;
         }
 #if DEFER
         named_arrive(BAR_FULL + ((n - 1) & (PBUF - 1)), 256);
 #endif
         issue_pv(n - 1);
-        finish(inv, m, l, p, t, rows, sc);
+        finish(inv, soft, p, t, rows, sc);
         if ((lane & 3) == 0) {
             sh->inv[warp * 16 + (lane >> 2)] = inv[0];
             sh->inv[warp * 16 + (lane >> 2) + 8] = inv[1];

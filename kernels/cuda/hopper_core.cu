@@ -21,20 +21,8 @@
 #ifndef VARLEN // packed sequences
 #define VARLEN 0
 #endif
-#ifndef PINGPONG
-#define PINGPONG (D <= 128)
-#endif
-#ifndef RESCALE_FIRST // rescale O before its product is issued, under QK^T
-#define RESCALE_FIRST (D > 128)
-#endif
-#ifndef LAZY // rescale O only when a row's maximum has grown by more than 2^LAZY; 0: always
-#define LAZY (D > 64 ? 8 : 0)
-#endif
-#ifndef EMULATE // every EMULATE-th pair of weights of a tile free of mask is a polynomial; 0: none
-#define EMULATE 0
-#endif
-#ifndef NOMAX // experiment
-#define NOMAX 0
+#ifndef SPECULATE // take weights against the maximum so far, without a look at the new scores
+#define SPECULATE (D <= 256)
 #endif
 
 #define BM (64 * WGS) // query rows of a tile; at head dim 512, of a pair of CTAs
@@ -64,6 +52,17 @@ struct Params {
     i64 mask_strides[3];             // batch, head, row
 };
 
+#if MASK == 1 || MASK == 2
+typedef u16 MaskElement;
+typedef u32 MaskPair;
+#elif MASK == 3
+typedef float MaskElement;
+typedef float2 MaskPair;
+#elif MASK == 4
+typedef u8 MaskElement;
+typedef u16 MaskPair;
+#endif
+
 #define NEG_INF __int_as_float(0xff800000)
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -74,6 +73,20 @@ struct Tile {
     int q_start, k_start;
     int lo, hi;          // key tiles [lo, hi)
 };
+
+// The key tiles [lo, hi) that some of `rows` rows from `row` on sees.
+DEV void bounds(const Params& p, const Tile& t, int row, int rows, int& lo, int& hi) {
+    lo = 0;
+    hi = (t.sk + BN - 1) / BN;
+#if RIGHT
+    const int end = min(row + rows, t.sq) + t.q_off + p.right; // keys that the last row sees
+    hi = min(hi, end <= 0 ? 0 : (end + BN - 1) / BN);
+#endif
+#if LEFT
+    lo = max(0, (row + t.q_off - p.left) / BN);
+#endif
+    if (row >= t.sq || hi < lo) hi = lo;
+}
 
 DEV Tile tile_of(const Params& p, int index) {
     Tile t;
@@ -98,17 +111,7 @@ DEV Tile tile_of(const Params& p, int index) {
     t.sk = p.sk;
     t.q_off = p.q_off;
 #endif
-    t.lo = 0;
-    t.hi = (t.sk + BN - 1) / BN;
-    int last = min(t.m0 + BM, t.sq) - 1;
-#if RIGHT
-    int end = last + t.q_off + p.right + 1; // keys that the last row sees
-    t.hi = min(t.hi, end <= 0 ? 0 : (end + BN - 1) / BN);
-#endif
-#if LEFT
-    t.lo = max(0, (t.m0 + t.q_off - p.left) / BN);
-#endif
-    if (t.m0 >= t.sq) t.hi = t.lo;
+    bounds(p, t, t.m0, BM, t.lo, t.hi);
     return t;
 }
 
@@ -125,6 +128,7 @@ struct Rows {
     int row, pos, col, sq, sk;
     float slope, cap_in, cap_out;
     i64 mask;
+    bool pairs; // two neighbours of the mask can be read at once
 };
 
 DEV Rows rows_of(const Params& p, const Tile& t, int row_in, int col) {
@@ -142,6 +146,8 @@ DEV Rows rows_of(const Params& p, const Tile& t, int row_in, int col) {
 #if MASK
     r.mask = (i64)t.b * p.mask_strides[0] + (i64)t.h * p.mask_strides[1] +
              (i64)t.q_start * p.mask_strides[2];
+    r.pairs = (((u64)p.mask / sizeof(MaskElement) | p.mask_strides[0] | p.mask_strides[1] |
+                p.mask_strides[2]) & 1) == 0;
 #endif
     return r;
 }
@@ -150,6 +156,39 @@ DEV Rows rows_of(const Params& p, const Tile& t, int row_in, int col) {
 DEV float score_unit(const Params& p) {
     return SCORE_MOD ? 1.0f : p.scale_log2;
 }
+
+#if MASK
+DEV float add_mask(float x, MaskElement v, const Params& p) {
+#if MASK == 4
+    return v ? x : NEG_INF;
+#else
+#if MASK == 1
+    const float f = bf16_to_f32(v);
+#elif MASK == 2
+    const float f = f16_to_f32(v);
+#else
+    const float f = v;
+#endif
+    const float unit = SCORE_MOD ? LOG2E : p.inv_scale;
+    return x + (f == NEG_INF ? f : fmaxf(f * unit, -3.0e38f));
+#endif
+}
+
+// Brings a warpgroup's rows of the mask for key tile `tile` near.
+template <int N>
+DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, int tile, int tid) {
+    const int lines = (N * (int)sizeof(MaskElement) + 127) / 128;
+    const int per = 128 / (int)sizeof(MaskElement);
+#pragma unroll
+    for (int i = 0; i < (64 * lines + 127) / 128; i++) {
+        const int at = i * 128 + tid, row = t.m0 + row0 + at / lines;
+        const int col = tile * N + at % lines * per;
+        if (row < t.sq && col < t.sk)
+            asm volatile("prefetch.global.L1 [%0];" ::"l"(
+                (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + col)));
+    }
+}
+#endif
 
 // What happens to scores before the softmax, for key tile `tile`.
 template <int N>
@@ -176,35 +215,32 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
 #endif
     if (!masked) return;
 #if MASK
-#if SCORE_MOD
-    const float unit = LOG2E;
-#else
-    const float unit = p.inv_scale;
-#endif
+    const bool whole = r.pairs && tile * N + N <= r.sk;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = min(r.row + 8 * half, r.sq - 1);
-        const i64 at = r.mask + (i64)row * p.mask_strides[2] + c0;
+        const MaskElement* at =
+            (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + c0);
+        if (whole) {
 #pragma unroll
-        for (int j = 0; j < N / 8; j++) {
+            for (int j = 0; j < N / 8; j++) {
+                const MaskPair v = *(const MaskPair*)(at + 8 * j);
+                float& a = s[4 * j + 2 * half];
+                float& b = s[4 * j + 2 * half + 1];
+#if MASK == 3
+                a = add_mask(a, v.x, p);
+                b = add_mask(b, v.y, p);
+#else
+                a = add_mask(a, (MaskElement)v, p);
+                b = add_mask(b, (MaskElement)(v >> (8 * sizeof(MaskElement))), p);
+#endif
+            }
+        } else {
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int col = 8 * j + e;
-                float& x = s[4 * j + 2 * half + e];
-                if (c0 + col < r.sk) {
-#if MASK == 4
-                    if (!((const u8*)p.mask)[at + col]) x = NEG_INF;
-#else
-#if MASK == 1
-                    float v = bf16_to_f32(((const u16*)p.mask)[at + col]);
-#elif MASK == 2
-                    float v = f16_to_f32(((const u16*)p.mask)[at + col]);
-#else
-                    float v = ((const float*)p.mask)[at + col];
-#endif
-                    x += v == NEG_INF ? v : fmaxf(v * unit, -3.0e38f);
-#endif
-                }
+            for (int j = 0; j < N / 8; j++) {
+                if (c0 + 8 * j < r.sk) s[4 * j + 2 * half] = add_mask(s[4 * j + 2 * half], at[8 * j], p);
+                if (c0 + 8 * j + 1 < r.sk)
+                    s[4 * j + 2 * half + 1] = add_mask(s[4 * j + 2 * half + 1], at[8 * j + 1], p);
             }
         }
     }
@@ -233,15 +269,73 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
         }
     }
 }
-// Scores to weights; the rows' maximum and sum, and what they shrank by, follow.
+
+// The softmax of a thread's two rows so far. `ref` is what scores are measured against: near the
+// maximum, but no more than that. Weights and their sum `l` are relative to it.
+struct Soft {
+    float ref[2], l[2];
+    float alpha[2]; // what O is multiplied by before the next product is added, if `scaled`
+    float part[2];  // this tile's sums, if `grown`
+    bool scaled, grown;
+};
+
+DEV Soft soft_start() {
+    return Soft{{NEG_INF, NEG_INF}, {0.0f, 0.0f}, {1.0f, 1.0f}, {0.0f, 0.0f}, false, false};
+}
+
+// Scores of one row to weights; returns the thread's part of their sum.
 template <int N>
-DEV void softmax(float (&s)[N / 2], float (&m)[2], float (&l)[2], float (&alpha)[2], float sc,
-                 bool masked) {
+DEV float weigh(float (&s)[N / 2], int half, float ref, float sc) {
+    const float off = ref * sc;
+#if MASK && MASK != 4
+    // A mask of huge finite values: the fused product would lose the difference.
+    if (__any_sync(~0u, fabsf(off) > 4096.0f)) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const float old = m[half];
-        float now = old;
-        if (masked || !NOMAX) {
+        for (int j = 0; j < N / 8; j++) {
+            s[4 * j + 2 * half] = (s[4 * j + 2 * half] - ref) * sc;
+            s[4 * j + 2 * half + 1] = (s[4 * j + 2 * half + 1] - ref) * sc;
+        }
+    } else
+#endif
+    {
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+            s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], sc, -off);
+            s[4 * j + 2 * half + 1] = __fmaf_rn(s[4 * j + 2 * half + 1], sc, -off);
+        }
+    }
+    float x = 0.0f, y = 0.0f;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        s[4 * j + 2 * half] = exp2_fast(s[4 * j + 2 * half]);
+        s[4 * j + 2 * half + 1] = exp2_fast(s[4 * j + 2 * half + 1]);
+        x += s[4 * j + 2 * half];
+        y += s[4 * j + 2 * half + 1];
+    }
+    return x + y;
+}
+
+// Scores above `ref` give weights above 1. f16 holds them up to 2^16, so there the reference is
+// kept above the maximum, and what still grows past that is done again.
+#if F16
+#define HEADROOM 8.0f
+#define POISON 32768.0f
+#else
+#define HEADROOM 0.0f
+#define POISON 1.8446744e19f
+#endif
+
+// Scores to weights. Usually without a look at their maximum: they are taken against the reference
+// that there is, and where their sum then shows that they have grown much, the reference follows
+// for the tiles to come. Weights too large for that (a leap by 2^64, in f16 2^24) make the sum
+// infinite; the tile of queries is then done again with `careful`.
+template <int N>
+DEV void softmax(float (&s)[N / 2], Soft& f, float sc, bool careful) {
+    if (!SPECULATE || careful ||
+        __any_sync(~0u, !(f.ref[0] * sc > -16384.0f) || !(f.ref[1] * sc > -16384.0f))) {
+        bool some = false;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
             float a = s[2 * half], b = s[2 * half + 1];
 #pragma unroll
             for (int j = 1; j < N / 8; j++) {
@@ -251,65 +345,69 @@ DEV void softmax(float (&s)[N / 2], float (&m)[2], float (&l)[2], float (&alpha)
             a = fmaxf(a, b);
             a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
             a = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
-            now = LAZY ? ((a - old) * sc > (float)LAZY ? a : old) : fmaxf(old, a);
+            const float old = f.ref[half];
+            // O is not rescaled for less than 2^8.
+            const float now = (a - old) * sc > 8.0f - HEADROOM ? a + HEADROOM / sc : old;
+            f.ref[half] = now;
+            // Where no key was visible yet: weights are 0, not 2^(-inf + inf).
+            const float ref = now == NEG_INF ? 0.0f : now;
+            const float shrunk = exp2_fast((old - ref) * sc);
+            f.alpha[half] = (f.scaled ? f.alpha[half] : 1.0f) * shrunk;
+            f.l[half] = f.l[half] * shrunk + weigh<N>(s, half, ref, sc);
+            some |= f.alpha[half] != 1.0f;
         }
-        m[half] = now;
-        // Where no key was visible yet: weights are 0, not 2^(-inf + inf).
-        const float ref = masked && now == NEG_INF ? 0.0f : now;
-        const float off = ref * sc;
-        alpha[half] = exp2_fast((old - ref) * sc);
-#if MASK && MASK != 4
-        // A mask of huge finite values: the fused product would lose the difference.
-        if (__any_sync(~0u, fabsf(off) > 4096.0f)) {
+        f.scaled = __any_sync(~0u, some);
+        f.grown = false;
+        return;
+    }
+    f.part[0] = weigh<N>(s, 0, f.ref[0], sc);
+    f.part[1] = weigh<N>(s, 1, f.ref[1], sc);
+    f.l[0] += f.part[0];
+    f.l[1] += f.part[1];
+    f.grown = __any_sync(~0u, !(f.part[0] + f.part[1] < 4096.0f));
+}
+
+// After O took this tile's factor: where weights have grown much, the reference follows, and O and
+// the sum shrink by as much.
+DEV void settle(Soft& f, float sc) {
+    f.scaled = f.grown;
+    if (!f.grown) return;
 #pragma unroll
-            for (int j = 0; j < N / 8; j++) {
-                s[4 * j + 2 * half] = (s[4 * j + 2 * half] - ref) * sc;
-                s[4 * j + 2 * half + 1] = (s[4 * j + 2 * half + 1] - ref) * sc;
-            }
-        } else
-#endif
-        {
-#pragma unroll
-            for (int j = 0; j < N / 8; j++) {
-                s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], sc, -off);
-                s[4 * j + 2 * half + 1] =
-                    __fmaf_rn(s[4 * j + 2 * half + 1], sc, -off);
-            }
+    for (int half = 0; half < 2; half++) {
+        float sum = f.part[half];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        f.alpha[half] = 1.0f;
+        if (!(sum < POISON)) {
+            f.l[half] = __int_as_float(0x7f800000);
+        } else if (sum > 4096.0f) {
+            const float by = log2_fast(sum) + HEADROOM;
+            f.ref[half] += by / sc;
+            f.alpha[half] = exp2_fast(-by);
+            f.l[half] *= f.alpha[half];
         }
-        float x = 0.0f, y = 0.0f;
-#pragma unroll
-        for (int j = 0; j < N / 8; j++) {
-            const bool poly = EMULATE && !masked && j % (EMULATE ? EMULATE : 1) == 0;
-            float& e0 = s[4 * j + 2 * half];
-            float& e1 = s[4 * j + 2 * half + 1];
-            e0 = poly ? exp2_poly(e0) : exp2_fast(e0);
-            e1 = poly ? exp2_poly(e1) : exp2_fast(e1);
-            x += s[4 * j + 2 * half];
-            y += s[4 * j + 2 * half + 1];
-        }
-        l[half] = l[half] * alpha[half] + (x + y);
     }
 }
 
 // What O is multiplied by in the end; writes the rows' log-sum-exp.
-DEV void finish(float (&inv)[2], const float (&m)[2], const float (&l)[2], const Params& p,
-                const Tile& t, const Rows& r, float sc) {
+DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, const Rows& r,
+                float sc) {
     float* lse = p.lse + (i64)(VARLEN ? 0 : t.b) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
                  t.q_start;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float sum = l[half];
+        float sum = f.l[half];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        float top = m[half] * sc, f = 1.0f;
+        float top = f.ref[half] * sc, part = 1.0f;
         if (p.sinks) {
             const float sink = p.sinks[t.h] * LOG2E;
             const float now = fmaxf(top, sink);
-            f = top == NEG_INF ? 0.0f : exp2_fast(top - now);
-            sum = sum * f + exp2_fast(sink - now);
+            part = top == NEG_INF ? 0.0f : exp2_fast(top - now);
+            sum = sum * part + exp2_fast(sink - now);
             top = now;
         }
-        inv[half] = sum > 0.0f ? f / sum : 0.0f;
+        inv[half] = sum > 0.0f ? part / sum : 0.0f;
         const int row = r.row + 8 * half;
         if (p.lse && (r.col & 7) == 0 && row < t.sq)
             lse[row] = sum > 0.0f ? (top + log2_fast(sum)) * LN2 : NEG_INF;
