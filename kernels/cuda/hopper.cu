@@ -26,8 +26,8 @@ struct Ring {
 #define Q_BYTES (PANELS * BM * 128)
 
 struct Shared {
-    u64 q_full, q_empty, verdict;
-    u32 redo[2]; // the pass that must be done again, by parity
+    u64 q_full[WGS], q_empty[WGS], verdict;
+    u32 redo; // some weights overflowed
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 #if CLASSES
     int list_len;
@@ -43,16 +43,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 base = smem_u32(raw);
     const u32 sm_q = base, sm_k = base + Q_BYTES, sm_v = sm_k + STAGES * TILE_BYTES;
     Shared* sh = (Shared*)(raw + Q_BYTES + 2 * STAGES * TILE_BYTES);
-    const u32 q_full = smem_u32(&sh->q_full), q_empty = smem_u32(&sh->q_empty);
+    const u32 q_full = smem_u32(sh->q_full), q_empty = smem_u32(sh->q_empty);
     const u32 verdict = smem_u32(&sh->verdict);
     const u32 k_full = smem_u32(sh->k_full), k_empty = smem_u32(sh->k_empty);
     const u32 v_full = smem_u32(sh->v_full), v_empty = smem_u32(sh->v_empty);
 
-    // Whether pass `pass` over a tile of queries met weights that overflow. All warps ask.
-    auto again = [&](u32 pass) {
+    // Whether the CTA must do its tiles again, with care. All warps ask, once.
+    auto redo = [&]() {
         if (!SPECULATE) return false;
-        bar_wait(verdict, (pass & 1) ^ 1);
-        return *(volatile u32*)&sh->redo[pass & 1] == pass;
+        bar_wait(verdict, 0);
+        return *(volatile u32*)&sh->redo != 0;
     };
 
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -61,10 +61,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         prefetch_map(&map_k);
         prefetch_map(&map_v);
         prefetch_map(&map_o);
-        bar_init(q_full, 1);
-        bar_init(q_empty, WGS);
+        for (int w = 0; w < WGS; w++) {
+            bar_init(q_full + 8 * w, 1);
+            bar_init(q_empty + 8 * w, 1);
+        }
         bar_init(verdict, WGS);
-        sh->redo[0] = sh->redo[1] = 0;
+        sh->redo = 0;
         for (int s = 0; s < STAGES; s++) {
             bar_init(k_full + 8 * s, 1);
             bar_init(v_full + 8 * s, 1);
@@ -81,36 +83,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (threadIdx.x < 32) {
             const int lane = threadIdx.x;
             Ring rk = {0, 1}, rv = {0, 1};
-            u32 q_phase = 1, pass = 1;
-            for (int index = blockIdx.x; index < p.tiles;) {
+            u32 q_phase = 1;
+            bool careful = false;
+            for (int index = blockIdx.x;; index += gridDim.x) {
+                if (index >= p.tiles) {
+                    if (careful || !redo()) break;
+                    careful = true;
+                    index = blockIdx.x;
+                }
                 const Tile t = tile_of(p, index);
                 const int kv_head = t.h / p.kv_group;
                 const int kv_batch = VARLEN ? 0 : t.b;
                 int n = t.hi - t.lo;
                 auto load = [&](const TensorMap* map, u32 dst, u32 full, int tile) {
                     bar_expect(full, TILE_BYTES);
-#pragma unroll
+#pragma unroll 1
                     for (int c = 0; c < PANELS; c++)
                         tma_load(dst + c * BN * 128, map, full, c * 64, t.k_start + tile * BN,
                                  kv_head, kv_batch);
                 };
-                auto load_q = [&]() {
-                    bar_expect(q_full, Q_BYTES);
-#pragma unroll
+                auto load_q = [&](int w) {
+                    bar_expect(q_full + 8 * w, PANELS * 8192);
+#pragma unroll 1
                     for (int c = 0; c < PANELS; c++)
-                        tma_load(sm_q + c * BM * 128, &map_q, q_full, c * 64, t.q_start + t.m0,
-                                 t.h, kv_batch);
+                        tma_load(sm_q + c * BM * 128 + w * 8192, &map_q, q_full + 8 * w, c * 64,
+                                 t.q_start + t.m0 + w * 64, t.h, kv_batch);
                 };
 #if CLASSES
-                bar_wait(q_empty, q_phase);
+                for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * w, q_phase);
                 q_phase ^= 1;
                 const int len = list_tiles(sh->list, p, t, lane);
                 if (lane == 0) sh->list_len = len;
                 __syncwarp();
                 n = len;
-                if (lane == 0) {
-                    if (n > 0) load_q();
-                    else bar_arrive(q_full);
+#pragma unroll 1
+                for (int w = 0; w < WGS && lane == 0; w++) {
+                    if (n > 0) load_q(w);
+                    else bar_arrive(q_full + 8 * w);
                 }
 #define TILE_AT(i) (sh->list[i] & 0x7fff)
 #else
@@ -126,9 +135,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         }
 #if !CLASSES
                         if (i == 0) {
-                            bar_wait(q_empty, q_phase);
+#pragma unroll 1
+                            for (int w = 0; w < WGS; w++) {
+                                bar_wait(q_empty + 8 * w, q_phase);
+                                load_q(w);
+                            }
                             q_phase ^= 1;
-                            load_q();
                         }
 #endif
                         if (i > 0) {
@@ -140,7 +152,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     }
                 }
                 __syncwarp();
-                if (n <= 0 || !again(pass++)) index += gridDim.x;
             }
         }
         return;
@@ -160,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int col_in = 2 * (lane & 3);
     const float sc = score_unit(p);
     Ring rk = {0, 0}, rv = {0, 0};
-    u32 q_phase = 0, pass = 1;
+    u32 q_phase = 0;
     bool careful = false;
     auto done_k = [&]() {
         if (signal) bar_arrive(k_empty + 8 * rk.stage);
@@ -180,11 +191,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     };
 
-    for (int index = blockIdx.x; index < p.tiles;) {
+    for (int index = blockIdx.x;; index += gridDim.x) {
+        if (index >= p.tiles) {
+            if (careful) break;
+            named_sync(8 + wg, 128);
+            if (tid == 0) bar_arrive(verdict);
+            if (!redo()) break;
+            careful = true;
+            index = blockIdx.x;
+        }
         const Tile t = tile_of(p, index);
         int n = t.hi - t.lo;
 #if CLASSES
-        bar_wait(q_full, q_phase);
+        bar_wait(q_full + 8 * wg, q_phase);
         q_phase ^= 1;
         n = sh->list_len;
         int lo = 0, hi = n;
@@ -192,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int lo, hi;
         bounds(p, t, t.m0 + wg * 64, 64, lo, hi);
         if (n > 0) {
-            bar_wait(q_full, q_phase);
+            bar_wait(q_full + 8 * wg, q_phase);
             q_phase ^= 1;
             skip(t.hi - max(hi, t.lo));
         }
@@ -201,11 +220,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             write_unseen(p, t, t.m0 + wg * 64, 64, tid);
             if (n > 0) {
                 if (hi > t.lo) skip(hi - t.lo);
-                if (SPECULATE && tid == 0) bar_arrive(verdict);
             }
-            if ((n > 0 || CLASSES) && tid == 0) bar_arrive(q_empty);
-            careful = n > 0 && again(pass++);
-            if (!careful) index += gridDim.x;
+            if ((n > 0 || CLASSES) && tid == 0) bar_arrive(q_empty + 8 * wg);
             continue;
         }
 
@@ -351,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         if (SPECULATE && !careful &&
             __any_sync(~0u, !(soft.l[0] < 1.0e38f) || !(soft.l[1] < 1.0e38f)) && lane == 0)
-            *(volatile u32*)&sh->redo[pass & 1] = pass;
+            *(volatile u32*)&sh->redo = 1;
 #if !CLASSES
         bounds(p, e, e.m0 + wg * 64, 64, lo, hi);
         skip(lo - e.lo);
@@ -359,7 +375,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         // O takes Q's place: every warp of this group has read its rows of Q.
         named_sync(8 + wg, 128);
-        if (SPECULATE && tid == 0) bar_arrive(verdict);
         {
             const int r = (tid >> 5) * 16 + (lane & 15); // of the group's 64
             const u32 at = own_q + r * 128;
@@ -384,7 +399,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                     (((c & 7) ^ (r & 7)) << 4));
         }
         named_sync(8 + wg, 128);
-        if (tid == 0) bar_arrive(q_empty);
+        if (tid == 0) bar_arrive(q_empty + 8 * wg);
 #else
         fence_async_smem();
         named_sync(8 + wg, 128);
@@ -395,10 +410,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     tma_store(&map_o, own_q + c * BM * 128, c * 64, e.m0 + wg * 64, e.h, e.b);
             }
             tma_store_wait_read();
-            bar_arrive(q_empty);
+            bar_arrive(q_empty + 8 * wg);
         }
 #endif
-        careful = again(pass++);
-        if (!careful) index += gridDim.x;
     }
 }

@@ -22,7 +22,7 @@
 #define VARLEN 0
 #endif
 #ifndef SPECULATE // take weights against the maximum so far, without a look at the new scores
-#define SPECULATE (D <= 256)
+#define SPECULATE (D < 256)
 #endif
 
 #define BM (64 * WGS) // query rows of a tile; at head dim 512, of a pair of CTAs
@@ -328,7 +328,7 @@ DEV float weigh(float (&s)[N / 2], int half, float ref, float sc) {
 // Scores to weights. Usually without a look at their maximum: they are taken against the reference
 // that there is, and where their sum then shows that they have grown much, the reference follows
 // for the tiles to come. Weights too large for that (a leap by 2^64, in f16 2^24) make the sum
-// infinite; the tile of queries is then done again with `careful`.
+// infinite; the CTA then does its tiles again with `careful`.
 template <int N>
 DEV void softmax(float (&s)[N / 2], Soft& f, float sc, bool careful) {
     if (!SPECULATE || careful ||
