@@ -188,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         const Finish f = finish(m[r], sum[r], p.sinks, t.h);
         const bool partial = p.splits > 1;
         float* out = partial ? p.partials + (result_row(p, t, row) * p.splits + t.split) * (D + 2)
-                             : (float*)p.o + row_offset(p.o_strides, t.b, t.h, 0) + p.o_strides[2] * (i64(t.q_start) + row);
+                             : (float*)p.o + row_offset(p.o_strides, t.b, t.h, 0) + p.o_strides[2] * (t.q_start + row);
         const float times = !partial ? f.factor : sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
 #pragma unroll
         for (int i = 0; i < 4 * RUNS; i++) {

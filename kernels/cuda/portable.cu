@@ -171,7 +171,7 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
         return;
     }
     const Finish f = finish(state.m[r], sum, p.sinks, t.h);
-    u16* out = (u16*)p.o + row_offset(p.o_strides, t.b, t.h, 0) + p.o_strides[2] * (i64(t.q_start) + row);
+    u16* out = (u16*)p.o + row_offset(p.o_strides, t.b, t.h, 0) + p.o_strides[2] * (t.q_start + row);
     if (p.vector & 2) {
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)

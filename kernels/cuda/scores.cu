@@ -8,7 +8,7 @@ template <int TYPE, int N> DEV void add_mask(float (&s)[N], const Params& p, con
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (rows[i] < t.sq && keys[i] < t.sk)
-            s[i] += element<TYPE>(p.mask, head + p.mask_strides[2] * (i64(t.q_start) + rows[i]) + keys[i]);
+            s[i] += element<TYPE>(p.mask, head + p.mask_strides[2] * (t.q_start + rows[i]) + keys[i]);
     }
 }
 

@@ -14,7 +14,7 @@ struct Tile {
     int b, h, kv_head;
     int m0;                // first row
     int sq, sk;            // lengths of the sequence
-    int q_start, k_start;  // its first rows, if packed
+    i64 q_start, k_start;  // its first rows, if packed
     i64 q_off;             // position of its row 0 among its keys
     int split;
     int lo, hi;            // key tiles [lo, hi)
@@ -55,8 +55,8 @@ DEV Tile tile_of(const Params& p, u32 block) {
     if (p.cu_q) {
         t.q_start = p.cu_q[t.b];
         t.k_start = p.cu_k[t.b];
-        t.sq = p.cu_q[t.b + 1] - t.q_start;
-        t.sk = p.cu_k[t.b + 1] - t.k_start;
+        t.sq = int(p.cu_q[t.b + 1] - t.q_start);
+        t.sk = int(p.cu_k[t.b + 1] - t.k_start);
         if (p.bottom_right) t.q_off = i64(t.sk) - t.sq;
         t.b = 0;
     }
