@@ -12,6 +12,9 @@ use crate::error::Result;
 /// Writes 0 where a key is visible and `-inf` where it is not.
 pub(crate) fn fill(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
     let Fill { params: p, mask } = Fill::read(dispatch)?;
+    // SAFETY: the CPU's memory is this process's own; written operands overlap nothing else, and
+    // nobody else uses them while the dispatch runs.
+    let mask = unsafe { mask.slice_mut() };
     let keys = p.seq_len_k as usize;
     let visibility = Visibility {
         q_offset: i64::from(p.q_abs_offset),
@@ -37,6 +40,9 @@ pub(crate) fn classify(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
         mask,
         classes,
     } = Classes::read(dispatch)?;
+    // SAFETY: the CPU's memory is this process's own; written operands overlap nothing else, and
+    // nobody else uses them while the dispatch runs.
+    let (mask, classes) = unsafe { (mask.slice(), classes.slice_mut()) };
     let (rows, keys) = (p.seq_len_q as usize, p.seq_len_k as usize);
     let (bq, bk) = (tile.bq, tile.bk);
     let columns = tile.count(rows, keys).1;
