@@ -46,16 +46,16 @@ impl Simd for Avx512 {
         fn hmax(self, a: __m512) -> f32 = _mm512_reduce_max_ps(a);
         fn hsum(self, a: __m512) -> f32 = _mm512_reduce_add_ps(a);
         fn exp2<const DEGREE>(self, t: __m512) -> __m512 = {
-            // Far enough below the smallest subnormal, and finite for the subtraction.
-            let t = _mm512_max_ps(t, _mm512_set1_ps(-200.0));
-            let magic = _mm512_set1_ps(math::WHOLE);
-            let whole = _mm512_sub_ps(_mm512_add_ps(t, magic), magic);
-            let octave = math::octave::<Self, DEGREE>(Self(()), _mm512_sub_ps(t, whole));
+            // The fraction of -inf comes as 0.
+            let fraction = _mm512_reduce_ps::<_MM_FROUND_TO_NEAREST_INT>(t);
+            let whole = _mm512_roundscale_ps::<_MM_FROUND_TO_NEAREST_INT>(t);
+            let octave = math::octave::<Self, DEGREE>(Self(()), fraction);
             _mm512_scalef_ps(octave, whole)
         };
         fn transpose(self, b: [__m512; 16]) -> [__m512; 16] = transpose(b);
         fn zeros(self) -> [__m512; 16] = [_mm512_setzero_ps(); 16];
         fn prefetch(self, at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        fn prefetch_far(self, at: *const u8) = _mm_prefetch::<_MM_HINT_T1>(at.cast());
     }
     intrinsics! { memory:
         fn load(self, at: *const f32) -> __m512 = _mm512_loadu_ps(at);

@@ -5,6 +5,7 @@ use half::{bf16, f16};
 
 use super::call::{Call, STRIP};
 use super::micro::{Kernel, Vector};
+use super::running::GROUP;
 use super::simd::{Elem, Simd};
 use super::step::{Products, QUERY_ROW, Strip};
 use crate::DType;
@@ -142,8 +143,15 @@ unsafe fn values<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
     let width = COLUMNS * lanes;
     let dim = of.call.dim;
     let end = (of.all.end * NR * lanes).min(strip.count);
-    for first in (of.all.first * NR * lanes..end).step_by(KEYS) {
+    // What is multiplied in with the first keys counts for all of them.
+    let more = Products {
+        keep: Some(&[1.0; GROUP]),
+        ..*of
+    };
+    let begin = of.all.first * NR * lanes;
+    for first in (begin..end).step_by(KEYS) {
         let keys = first..(first + KEYS).min(end);
+        let of = if first == begin { of } else { &more };
         // SAFETY: rows, keys and columns are there.
         unsafe {
             for column in (0..dim / width * width).step_by(width) {
@@ -197,10 +205,7 @@ unsafe fn columns<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
     for (r, row) in acc.iter().enumerate() {
         for (j, x) in row.iter().enumerate() {
             // SAFETY: the outputs are there.
-            unsafe {
-                let at = of.outputs.add(r * call.dim + column + j * lanes);
-                s.store(at, s.add(s.load(at), *x));
-            }
+            unsafe { of.put(s, r, column + j * lanes, *x) };
         }
     }
 }

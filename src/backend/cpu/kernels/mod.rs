@@ -19,6 +19,7 @@ mod neon;
 mod pack;
 mod peak;
 mod portable;
+mod running;
 mod schedule;
 mod scratch;
 mod simd;

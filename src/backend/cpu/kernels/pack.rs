@@ -3,6 +3,8 @@
 //! columns, then single vectors for what is left, `[panel][unit of keys][columns]`. Keys that are
 //! not there are zeros up to the end of their panel, so that nothing past the last key is read.
 
+use std::ops::Range;
+
 use super::call::{Call, Unit};
 use super::micro::Kernel;
 use super::simd::{Elem, Simd};
@@ -29,6 +31,25 @@ pub(super) unsafe fn pack<K: Kernel, const NR: usize>(
             DType::F16 if K::PAIR == 1 => both::<K, half::f16, NR>(kernel, call, unit, strip, k, v),
             _ if K::PAIR == 1 => both::<K, f32, NR>(kernel, call, unit, strip, k, v),
             _ => {}
+        }
+    }
+}
+
+/// Asks for the lines of some keys of K and V.
+#[inline(always)]
+pub(super) fn ask_for<S: Simd>(s: S, call: &Call<'_>, unit: &Unit, keys: Range<usize>) {
+    let size = call.problem.kv_dtype().size_of();
+    let row = |base: *const u8, at: usize, stride: usize, key: usize| {
+        base.wrapping_add((at + (key - keys.start) * stride) * size)
+    };
+    let k = call.problem.k_at(&unit.sequence, unit.kv_head, keys.start);
+    let v = call.problem.v_at(&unit.sequence, unit.kv_head, keys.start);
+    for key in keys.clone() {
+        let k = row(call.at.k.cast(), k, call.key_stride, key);
+        let v = row(call.at.v.cast(), v, call.value_stride, key);
+        for line in (0..call.dim * size).step_by(64) {
+            s.prefetch_far(k.wrapping_add(line));
+            s.prefetch_far(v.wrapping_add(line));
         }
     }
 }

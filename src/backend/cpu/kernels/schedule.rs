@@ -63,7 +63,9 @@ fn whole_units(call: &Call<'_>, units: &[Unit], team: Team<'_>) {
     team.for_each(units.len(), |i| {
         let unit = &units[order[i]];
         with_scratch(|scratch| {
-            pass(call, unit, unit.strips.clone(), scratch, |tile| {
+            // Most likely this thread's next.
+            let next = order.get(i + team.threads).map(|index| &units[*index]);
+            pass(call, unit, unit.strips.clone(), next, scratch, |tile| {
                 // SAFETY: the job's promises hold, and the kernels suit this machine.
                 unsafe { (call.kernels.finish)(tile) };
             });
@@ -72,11 +74,12 @@ fn whole_units(call: &Call<'_>, units: &[Unit], team: Team<'_>) {
 }
 
 /// Takes all rows of a unit over some of its strips, packing them on the way unless there are too
-/// few rows to pay for it.
+/// few rows to pay for it. `next` is what this thread will pass after it.
 fn pass(
     call: &Call<'_>,
     unit: &Unit,
     strips: Range<usize>,
+    next: Option<&Unit>,
     scratch: &mut Scratch,
     end: impl FnOnce(&mut Tile<'_>),
 ) {
@@ -95,9 +98,20 @@ fn pass(
                 keys.reserve(call.strip_units()),
                 values.reserve(call.strip_units()),
             );
-            for strip in strips {
+            let next = next.map(|unit| (unit, unit.strips.start));
+            for strip in strips.clone() {
                 (call.kernels.pack)(call, unit, strip, k, v);
-                (call.kernels.step)(&mut tile, Packed { strip, k, v });
+                let packed = Packed {
+                    strip,
+                    k,
+                    v,
+                    next: if strip + 1 < strips.end {
+                        Some((unit, strip + 1))
+                    } else {
+                        next
+                    },
+                };
+                (call.kernels.step)(&mut tile, packed);
             }
         }
     }
@@ -114,7 +128,7 @@ fn by_chunks(call: &Call<'_>, units: &[Unit], split: &Split, team: Team<'_>) {
             let start = unit.strips.start + (chunk - split.first[index]) * split.strips;
             let end = (start + split.strips).min(unit.strips.end);
             with_scratch(|scratch| {
-                pass(call, unit, start..end, scratch, |tile| {
+                pass(call, unit, start..end, None, scratch, |tile| {
                     // SAFETY: there is room for every chunk, and this one is this task's.
                     unsafe { split.keep(chunk, tile, partials.get()) };
                 });
@@ -198,7 +212,13 @@ fn run_wave(call: &Call<'_>, units: &[Unit], packed: Shared<u32>, team: Team<'_>
                         continue;
                     }
                     let (k, v) = place(first[*index] + strip - unit.strips.start);
-                    (call.kernels.step)(&mut tile, Packed { strip, k, v });
+                    let packed = Packed {
+                        strip,
+                        k,
+                        v,
+                        next: None,
+                    };
+                    (call.kernels.step)(&mut tile, packed);
                 }
                 (call.kernels.finish)(&mut tile);
             }

@@ -36,6 +36,7 @@ impl Buffer {
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     pub(super) queries: Buffer,
+    pub(super) running: Buffer,
     pub(super) outputs: Buffer,
     pub(super) scores: Buffer,
     pub(super) keys: Buffer,

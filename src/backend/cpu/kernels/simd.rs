@@ -36,13 +36,15 @@ pub(super) trait Simd: Copy + 'static {
     fn hmax(self, a: Self::V) -> f32;
     /// The sum of all lanes, in an order of its own.
     fn hsum(self, a: Self::V) -> f32;
-    /// `2^t` for `t` of at most about 0; exactly 0 far below, and at `-inf`. See [`super::math`].
+    /// `2^t` for `t` of at most about 0; exactly 0 far below, and at `-inf`; NaN or 0 at NaN. See [`super::math`].
     fn exp2<const DEGREE: usize>(self, t: Self::V) -> Self::V;
     /// Exchanges rows and lanes.
     fn transpose(self, block: Self::Block) -> Self::Block;
     fn zeros(self) -> Self::Block;
     /// Asks for the cache line at an address, which need not be there.
     fn prefetch(self, _at: *const u8) {}
+    /// The same, for the second-level cache.
+    fn prefetch_far(self, _at: *const u8) {}
 
     unsafe fn load(self, at: *const f32) -> Self::V;
     unsafe fn store(self, at: *mut f32, v: Self::V);

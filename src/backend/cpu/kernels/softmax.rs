@@ -1,5 +1,5 @@
-//! The softmax of one row over one strip: decorates its scores, raises its maximum, and turns the
-//! scores into probabilities in place.
+//! The softmax of one row over one strip, in place: its scores are decorated and searched for the
+//! largest, then turned into probabilities.
 
 use std::ops::Range;
 
@@ -25,24 +25,23 @@ pub(super) struct Place {
     pub(super) all: Span,
 }
 
-/// Works on the scores at `at`, and gives what earlier sums of the row must be multiplied by.
+/// Decorates the scores at `at`, hides those that the row does not see, and gives the largest.
 #[inline(always)]
-pub(super) unsafe fn row<K: Kernel, const NR: usize>(
+pub(super) unsafe fn largest<K: Kernel, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
-    row: &mut Row,
+    row: &Row,
     at: *mut f32,
     place: Place,
 ) -> f32 {
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
-    let Place { own, all, .. } = place;
-    // SAFETY: the spans lie in the strip, whose scores are at `at`.
+    let own = place.own;
+    if own.is_empty() {
+        return f32::NEG_INFINITY;
+    }
+    // SAFETY: the span lies in the strip, whose scores are at `at`.
     unsafe {
-        if own.is_empty() {
-            hide::<K, NR>(kernel, at, all.first..all.end);
-            return 1.0;
-        }
         if own.masked != 0 || call.softcap.is_some() || row.slope != 0.0 {
             decorate::<K, NR>(kernel, call, row, at, place);
         }
@@ -54,16 +53,31 @@ pub(super) unsafe fn row<K: Kernel, const NR: usize>(
                 *largest = s.max(x, *largest);
             }
         }
-        let strip_max = s.hmax(
+        s.hmax(
             largest
                 .into_iter()
                 .reduce(|a, b| s.max(a, b))
                 .unwrap_or(largest[0]),
-        );
-        let max = row.max.max(strip_max).min(f32::MAX);
-        if max == f32::NEG_INFINITY {
+        )
+    }
+}
+
+/// Turns the scores at `at` into probabilities relative to the row's largest score so far, and gives
+/// their sum.
+#[inline(always)]
+pub(super) unsafe fn probabilities<K: Kernel, const NR: usize>(
+    kernel: K,
+    at: *mut f32,
+    place: Place,
+    max: f32,
+) -> f32 {
+    let s = kernel.simd();
+    let Place { own, all, .. } = place;
+    // SAFETY: the spans lie in the strip, whose scores are at `at`.
+    unsafe {
+        if own.is_empty() || max == f32::NEG_INFINITY {
             hide::<K, NR>(kernel, at, all.first..all.end);
-            return 1.0;
+            return 0.0;
         }
         // Before the probabilities of the row itself, which may begin where these end.
         hide::<K, NR>(kernel, at, all.first..own.first);
@@ -79,9 +93,7 @@ pub(super) unsafe fn row<K: Kernel, const NR: usize>(
             exponentials::<K, NR>(kernel, at, own, |x| s.mul(s.sub(x, top), unit))
         };
         hide::<K, NR>(kernel, at, own.end..all.end);
-        let rescale = row.raise(max);
-        row.sum = row.sum * rescale + sum;
-        rescale
+        sum
     }
 }
 
@@ -193,6 +205,7 @@ unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
     let (cap, uncap) = call.softcap.map_or((0.0, 0.0), |c| (c, 1.0 / c));
+    let hidden = s.splat(f32::NEG_INFINITY);
     let everywhere = call.softcap.is_some() || row.slope != 0.0;
     for vector in place.own.first * NR..place.own.end * NR {
         let masked = masked && place.own.masked >> (vector / NR) & 1 != 0;
@@ -210,7 +223,10 @@ unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
             if masked {
                 let left = place.key_len.saturating_sub(column);
                 let cells = call.at.mask.cast::<T>().wrapping_add(row.mask + column);
-                x = s.add(x, load_first(s, cells, left));
+                let cells = load_first(s, cells, left);
+                // Hidden is hidden, even if K holds NaN there.
+                let shown = s.ne(cells, hidden);
+                x = s.pick(shown, s.add(x, cells), hidden);
             }
             if row.slope != 0.0 {
                 // In integers before f32, which is exact up to 2^24 keys of distance.

@@ -2,6 +2,7 @@
 //! joined in order. Where chunks begin depends on the problem alone, and so do the result's bits.
 
 use super::call::{Call, Unit};
+use super::running::factor;
 use super::tile::Tile;
 
 /// Keys of a chunk.
@@ -66,12 +67,11 @@ impl Split {
     /// # Safety
     /// `partials` has room for [`Split::elements`], and this chunk's are nobody else's.
     pub(super) unsafe fn keep(&self, chunk: usize, tile: &Tile<'_>, partials: *mut f32) {
-        for (r, row) in tile.rows.iter().enumerate() {
+        for r in 0..tile.rows.len() {
             // SAFETY: as promised by the caller; the tile has this row.
             unsafe {
                 let to = partials.add((chunk * self.rows + r) * self.width);
-                *to = row.max;
-                *to.add(1) = row.sum;
+                (*to, *to.add(1)) = tile.running.get(r);
                 let outputs = tile.outputs.add(r * tile.call.dim);
                 outputs.copy_to_nonoverlapping(to.add(2), tile.call.dim);
             }
@@ -84,26 +84,32 @@ impl Split {
     /// `partials` holds what [`Split::keep`] wrote.
     pub(super) unsafe fn join(&self, chunk: usize, tile: &mut Tile<'_>, partials: *const f32) {
         let dim = tile.call.dim;
-        for (r, row) in tile.rows.iter_mut().enumerate() {
+        for r in 0..tile.rows.len() {
             // SAFETY: as promised by the caller; the tile has this row.
-            let (from, outputs) = unsafe {
+            let (from, outputs, (before, sum)) = unsafe {
                 let from = partials.add((chunk * self.rows + r) * self.width);
                 (
                     std::slice::from_raw_parts(from, self.width),
                     std::slice::from_raw_parts_mut(tile.outputs.add(r * dim), dim),
+                    tile.running.get(r),
                 )
             };
-            let mut part = row.clone();
-            (part.max, part.sum) = (from[0], from[1]);
-            if part.max == f32::NEG_INFINITY {
-                continue;
-            }
-            let max = row.max.max(part.max);
-            let (ours, theirs) = (row.raise(max), part.raise(max));
-            row.sum = row.sum * ours + part.sum * theirs;
+            let (max, ours, theirs) = match (before, from[0]) {
+                (_, f32::NEG_INFINITY) => continue,
+                (f32::NEG_INFINITY, part) => {
+                    outputs.fill(0.0);
+                    (part, 1.0, 1.0)
+                }
+                (before, part) => {
+                    let max = before.max(part);
+                    (max, factor(before, max), factor(part, max))
+                }
+            };
             for (o, p) in outputs.iter_mut().zip(&from[2..]) {
                 *o = *o * ours + p * theirs;
             }
+            // SAFETY: the tile has this row.
+            unsafe { tile.running.set(r, max, sum * ours + from[1] * theirs) };
         }
     }
 }

@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
-use super::call::{Call, STRIP};
+use super::call::{Call, STRIP, Unit};
 use super::in_place::{InPlace, ROWS_AT_ONCE};
 use super::micro::{Kernel, product};
+use super::pack;
+use super::running::{GROUP, Lanes};
 use super::simd::Simd;
 use super::softmax::{self, Place};
 use super::span::{self, Span};
@@ -16,13 +18,16 @@ pub(super) const QUERY_ROW: usize = 512 + 16;
 
 /// Most rows of a micro-kernel.
 pub(super) const MOST_ROWS: usize = 12;
+const _: () = assert!(MOST_ROWS <= GROUP);
 
 /// Packed K and V of a strip.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Packed {
+pub(super) struct Packed<'a> {
     pub(super) strip: usize,
     pub(super) k: *const u32,
     pub(super) v: *const u32,
+    /// What will be packed next, so that it is in cache by then.
+    pub(super) next: Option<(&'a Unit, usize)>,
 }
 
 /// Takes all rows of a tile one strip further.
@@ -33,10 +38,10 @@ pub(super) struct Packed {
 pub(super) unsafe fn step<K: Kernel, const MR: usize, const NR: usize>(
     kernel: K,
     tile: &mut Tile<'_>,
-    packed: Packed,
+    packed: Packed<'_>,
 ) {
     // SAFETY: as promised by the caller.
-    unsafe { step_through::<K, Packed, MR, NR>(kernel, tile, packed.strip, packed) }
+    unsafe { step_through::<K, Packed<'_>, MR, NR>(kernel, tile, packed.strip, packed) }
 }
 
 /// As [`step`], with K and V as they lie in memory.
@@ -67,8 +72,10 @@ unsafe fn step_through<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     strip: usize,
     from: P,
 ) {
-    for first in (0..tile.rows.len()).step_by(MR) {
-        let end = (first + MR).min(tile.rows.len());
+    let rows = tile.rows.len();
+    for first in (0..rows).step_by(MR) {
+        let end = (first + MR).min(rows);
+        from.ahead(kernel.simd(), tile.call, first..end, rows);
         // SAFETY: as promised by the caller; the rows are the tile's.
         unsafe { step_rows::<K, P, MR, NR>(kernel, tile, strip, from, first..end) };
     }
@@ -76,6 +83,8 @@ unsafe fn step_through<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
 
 /// K and V of a strip, in some form.
 pub(super) trait Strip: Copy {
+    /// Asks memory for the share that some of all `rows` have in what comes after this strip.
+    fn ahead<S: Simd>(self, _s: S, _call: &Call<'_>, _share: Range<usize>, _rows: usize) {}
     /// Writes the scaled scores of `MR` rows.
     unsafe fn scores<K: Kernel, const MR: usize, const NR: usize>(
         self,
@@ -135,37 +144,35 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     // SAFETY: the tile holds these rows, and room up to the next size of micro-kernel; what is
     // computed for rows past them is not used.
     unsafe {
-        let products = Products {
+        let mut products = Products {
             call,
             all,
             queries: tile.queries.add(rows.start * QUERY_ROW),
             scores: tile.scores,
             outputs: tile.outputs.add(rows.start * call.dim),
+            keep: None,
         };
         by_rows!(rows.len(), from.scores(kernel, &products));
+        let place = |i: usize| Place {
+            start: keys.start,
+            key_len,
+            own: spans[i],
+            all,
+        };
+        let mut largest = [f32::NEG_INFINITY; GROUP];
         for (i, r) in rows.clone().enumerate() {
-            let place = Place {
-                start: keys.start,
-                key_len,
-                own: spans[i],
-                all,
-            };
             let at = products.scores.add(i * STRIP);
-            let rescale = softmax::row::<K, NR>(kernel, call, &mut tile.rows[r], at, place);
-            if rescale != 1.0 {
-                scale_row(s, products.outputs.add(i * call.dim), call.dim, rescale);
-            }
+            largest[i] = softmax::largest::<K, NR>(kernel, call, &tile.rows[r], at, place(i));
         }
+        let raised = tile.running.raise(s, rows.clone(), &largest);
+        let mut sums = [0.0; GROUP];
+        for i in 0..rows.len() {
+            let at = products.scores.add(i * STRIP);
+            sums[i] = softmax::probabilities::<K, NR>(kernel, at, place(i), raised.maxima[i]);
+        }
+        tile.running.add(s, rows.start, &raised, &sums);
+        products.keep = (!raised.first).then_some(&raised.factors);
         by_rows!(rows.len(), from.values(kernel, &products));
-    }
-}
-
-#[inline(always)]
-unsafe fn scale_row<S: Simd>(s: S, at: *mut f32, dim: usize, factor: f32) {
-    let factor = s.splat(factor);
-    for c in (0..dim).step_by(S::LANES) {
-        // SAFETY: the row holds `dim` elements.
-        unsafe { s.store(at.add(c), s.mul(s.load(at.add(c)), factor)) };
     }
 }
 
@@ -178,9 +185,37 @@ pub(super) struct Products<'a> {
     pub(super) queries: *const u32,
     pub(super) scores: *mut f32,
     pub(super) outputs: *mut f32,
+    /// What the outputs so far are multiplied by; nothing where there are none yet.
+    pub(super) keep: Option<&'a Lanes>,
 }
 
-impl Strip for Packed {
+impl Products<'_> {
+    /// Adds a vector of row `r` to the outputs.
+    #[inline(always)]
+    pub(super) unsafe fn put<S: Simd>(&self, s: S, r: usize, column: usize, x: S::V) {
+        // SAFETY: the outputs are there.
+        unsafe {
+            let at = self.outputs.add(r * self.call.dim + column);
+            let x = match self.keep {
+                Some(factors) => s.fma(s.load(at), s.splat(factors[r]), x),
+                None => x,
+            };
+            s.store(at, x);
+        }
+    }
+}
+
+impl Strip for Packed<'_> {
+    #[inline(always)]
+    fn ahead<S: Simd>(self, s: S, call: &Call<'_>, share: Range<usize>, rows: usize) {
+        let Some((unit, strip)) = self.next else {
+            return;
+        };
+        let keys = unit.strip_keys(call, strip);
+        let at = |row: usize| keys.start + row * keys.len() / rows;
+        pack::ask_for(s, call, unit, at(share.start)..at(share.end));
+    }
+
     #[inline(always)]
     unsafe fn scores<K: Kernel, const MR: usize, const NR: usize>(
         self,
@@ -237,7 +272,7 @@ impl Strip for Packed {
     }
 }
 
-impl Packed {
+impl Packed<'_> {
     /// `NV` vectors of columns of [`Strip::values`].
     #[inline(always)]
     unsafe fn columns<K: Kernel, const MR: usize, const NV: usize, const NR: usize>(
@@ -247,7 +282,7 @@ impl Packed {
         column: usize,
     ) {
         let s = kernel.simd();
-        let (lanes, dim) = (<K::S as Simd>::LANES, of.call.dim);
+        let lanes = <K::S as Simd>::LANES;
         let steps = |panels: usize| panels * NR * lanes / K::PAIR;
         let first = steps(of.all.first);
         // SAFETY: rows, keys and columns are there.
@@ -262,8 +297,7 @@ impl Packed {
             let acc = product::<K, MR, NV, STRIP>(kernel, count, a, b, acc);
             for (r, row) in acc.iter().enumerate() {
                 for (j, x) in row.iter().enumerate() {
-                    let at = of.outputs.add(r * dim + column + j * lanes);
-                    s.store(at, s.add(s.load(at), *x));
+                    of.put(s, r, column + j * lanes, *x);
                 }
             }
         }

@@ -22,7 +22,7 @@ pub(super) struct Kernels {
     pub(super) rows: usize,
     pub(super) pack: unsafe fn(&Call<'_>, &Unit, usize, *mut u32, *mut u32),
     pub(super) begin: unsafe fn(&mut Tile<'_>),
-    pub(super) step: unsafe fn(&mut Tile<'_>, Packed),
+    pub(super) step: unsafe fn(&mut Tile<'_>, Packed<'_>),
     pub(super) step_in_place: unsafe fn(&mut Tile<'_>, usize),
     pub(super) finish: unsafe fn(&mut Tile<'_>),
     pub(super) map: unsafe fn(&Call<'_>, usize, *mut Panels),
@@ -49,7 +49,7 @@ macro_rules! kernels {
                 unsafe { tile::begin::<$kernel>($token, tile) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn step(tile: &mut Tile<'_>, packed: Packed) {
+            unsafe fn step(tile: &mut Tile<'_>, packed: Packed<'_>) {
                 // SAFETY: as promised by the caller.
                 unsafe { step::step::<$kernel, $mr, $nr>($token, tile, packed) }
             }

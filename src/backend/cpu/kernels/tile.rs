@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::call::{Call, STRIP, Unit};
 use super::micro::Kernel;
+use super::running::Running;
 use super::scratch::{Buffer, Scratch};
 use super::simd::{Elem, Simd};
 use super::step::{MOST_ROWS, QUERY_ROW};
@@ -23,37 +24,12 @@ pub(super) struct Row {
     pub(super) slope: f32,
     /// Its row in the mask.
     pub(super) mask: usize,
-    /// Largest score so far.
-    pub(super) max: f32,
-    /// Sum of `exp(score - max)` so far.
-    pub(super) sum: f32,
 }
 
 impl Row {
-    /// `max` in units of `log2(e)`.
-    pub(super) fn max_log2(&self) -> f64 {
-        f64::from(self.max) * std::f64::consts::LOG2_E
-    }
-
     /// Whether visibility and mask treat this row as `other`.
     pub(super) fn sees_as(&self, other: &Self) -> bool {
         self.position == other.position && self.mask == other.mask && self.keys == other.keys
-    }
-
-    /// Sets the maximum, which never falls, and gives what earlier sums must be multiplied by.
-    pub(super) fn raise(&mut self, max: f32) -> f32 {
-        if max == self.max {
-            return 1.0;
-        }
-        let before = self.max_log2();
-        let first = self.max == f32::NEG_INFINITY;
-        self.max = max;
-        // There is nothing to multiply yet.
-        if first {
-            1.0
-        } else {
-            ((before - self.max_log2()) as f32).exp2()
-        }
     }
 }
 
@@ -65,7 +41,8 @@ pub(super) struct Tile<'a> {
     pub(super) rows: &'a mut [Row],
     /// `[row][QUERY_ROW]`.
     pub(super) queries: *mut u32,
-    /// `[row][D]`.
+    pub(super) running: Running,
+    /// `[row][D]`; unspecified for rows that have seen no key.
     pub(super) outputs: *mut f32,
     /// `[MOST_ROWS][STRIP]`.
     pub(super) scores: *mut f32,
@@ -80,9 +57,6 @@ impl<'a> Tile<'a> {
         scratch: &'a mut TileScratch<'_>,
     ) -> Self {
         let padded = rows.len().next_multiple_of(call.kernels.rows);
-        let outputs: *mut f32 = scratch.outputs.reserve(padded * call.dim).cast();
-        // SAFETY: room for all of it was made.
-        unsafe { outputs.write_bytes(0, padded * call.dim) };
         scratch.rows.clear();
         scratch.rows.extend(rows.map(|f| row_state(call, unit, f)));
         Self {
@@ -90,7 +64,8 @@ impl<'a> Tile<'a> {
             unit,
             rows: scratch.rows,
             queries: scratch.queries.reserve(padded * QUERY_ROW),
-            outputs,
+            running: Running::new(scratch.running, padded),
+            outputs: scratch.outputs.reserve(padded * call.dim).cast(),
             scores: scratch.scores.reserve(MOST_ROWS * STRIP).cast(),
         }
     }
@@ -100,6 +75,7 @@ impl<'a> Tile<'a> {
 #[derive(Debug)]
 pub(super) struct TileScratch<'a> {
     queries: &'a mut Buffer,
+    running: &'a mut Buffer,
     outputs: &'a mut Buffer,
     scores: &'a mut Buffer,
     rows: &'a mut Vec<Row>,
@@ -110,6 +86,7 @@ impl Scratch {
     pub(super) fn split(&mut self) -> (TileScratch<'_>, &mut Buffer, &mut Buffer) {
         let tile = TileScratch {
             queries: &mut self.queries,
+            running: &mut self.running,
             outputs: &mut self.outputs,
             scores: &mut self.scores,
             rows: &mut self.rows,
@@ -134,8 +111,6 @@ fn row_state(call: &Call<'_>, unit: &Unit, f: usize) -> Row {
         diagonal: position as i64 + sequence.visibility.q_offset,
         slope,
         mask: call.problem.mask_at(sequence, head, position),
-        max: f32::NEG_INFINITY,
-        sum: 0.0,
     }
 }
 
@@ -198,11 +173,13 @@ unsafe fn write_rows<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
     let (call, s) = (tile.call, kernel.simd());
     let sequence = &tile.unit.sequence;
     for (r, row) in tile.rows.iter().enumerate() {
-        let hidden = row.max == f32::NEG_INFINITY;
+        // SAFETY: the tile has this row.
+        let (max, sum) = unsafe { tile.running.get(r) };
+        let hidden = max == f32::NEG_INFINITY;
         let (factor, lse) = if hidden {
             (0.0, f32::NEG_INFINITY)
         } else {
-            row.close(call)
+            row.close(call, max, sum)
         };
         let at = call.problem.o_at(sequence, row.head, row.position);
         // SAFETY: the row of O is there, and this tile's alone.
@@ -213,8 +190,12 @@ unsafe fn write_rows<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
             );
             let factor = s.splat(factor);
             for c in (0..call.dim).step_by(<K::S as Simd>::LANES) {
-                // A hidden row's sums were never touched: they are 0.
-                T::store(s, to.add(c), s.mul(s.load(from.add(c)), factor));
+                let x = if hidden {
+                    factor
+                } else {
+                    s.mul(s.load(from.add(c)), factor)
+                };
+                T::store(s, to.add(c), x);
             }
             if !call.at.lse.is_null() {
                 let at = call.problem.lse_at(sequence, row.head, row.position);
@@ -226,8 +207,8 @@ unsafe fn write_rows<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
 
 impl Row {
     /// What the row's sums are to be multiplied by, and its log-sum-exp, the sink included.
-    fn close(&self, call: &Call<'_>) -> (f32, f32) {
-        let max = self.max_log2();
+    fn close(&self, call: &Call<'_>, max: f32, sum: f32) -> (f32, f32) {
+        let max = f64::from(max) * std::f64::consts::LOG2_E;
         let lse = |max: f64, sum: f64| {
             if call.at.lse.is_null() {
                 0.0
@@ -236,12 +217,12 @@ impl Row {
             }
         };
         if call.at.sinks.is_null() {
-            return (1.0 / self.sum, lse(max, f64::from(self.sum)));
+            return (1.0 / sum, lse(max, f64::from(sum)));
         }
         // SAFETY: there is a sink for each head.
         let sink = f64::from(unsafe { *call.at.sinks.add(self.head) });
         let sink = sink * std::f64::consts::LOG2_E;
-        let sum = f64::from(self.sum);
+        let sum = f64::from(sum);
         if sink <= max {
             let sum = sum + (sink - max).exp2();
             ((1.0 / sum) as f32, lse(max, sum))

@@ -1,0 +1,127 @@
+//! The running maximum and sum of each row's softmax (Milakov and Gimelshein 2018, "Online
+//! normalizer calculation for softmax"): rows that are worked on together are brought up to date
+//! together, a lane for each.
+
+use std::ops::Range;
+
+use super::math::LOG2_E;
+use super::scratch::Buffer;
+use super::simd::Simd;
+
+/// Most rows that are worked on together, rounded up to whole vectors.
+pub(super) const GROUP: usize = 16;
+
+/// One number for each of some rows.
+pub(super) type Lanes = [f32; GROUP];
+
+/// The largest score so far of each row, and the sum of `exp(score - largest)`, in a thread's
+/// scratch.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Running {
+    maxima: *mut f32,
+    sums: *mut f32,
+}
+
+/// What a strip's largest scores did to some rows.
+#[derive(Debug)]
+pub(super) struct Raised {
+    /// The largest score of each row.
+    pub(super) maxima: Lanes,
+    /// What earlier sums of each row must be multiplied by.
+    pub(super) factors: Lanes,
+    /// Whether no row had seen a key before.
+    pub(super) first: bool,
+}
+
+impl Running {
+    /// `rows` rows that have seen no key.
+    pub(super) fn new(buffer: &mut Buffer, rows: usize) -> Self {
+        // A group may begin at any row.
+        let room = rows + GROUP;
+        let maxima: *mut f32 = buffer.reserve(2 * room).cast();
+        // SAFETY: there is room for all of it.
+        unsafe {
+            std::slice::from_raw_parts_mut(maxima, room).fill(f32::NEG_INFINITY);
+            maxima.add(room).write_bytes(0, room);
+            Self {
+                maxima,
+                sums: maxima.add(room),
+            }
+        }
+    }
+
+    /// The maximum and the sum of a row.
+    ///
+    /// # Safety
+    /// There is such a row.
+    pub(super) unsafe fn get(self, row: usize) -> (f32, f32) {
+        // SAFETY: as promised by the caller.
+        unsafe { (*self.maxima.add(row), *self.sums.add(row)) }
+    }
+
+    /// Sets the maximum and the sum of a row.
+    ///
+    /// # Safety
+    /// There is such a row.
+    pub(super) unsafe fn set(self, row: usize, max: f32, sum: f32) {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            *self.maxima.add(row) = max;
+            *self.sums.add(row) = sum;
+        }
+    }
+
+    /// Takes the largest scores of a strip, `-inf` where a row saw no key of it, into the maxima of
+    /// `rows`, at most [`GROUP`] of them. A score that overflowed counts as the largest finite one.
+    ///
+    /// # Safety
+    /// There are such rows, and lanes past the last hold `-inf`.
+    #[inline(always)]
+    pub(super) unsafe fn raise<S: Simd>(self, s: S, rows: Range<usize>, largest: &Lanes) -> Raised {
+        let mut raised = Raised {
+            maxima: [0.0; GROUP],
+            factors: [0.0; GROUP],
+            first: true,
+        };
+        let (zero, hidden) = (s.splat(0.0), s.splat(f32::NEG_INFINITY));
+        for lane in (0..GROUP).step_by(S::LANES) {
+            // SAFETY: as promised by the caller.
+            unsafe {
+                let before = s.load(self.maxima.add(rows.start + lane));
+                let max = s.max(s.load(largest.as_ptr().add(lane)), before);
+                let max = s.min(max, s.splat(f32::MAX));
+                // The difference is taken before the product, so that an unchanged maximum gives 1.
+                let top = s.pick(s.gt(max, hidden), max, zero);
+                let factor = s.exp2::<5>(s.mul(s.sub(before, top), s.splat(LOG2_E)));
+                let seen = s.gt(before, hidden) << lane;
+                raised.first &= seen & ((1 << rows.len()) - 1) == 0;
+                s.store(self.maxima.add(rows.start + lane), max);
+                s.store(raised.maxima.as_mut_ptr().add(lane), max);
+                s.store(raised.factors.as_mut_ptr().add(lane), factor);
+            }
+        }
+        raised
+    }
+
+    /// Adds the sums of a strip to those of the rows from `row` on.
+    ///
+    /// # Safety
+    /// There is such a row, and lanes past the last of these rows hold 0.
+    #[inline(always)]
+    pub(super) unsafe fn add<S: Simd>(self, s: S, row: usize, raised: &Raised, sums: &Lanes) {
+        for lane in (0..GROUP).step_by(S::LANES) {
+            // SAFETY: as promised by the caller.
+            unsafe {
+                let at = self.sums.add(row + lane);
+                let factor = s.load(raised.factors.as_ptr().add(lane));
+                let sum = s.load(sums.as_ptr().add(lane));
+                s.store(at, s.fma(s.load(at), factor, sum));
+            }
+        }
+    }
+}
+
+/// What sums must be multiplied by when the maximum rises from `before` to `max`.
+pub(super) fn factor(before: f32, max: f32) -> f32 {
+    ((f64::from(before) - f64::from(max)) * std::f64::consts::LOG2_E).exp2() as f32
+}
