@@ -166,9 +166,9 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
         }
         let raised = tile.running.raise(s, rows.clone(), &largest);
         let mut sums = [0.0; GROUP];
-        for i in 0..rows.len() {
+        for (i, sum) in sums[..rows.len()].iter_mut().enumerate() {
             let at = products.scores.add(i * STRIP);
-            sums[i] = softmax::probabilities::<K, NR>(kernel, at, place(i), raised.maxima[i]);
+            *sum = softmax::probabilities::<K, NR>(kernel, at, place(i), raised.maxima[i]);
         }
         tile.running.add(s, rows.start, &raised, &sums);
         products.keep = (!raised.first).then_some(&raised.factors);

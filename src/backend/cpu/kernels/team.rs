@@ -2,6 +2,10 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// How often the asking thread looks whether the others are done before it sleeps: some tens of
+/// microseconds.
+const SPINS: usize = 1000;
+
 /// Threads that work on a call together.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Team<'p> {
@@ -30,16 +34,28 @@ impl Team<'_> {
                 body(i);
             }
         };
+        let running = AtomicUsize::new(workers - 1);
         match self.pool {
-            Some(pool) => pool.in_place_scope(|scope| share(scope, workers, &work)),
-            None => rayon::in_place_scope(|scope| share(scope, workers, &work)),
+            Some(pool) => pool.in_place_scope(|scope| share(scope, &running, &work)),
+            None => rayon::in_place_scope(|scope| share(scope, &running, &work)),
         }
     }
 }
 
-fn share<'s>(scope: &rayon::Scope<'s>, workers: usize, work: &'s (impl Fn() + Sync)) {
-    for _ in 1..workers {
-        scope.spawn(|_| work());
+/// Runs `work` here and on as many other threads as `running` tells.
+fn share<'s>(scope: &rayon::Scope<'s>, running: &'s AtomicUsize, work: &'s (impl Fn() + Sync)) {
+    for _ in 0..running.load(Ordering::Relaxed) {
+        scope.spawn(|_| {
+            work();
+            running.fetch_sub(1, Ordering::Release);
+        });
     }
     work();
+    // The others are at their last piece: waking from sleep would take longer.
+    for _ in 0..SPINS {
+        if running.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        std::hint::spin_loop();
+    }
 }
