@@ -42,6 +42,7 @@ pub(super) struct Call<'a> {
     pub(super) class_tile: ClassTile,
     /// What the mask hides, where there is one without tile classes.
     pub(super) map: Option<MaskMap>,
+    pub(super) query_stride: usize,
     pub(super) key_stride: usize,
     pub(super) value_stride: usize,
 }
@@ -79,6 +80,7 @@ impl<'a> Call<'a> {
             mask: problem.mask(),
             class_tile: class_tile(dim),
             map: None,
+            query_stride: seq_stride(Role::Query),
             key_stride: seq_stride(Role::Key),
             value_stride: seq_stride(Role::Value),
         }

@@ -7,7 +7,7 @@ use super::call::{Call, STRIP};
 use super::micro::{Kernel, Vector};
 use super::running::GROUP;
 use super::simd::{Elem, Simd};
-use super::step::{Products, QUERY_ROW, Strip};
+use super::step::{Products, Strip};
 use crate::DType;
 
 /// Most query rows of a unit whose K and V are not packed.
@@ -105,7 +105,7 @@ unsafe fn scores<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
                 }
                 // SAFETY: the keys are there, and so are the queries.
                 unsafe {
-                    let query = s.load(of.queries.add(r * QUERY_ROW + c).cast());
+                    let query = s.load(of.queries.add(r * of.query_row + c).cast());
                     let add = |i: usize, sum: &mut Vector<K>| {
                         let at = keys.add((first + i) * call.key_stride + c * K::PAIR);
                         let key = kernel.row_units(at, call.dim_units - c);

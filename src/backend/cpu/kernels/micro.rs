@@ -72,12 +72,13 @@ impl<S: Simd> Kernel for MultiplyAdd<S> {
     }
 }
 
-/// Multiplies on top of `acc` over `steps` units: row `r`'s unit `k` is `a[r * ROW + k]`, and `b`
+/// Multiplies on top of `acc` over `steps` units: row `r`'s unit `k` is `a[r * row + k]`, and `b`
 /// holds `NR` vectors for each step.
 #[inline(always)]
-pub(super) unsafe fn product<K: Kernel, const MR: usize, const NR: usize, const ROW: usize>(
+pub(super) unsafe fn product<K: Kernel, const MR: usize, const NR: usize>(
     kernel: K,
     steps: usize,
+    row: usize,
     mut a: *const u32,
     mut b: *const u32,
     mut acc: [[Vector<K>; NR]; MR],
@@ -91,9 +92,9 @@ pub(super) unsafe fn product<K: Kernel, const MR: usize, const NR: usize, const 
             for (j, column) in column.iter_mut().enumerate() {
                 *column = s.load(b.cast::<f32>().add(j * lanes));
             }
-            for (r, row) in acc.iter_mut().enumerate() {
-                let unit = kernel.broadcast(a.add(r * ROW));
-                for (acc, column) in row.iter_mut().zip(column) {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let unit = kernel.broadcast(a.add(r * row));
+                for (acc, column) in acc.iter_mut().zip(column) {
                     *acc = kernel.multiply(unit, column, *acc);
                 }
             }

@@ -29,8 +29,9 @@ pub(super) unsafe fn rounds<K: Kernel, const MR: usize, const NR: usize>(
     for _ in 0..rounds {
         // SAFETY: A holds `MR` rows of `STEPS` units, B `NR` vectors for each step.
         acc = unsafe {
-            micro::product::<K, MR, NR, STEPS>(
+            micro::product::<K, MR, NR>(
                 kernel,
+                STEPS,
                 STEPS,
                 black_box(a.as_ptr()),
                 b.as_ptr(),

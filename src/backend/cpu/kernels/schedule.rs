@@ -18,7 +18,7 @@ const WAVE_BYTES: usize = 8 << 20;
 const TILE_BYTES: usize = 192 << 10;
 
 /// Most state of all rows of a unit, in bytes, for one thread to take the unit as a whole.
-const WHOLE_BYTES: usize = 768 << 10;
+const WHOLE_BYTES: usize = 2 << 20;
 
 /// An address that threads share.
 #[derive(Debug, Clone, Copy)]

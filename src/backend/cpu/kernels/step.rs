@@ -144,10 +144,12 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     // SAFETY: the tile holds these rows, and room up to the next size of micro-kernel; what is
     // computed for rows past them is not used.
     unsafe {
+        let (queries, query_row) = tile.queries_at(rows.start);
         let mut products = Products {
             call,
             all,
-            queries: tile.queries.add(rows.start * QUERY_ROW),
+            queries,
+            query_row,
             scores: tile.scores,
             outputs: tile.outputs.add(rows.start * call.dim),
             keep: None,
@@ -183,6 +185,8 @@ pub(super) struct Products<'a> {
     /// The panels to compute.
     pub(super) all: Span,
     pub(super) queries: *const u32,
+    /// Units from one row of Q to the next.
+    pub(super) query_row: usize,
     pub(super) scores: *mut f32,
     pub(super) outputs: *mut f32,
     /// What the outputs so far are multiplied by; nothing where there are none yet.
@@ -237,7 +241,7 @@ impl Strip for Packed<'_> {
                     let run = of.call.run.min(depth - from);
                     let acc = [[s.splat(0.0); NR]; MR];
                     let (a, b) = (of.queries.add(from), b.add(from * width));
-                    let acc = product::<K, MR, NR, QUERY_ROW>(kernel, run, a, b, acc);
+                    let acc = product::<K, MR, NR>(kernel, run, of.query_row, a, b, acc);
                     let (first, last) = (from == 0, from + run == depth);
                     for (r, row) in acc.iter().enumerate() {
                         for (j, x) in row.iter().enumerate() {
@@ -294,7 +298,7 @@ impl Packed<'_> {
             let count = steps(of.all.end) - first;
             // From 0 in each strip: the sum of a long row is the more exact for it.
             let acc = [[s.splat(0.0); NV]; MR];
-            let acc = product::<K, MR, NV, STRIP>(kernel, count, a, b, acc);
+            let acc = product::<K, MR, NV>(kernel, count, STRIP, a, b, acc);
             for (r, row) in acc.iter().enumerate() {
                 for (j, x) in row.iter().enumerate() {
                     of.put(s, r, column + j * lanes, *x);

@@ -39,7 +39,9 @@ pub(super) struct Tile<'a> {
     pub(super) call: &'a Call<'a>,
     pub(super) unit: &'a Unit,
     pub(super) rows: &'a mut [Row],
-    /// `[row][QUERY_ROW]`.
+    /// The first rows of Q are read where the caller has them.
+    pub(super) in_place: usize,
+    /// `[row][QUERY_ROW]`; only the other rows are set.
     pub(super) queries: *mut u32,
     pub(super) running: Running,
     /// `[row][D]`; unspecified for rows that have seen no key.
@@ -49,6 +51,17 @@ pub(super) struct Tile<'a> {
 }
 
 impl<'a> Tile<'a> {
+    /// Where the micro-kernel finds Q of some rows, from `row` on, and the units from one to the
+    /// next.
+    #[inline(always)]
+    pub(super) fn queries_at(&self, row: usize) -> (*const u32, usize) {
+        if row >= self.in_place {
+            return (self.queries.wrapping_add(row * QUERY_ROW), QUERY_ROW);
+        }
+        let q = query_at(self.call, self.unit, &self.rows[row]);
+        (q.cast(), self.call.query_stride / self.call.kernels.pair)
+    }
+
     /// Rows `rows` of a unit, with no key seen yet; Q is still to be packed.
     pub(super) fn new(
         call: &'a Call<'a>,
@@ -59,10 +72,12 @@ impl<'a> Tile<'a> {
         let padded = rows.len().next_multiple_of(call.kernels.rows);
         scratch.rows.clear();
         scratch.rows.extend(rows.map(|f| row_state(call, unit, f)));
+        let in_place = queries_in_place(call, unit, scratch.rows);
         Self {
             call,
             unit,
             rows: scratch.rows,
+            in_place,
             queries: scratch.queries.reserve(padded * QUERY_ROW),
             running: Running::new(scratch.running, padded),
             outputs: scratch.outputs.reserve(padded * call.dim).cast(),
@@ -114,7 +129,39 @@ fn row_state(call: &Call<'_>, unit: &Unit, f: usize) -> Row {
     }
 }
 
-/// Packs Q.
+/// Where a row of Q begins.
+fn query_at(call: &Call<'_>, unit: &Unit, row: &Row) -> *const u8 {
+    let at = call.problem.q_at(&unit.sequence, row.head, row.position);
+    call.at.q.wrapping_add(at * call.problem.dtype().size_of())
+}
+
+/// How many of the first rows the micro-kernel can read where the caller has Q: none unless Q holds
+/// units, one row a fixed step after the other.
+fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[Row]) -> usize {
+    let Some(first) = rows.first() else {
+        return 0;
+    };
+    let dtype = call.problem.dtype();
+    let units = match call.kernels.pair {
+        1 => dtype == DType::F32,
+        _ => dtype == DType::BF16,
+    };
+    let step = call.query_stride * dtype.size_of();
+    let aligned = (query_at(call, unit, first).addr() | step).is_multiple_of(4);
+    // Rows that far apart would share the same few sets of the first-level cache.
+    if !units || !aligned || call.group != 1 || step.is_multiple_of(4096) {
+        return 0;
+    }
+    let whole = rows.len() / call.kernels.rows * call.kernels.rows;
+    // The micro-kernel reads no row past the last of these.
+    let rest = match rows.len() - whole {
+        rest @ (1 | 2 | 4 | 8) => rest,
+        _ => 0,
+    };
+    whole + rest
+}
+
+/// Packs the rows of Q that are not read in place.
 ///
 /// # Safety
 /// The job's promises hold.
@@ -134,16 +181,11 @@ pub(super) unsafe fn begin<K: Kernel>(kernel: K, tile: &mut Tile<'_>) {
 unsafe fn pack_queries<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
     let (call, s) = (tile.call, kernel.simd());
     let lanes = <K::S as Simd>::LANES;
-    for (r, row) in tile.rows.iter().enumerate() {
-        let at = call
-            .problem
-            .q_at(&tile.unit.sequence, row.head, row.position);
+    for (r, row) in tile.rows.iter().enumerate().skip(tile.in_place) {
+        let from = query_at(call, tile.unit, row).cast::<T>();
         // SAFETY: the row of Q and its packed place are there.
         unsafe {
-            let (from, to) = (
-                call.at.q.cast::<T>().add(at),
-                tile.queries.add(r * QUERY_ROW),
-            );
+            let to = tile.queries.add(r * QUERY_ROW);
             for c in (0..call.dim_units).step_by(lanes) {
                 let units = kernel.row_units(from.add(c * K::PAIR), call.dim_units - c);
                 s.store(to.add(c).cast(), units);
