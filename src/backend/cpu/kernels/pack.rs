@@ -110,6 +110,7 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
                 if there == lanes {
                     for (r, v) in tile.as_mut().iter_mut().enumerate() {
                         let at = rows.add((first + r) * call.key_stride + c * K::PAIR);
+                        s.prefetch_far(at.wrapping_add(lanes * call.key_stride).cast());
                         *v = kernel.row_units(at, columns);
                     }
                 } else {
