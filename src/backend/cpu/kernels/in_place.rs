@@ -13,9 +13,6 @@ use crate::DType;
 /// Most query rows of a unit whose K and V are not packed.
 pub(super) const FEW_ROWS: usize = 8;
 
-/// Most query rows that go over a strip together.
-pub(super) const ROWS_AT_ONCE: usize = 4;
-
 /// Keys whose values are added up in registers before the next columns are.
 const KEYS: usize = 32;
 
@@ -23,8 +20,10 @@ const KEYS: usize = 32;
 /// key is worked on for several rows.
 const AHEAD: usize = 32;
 
-/// Vectors of columns that are added up together.
-const COLUMNS: usize = 4;
+/// Vectors of columns that are added up together for so many rows: they stay in registers.
+const fn columns_at_once(rows: usize) -> usize {
+    if rows > 4 { 2 } else { 4 }
+}
 
 /// A strip of K and V where the caller has them.
 #[derive(Debug, Clone, Copy)]
@@ -139,8 +138,24 @@ unsafe fn values<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
     kernel: K,
     of: &Products<'_>,
 ) {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        if columns_at_once(MR) == 4 {
+            values_by::<K, T, MR, NR, 4>(strip, kernel, of)
+        } else {
+            values_by::<K, T, MR, NR, 2>(strip, kernel, of)
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn values_by<K: Kernel, T: Elem, const MR: usize, const NR: usize, const NV: usize>(
+    strip: InPlace,
+    kernel: K,
+    of: &Products<'_>,
+) {
     let lanes = <K::S as Simd>::LANES;
-    let width = COLUMNS * lanes;
+    let width = NV * lanes;
     let dim = of.call.dim;
     let end = (of.all.end * NR * lanes).min(strip.count);
     // What is multiplied in with the first keys counts for all of them.
@@ -155,7 +170,7 @@ unsafe fn values<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
         // SAFETY: rows, keys and columns are there.
         unsafe {
             for column in (0..dim / width * width).step_by(width) {
-                columns::<K, T, MR, COLUMNS>(strip, kernel, of, keys.clone(), column);
+                columns::<K, T, MR, NV>(strip, kernel, of, keys.clone(), column);
             }
             for column in (dim / width * width..dim).step_by(lanes) {
                 columns::<K, T, MR, 1>(strip, kernel, of, keys.clone(), column);

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::call::{Call, STRIP, Unit};
-use super::in_place::{InPlace, ROWS_AT_ONCE};
+use super::in_place::{FEW_ROWS, InPlace};
 use super::micro::{Kernel, product};
 use super::pack;
 use super::running::{GROUP, Lanes};
@@ -62,7 +62,7 @@ pub(super) unsafe fn step_in_place<K: Kernel, const NR: usize>(
         count: keys.len(),
     };
     // SAFETY: as promised by the caller.
-    unsafe { step_through::<K, InPlace, ROWS_AT_ONCE, NR>(kernel, tile, strip, from) }
+    unsafe { step_through::<K, InPlace, FEW_ROWS, NR>(kernel, tile, strip, from) }
 }
 
 #[inline(always)]

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::call::{Call, STRIP, Unit};
+use super::in_place::FEW_ROWS;
 use super::micro::Kernel;
 use super::running::Running;
 use super::scratch::{Buffer, Scratch};
@@ -69,7 +70,8 @@ impl<'a> Tile<'a> {
         rows: Range<usize>,
         scratch: &'a mut TileScratch<'_>,
     ) -> Self {
-        let padded = rows.len().next_multiple_of(call.kernels.rows);
+        // Micro-kernels work on rows past the last one.
+        let padded = rows.len().next_multiple_of(call.kernels.rows).max(FEW_ROWS);
         scratch.rows.clear();
         scratch.rows.extend(rows.map(|f| row_state(call, unit, f)));
         let in_place = queries_in_place(call, unit, scratch.rows);
