@@ -92,7 +92,7 @@ impl Running {
                 let max = s.min(max, s.splat(f32::MAX));
                 // The difference is taken before the product, so that an unchanged maximum gives 1.
                 let top = s.pick(s.gt(max, hidden), max, zero);
-                let factor = s.exp2::<5>(s.mul(s.sub(before, top), s.splat(LOG2_E)));
+                let factor = factors(s, s.sub(before, top));
                 let seen = s.gt(before, hidden) << lane;
                 raised.first &= seen & ((1 << rows.len()) - 1) == 0;
                 s.store(self.maxima.add(rows.start + lane), max);
@@ -120,6 +120,22 @@ impl Running {
         }
     }
 }
+
+/// `exp(difference)`, with what the product with `log2(e)` loses made good: the error of a factor is
+/// that of all sums before it.
+#[inline(always)]
+fn factors<S: Simd>(s: S, difference: S::V) -> S::V {
+    // Far below what is not 0, and finite.
+    let d = s.max(difference, s.splat(-1000.0));
+    let (high, low) = (s.splat(LOG2_E), s.splat(LOG2_E_REST));
+    let t = s.mul(d, high);
+    let lost = s.fma(d, low, s.fma(d, high, s.sub(s.splat(0.0), t)));
+    let factor = s.exp2::<5>(t);
+    s.fma(s.mul(factor, lost), s.splat(std::f32::consts::LN_2), factor)
+}
+
+/// `log2(e)` less its f32.
+const LOG2_E_REST: f32 = (std::f64::consts::LOG2_E - LOG2_E as f64) as f32;
 
 /// What sums must be multiplied by when the maximum rises from `before` to `max`.
 pub(super) fn factor(before: f32, max: f32) -> f32 {

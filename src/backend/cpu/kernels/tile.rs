@@ -151,7 +151,8 @@ fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[Row]) -> usize {
     let step = call.query_stride * dtype.size_of();
     let aligned = (query_at(call, unit, first).addr() | step).is_multiple_of(4);
     // Rows that far apart would share the same few sets of the first-level cache.
-    if !units || !aligned || call.group != 1 || step.is_multiple_of(4096) {
+    let packed = !unit.in_place(call);
+    if !units || !aligned || !packed || call.group != 1 || step.is_multiple_of(4096) {
         return 0;
     }
     let whole = rows.len() / call.kernels.rows * call.kernels.rows;
