@@ -1,6 +1,8 @@
 //! Products with a strip of K and V as they lie in memory. With few query rows, packing would cost
 //! more than it saves: each key is read once, and what counts is memory bandwidth.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use super::call::{Call, STRIP};
@@ -15,6 +17,9 @@ pub(super) const FEW_ROWS: usize = 8;
 
 /// Keys whose values are added up in registers before the next columns are.
 const KEYS: usize = 32;
+
+/// Products that a lane of a score sums up before lanes are joined: rounding grows with their number.
+const RUN: usize = 32;
 
 /// How many keys ahead memory is asked for: the processor's own prefetcher falls behind when each
 /// key is worked on for several rows.
@@ -92,44 +97,68 @@ unsafe fn scores<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
     for first in (of.all.first * NR..of.all.end * NR).map(|vector| vector * lanes) {
         let there = strip.count.saturating_sub(first).min(lanes);
         for r in 0..MR {
-            let mut sums = s.zeros();
-            for c in (0..call.dim_units).step_by(lanes) {
-                if r == 0 {
-                    // In the order of addresses, a share with each step.
-                    let share =
-                        |c: usize| first + AHEAD + c.min(call.dim_units) * lanes / call.dim_units;
-                    for key in share(c)..share(c + lanes) {
-                        ask_for(s, keys.wrapping_add(key * call.key_stride), call.dim);
-                    }
-                }
-                // SAFETY: the keys are there, and so are the queries.
-                unsafe {
-                    let query = s.load(of.queries.add(r * of.query_row + c).cast());
-                    let add = |i: usize, sum: &mut Vector<K>| {
-                        let at = keys.add((first + i) * call.key_stride + c * K::PAIR);
-                        let key = kernel.row_units(at, call.dim_units - c);
-                        *sum = kernel.multiply(query, key, *sum);
-                    };
-                    if there == lanes {
-                        for (i, sum) in sums.as_mut().iter_mut().enumerate() {
-                            add(i, sum);
-                        }
-                    } else {
-                        for (i, sum) in sums.as_mut().iter_mut().take(there).enumerate() {
-                            add(i, sum);
-                        }
-                    }
-                }
+            let mut total = s.splat(0.0);
+            for run in (0..call.dim_units).step_by(RUN * lanes) {
+                let units = run..(run + RUN * lanes).min(call.dim_units);
+                // SAFETY: as promised by the caller.
+                let sums =
+                    unsafe { products_with::<K, T>(kernel, of, keys, r, first, there, units) };
+                total = s
+                    .transpose(sums)
+                    .as_ref()
+                    .iter()
+                    .fold(total, |t, v| s.add(t, *v));
             }
-            let sum = s
-                .transpose(sums)
-                .as_ref()
-                .iter()
-                .fold(s.splat(0.0), |sum, v| s.add(sum, *v));
             // SAFETY: the vector lies in the strip's scores.
-            unsafe { s.store(of.scores.add(r * STRIP + first), s.mul(sum, scale)) };
+            unsafe { s.store(of.scores.add(r * STRIP + first), s.mul(total, scale)) };
         }
     }
+}
+
+/// Sums the products of `units` of row `r` with the `there` keys from `first` on: a vector for each
+/// key, a lane for every so many units.
+#[inline(always)]
+unsafe fn products_with<K: Kernel, T: Elem>(
+    kernel: K,
+    of: &Products<'_>,
+    keys: *const T,
+    r: usize,
+    first: usize,
+    there: usize,
+    units: Range<usize>,
+) -> <K::S as Simd>::Block {
+    let call: &Call<'_> = of.call;
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    let mut sums = s.zeros();
+    for c in units.step_by(lanes) {
+        if r == 0 {
+            // In the order of addresses, a share with each step.
+            let share = |c: usize| first + AHEAD + c.min(call.dim_units) * lanes / call.dim_units;
+            for key in share(c)..share(c + lanes) {
+                ask_for(s, keys.wrapping_add(key * call.key_stride), call.dim);
+            }
+        }
+        // SAFETY: the keys are there, and so are the queries.
+        unsafe {
+            let query = s.load(of.queries.add(r * of.query_row + c).cast());
+            let add = |i: usize, sum: &mut Vector<K>| {
+                let at = keys.add((first + i) * call.key_stride + c * K::PAIR);
+                let key = kernel.row_units(at, call.dim_units - c);
+                *sum = kernel.multiply(query, key, *sum);
+            };
+            if there == lanes {
+                for (i, sum) in sums.as_mut().iter_mut().enumerate() {
+                    add(i, sum);
+                }
+            } else {
+                for (i, sum) in sums.as_mut().iter_mut().take(there).enumerate() {
+                    add(i, sum);
+                }
+            }
+        }
+    }
+    sums
 }
 
 #[inline(always)]
@@ -184,7 +213,7 @@ unsafe fn columns<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
     strip: InPlace,
     kernel: K,
     of: &Products<'_>,
-    keys: std::ops::Range<usize>,
+    keys: Range<usize>,
     column: usize,
 ) {
     let call: &Call<'_> = of.call;

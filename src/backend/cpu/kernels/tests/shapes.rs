@@ -41,6 +41,22 @@ fn every_head_dim_and_dtype() {
 }
 
 #[test]
+fn few_rows_of_a_query_between_poison() {
+    for dim in variant::HEAD_DIMS {
+        for (n, dtype) in FLOATS.into_iter().enumerate() {
+            let sizes = shape(1, (2, 2), (1 + 2 * n, 70), dim);
+            let gaps = Strides {
+                batch: 2 * 8 * (dim + 16),
+                head: 8 * (dim + 16),
+                seq: dim + 16,
+            };
+            let problem = build(Problem::builder(dtype, sizes).strides(Role::Query, gaps));
+            Data::new(problem, dim as u64).check(&format!("{dtype} D {dim}"));
+        }
+    }
+}
+
+#[test]
 fn groups_of_heads() {
     for heads in [(1, 1), (4, 1), (6, 2), (14, 2), (5, 5)] {
         for (ql, kl) in [(1, 70), (3, 40), (29, 29)] {
