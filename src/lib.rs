@@ -57,6 +57,8 @@ pub use error::{MlxError, Result};
 #[cfg(feature = "emulator")]
 pub use msl_emulator::Counters as EmulatorCounters;
 pub use runtime::buffer::MlxBuffer;
+#[cfg(feature = "cuda")]
+pub use runtime::cuda;
 pub use runtime::device::MlxDevice;
 pub use runtime::encoder::CommandEncoder;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]

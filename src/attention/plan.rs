@@ -56,7 +56,7 @@ impl Plan {
         };
         if (variant.dtype, variant.head_dim, variant.mask)
             != (problem.dtype(), shape.head_dim, mask_kind)
-            || (family != Family::Cpu && problem.kv_dtype() != problem.dtype())
+            || (family == Family::Apple && problem.kv_dtype() != problem.dtype())
         {
             return Err(MlxError::InvalidArgument(format!(
                 "{}: takes {} queries, keys and values at head dim {} with {:?} masks, got {} over {} at {} with {mask_kind:?}",

@@ -18,6 +18,8 @@ pub enum Family {
     Cpu,
     /// Metal kernels, on Apple GPUs and in the emulator.
     Apple,
+    /// CUDA kernels, which have tiles of their own.
+    Nvidia,
 }
 
 /// What a kernel does with a mask.
@@ -81,7 +83,7 @@ impl Variant {
 
     /// Whether devices of `family` have this kernel.
     pub fn runs_on(&self, family: Family) -> bool {
-        family == Family::Cpu || self.shared_bytes <= APPLE_THREADGROUP_BYTES
+        family != Family::Apple || self.shared_bytes <= APPLE_THREADGROUP_BYTES
     }
 }
 

@@ -14,6 +14,8 @@ mod checked;
 #[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
 pub(crate) mod constants;
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 #[cfg(feature = "emulator")]
 pub(crate) mod emulator;
 mod host_memory;
@@ -68,6 +70,11 @@ pub(crate) trait Memory: Any + Send + Sync + fmt::Debug {
     /// Address at which the host sees the memory as the device last left it. With an `access` that
     /// writes, what the host leaves there is what the device sees next.
     fn host(&self, access: Access) -> Result<*mut u8>;
+
+    /// Address at which the device's own kernels see the memory.
+    fn address(&self, access: Access) -> Result<*mut u8> {
+        self.host(access)
+    }
 }
 
 /// What a built kernel allows.

@@ -61,6 +61,10 @@ impl MlxDevice {
             DeviceKind::Metal => Ok(Self::from_backend(Arc::new(
                 crate::backend::metal::Metal::open()?,
             ))),
+            #[cfg(feature = "cuda")]
+            DeviceKind::Cuda => Ok(Self::from_backend(Arc::new(
+                crate::backend::cuda::Cuda::open()?,
+            ))),
             #[cfg(feature = "emulator")]
             DeviceKind::Emulator => Self::emulator(EmulatorOptions::default()),
             other => Err(MlxError::DeviceUnavailable {

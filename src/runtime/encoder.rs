@@ -339,7 +339,7 @@ impl CommandEncoder {
         (steps, writes)
     }
 
-    #[cfg(all(feature = "metal", target_vendor = "apple"))]
+    #[cfg(any(feature = "cuda", all(feature = "metal", target_vendor = "apple")))]
     pub(crate) fn device(&self) -> &DeviceHandle {
         &self.device
     }

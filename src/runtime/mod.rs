@@ -3,6 +3,8 @@
 
 pub mod buffer;
 pub mod capture;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod device;
 pub mod encoder;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]

@@ -202,7 +202,7 @@ fn draw(
             random.pick(&[dtype, DType::U8, DType::F32])
         }
     };
-    let half_keys = family == Family::Cpu && dtype == DType::F32 && one_in(random, 6);
+    let half_keys = family != Family::Apple && dtype == DType::F32 && one_in(random, 6);
     Case {
         kv_dtype: if half_keys { DType::F16 } else { dtype },
         batch,

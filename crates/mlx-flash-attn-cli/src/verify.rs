@@ -33,6 +33,15 @@ pub(crate) fn execute(args: &VerifyArgs, results: &mut Results) -> Result<Status
             report.expect(case, -1);
         }
     }
+    // The first kernel that does not build is reported by its case.
+    #[cfg(feature = "cuda")]
+    if device.kind() == DeviceKind::Cuda {
+        let problems: Vec<_> = cases
+            .iter()
+            .filter_map(|case| case.problem().ok())
+            .collect();
+        device.cuda_warm_up(&problems).unwrap_or(());
+    }
     let mut registry = KernelRegistry::new();
     let bar = progress::bar(cases.len() as u64, "verifying", args.json);
     for case in &cases {

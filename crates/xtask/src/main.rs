@@ -2,7 +2,13 @@
 //!
 //! `cargo xtask metallib DIR` compiles the Metal kernels ahead of time, where Apple's compiler is.
 //! A program with `MLX_FLASH_METALLIB_DIR=DIR` then loads them instead of compiling their text.
+//!
+//! `cargo xtask-cuda cubins ARCH..` (`sm_80 sm_90a`) compiles the CUDA kernels, which needs
+//! no GPU, and fails where one spills registers or the compiler complains.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
+
+#[cfg(feature = "cuda")]
+mod cubins;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,7 +21,9 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let done = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["metallib", dir] => metallib(Path::new(dir)),
-        _ => Err("usage: cargo xtask metallib DIR".into()),
+        #[cfg(feature = "cuda")]
+        ["cubins", ref archs @ ..] if !archs.is_empty() => cubins::run(archs),
+        _ => Err("usage: cargo xtask metallib DIR; cargo xtask-cuda cubins ARCH..".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

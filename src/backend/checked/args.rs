@@ -1,11 +1,48 @@
 //! Typed access to what a dispatch binds, with every bound checked: a dispatch may come from any
 //! caller of the encoder.
 
+use std::marker::PhantomData;
+
 use bytemuck::{AnyBitPattern, Pod};
 
 use crate::attention::bindings::Access;
 use crate::backend::{Arg, Dispatch};
 use crate::error::{MlxError, Result};
+
+/// Elements that a dispatch binds, checked for size and alignment, at the address where the device's
+/// kernels see them.
+#[derive(Debug)]
+pub(crate) struct Span<'a, T> {
+    ptr: *mut T,
+    len: usize,
+    dispatch: PhantomData<&'a Dispatch>,
+}
+
+impl<'a, T: Pod> Span<'a, T> {
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub(crate) fn ptr(&self) -> *mut T {
+        self.ptr
+    }
+
+    /// The elements, to read in place.
+    ///
+    /// # Safety
+    /// The device's memory is this process's own, and nothing writes it while the slice lives.
+    pub(crate) unsafe fn slice(self) -> &'a [T] {
+        // SAFETY: length and alignment were checked, the dispatch keeps the memory, and the caller
+        // promises the rest.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
+    }
+
+    /// The elements, to write in place.
+    ///
+    /// # Safety
+    /// The device's memory is this process's own, and nothing else uses it while the slice lives.
+    pub(crate) unsafe fn slice_mut(self) -> &'a mut [T] {
+        // SAFETY: as for `slice`.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.len) }
+    }
+}
 
 /// The bound arguments of one dispatch.
 pub(crate) struct Args<'a>(&'a Dispatch);
@@ -35,7 +72,8 @@ impl<'a> Args<'a> {
             .map(|(_, arg)| arg)
     }
 
-    /// Address of `elements` elements of `size` bytes at an index, aligned to them.
+    /// Address, as the device's kernels see it, of `elements` elements of `size` bytes at an index,
+    /// aligned to them.
     pub(crate) fn pointer(
         &self,
         index: usize,
@@ -49,10 +87,7 @@ impl<'a> Args<'a> {
                 memory,
                 offset,
                 len,
-            }) => {
-                // SAFETY: the encoder keeps `offset + len` inside the memory.
-                (unsafe { memory.host(access)?.add(*offset) }, *len)
-            }
+            }) => (memory.address(access)?.wrapping_add(*offset), *len),
             Some(Arg::Bytes(_)) if access.writes() => {
                 return Err(self.fail(index, "a buffer to write", "bytes"));
             }
@@ -106,28 +141,35 @@ impl<'a> Args<'a> {
         match self.get(index) {
             Some(Arg::Bytes(bytes)) if bytes.len() >= len => Ok(bytes[..len].to_vec()),
             Some(Arg::Bytes(bytes)) => Err(self.fail(index, format!("{len} bytes"), bytes.len())),
-            _ => {
-                let ptr = self.pointer(index, len, 1, Access::Read)?;
-                // SAFETY: `pointer` checked the length; nobody writes while commands run.
-                Ok(unsafe { std::slice::from_raw_parts(ptr, len) }.to_vec())
+            Some(Arg::Memory {
+                memory,
+                offset,
+                len: there,
+            }) if *there >= len => {
+                let host = memory.host(Access::Read)?;
+                // SAFETY: the encoder keeps `offset + there` inside the memory; nobody writes while
+                // commands run.
+                Ok(unsafe { std::slice::from_raw_parts(host.add(*offset), len) }.to_vec())
             }
+            Some(Arg::Memory { len: there, .. }) => {
+                Err(self.fail(index, format!("{len} bytes"), there))
+            }
+            None => Err(self.fail(index, "a binding", "none")),
         }
     }
 
-    /// Elements to read in place.
-    pub(crate) fn slice<T: Pod>(&self, index: usize, count: usize) -> Result<&'a [T]> {
-        let ptr = self.pointer(index, count, size_of::<T>(), Access::Read)?;
-        // SAFETY: checked length and alignment; the dispatch keeps the memory alive for 'a, and the
-        // encoder refuses a dispatch whose outputs overlap its inputs.
-        Ok(unsafe { std::slice::from_raw_parts(ptr.cast(), count) })
-    }
-
-    /// Elements to write in place. Callers take each index once.
-    #[allow(clippy::mut_from_ref)]
-    pub(crate) fn slice_mut<T: Pod>(&self, index: usize, count: usize) -> Result<&'a mut [T]> {
-        let ptr = self.pointer(index, count, size_of::<T>(), Access::Write)?;
-        // SAFETY: as for `slice`; written operands overlap nothing else.
-        Ok(unsafe { std::slice::from_raw_parts_mut(ptr.cast(), count) })
+    /// `count` elements to read or to write.
+    pub(crate) fn span<T: Pod>(
+        &self,
+        index: usize,
+        count: usize,
+        access: Access,
+    ) -> Result<Span<'a, T>> {
+        Ok(Span {
+            ptr: self.pointer(index, count, size_of::<T>(), access)?.cast(),
+            len: count,
+            dispatch: PhantomData,
+        })
     }
 
     /// Refuses a dispatch in which a written binding overlaps another.

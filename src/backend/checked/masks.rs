@@ -2,8 +2,8 @@
 
 use half::bf16;
 
-use super::Args;
-use crate::attention::bindings::{constant, other};
+use super::{Args, Span};
+use crate::attention::bindings::{Access, constant, other};
 use crate::attention::params::{BlkParamsGpu, MaskFillParamsGpu};
 use crate::attention::variant::Tile;
 use crate::backend::Dispatch;
@@ -19,7 +19,7 @@ fn overflow(dispatch: &Dispatch) -> MlxError {
 /// A mask fill, read back.
 pub(crate) struct Fill<'a> {
     pub(crate) params: MaskFillParamsGpu,
-    pub(crate) mask: &'a mut [bf16],
+    pub(crate) mask: Span<'a, bf16>,
 }
 
 impl<'a> Fill<'a> {
@@ -30,7 +30,7 @@ impl<'a> Fill<'a> {
             .checked_mul(params.seq_len_k as usize)
             .filter(|n| *n > 0)
             .ok_or_else(|| overflow(dispatch))?;
-        let mask = args.slice_mut(other::FILL_OUT, cells)?;
+        let mask = args.span(other::FILL_OUT, cells, Access::Write)?;
         Ok(Self { params, mask })
     }
 }
@@ -41,8 +41,8 @@ pub(crate) struct Classes<'a> {
     pub(crate) tile: Tile,
     /// Elements from one row of the mask to the next.
     pub(crate) stride: usize,
-    pub(crate) mask: &'a [bf16],
-    pub(crate) classes: &'a mut [u8],
+    pub(crate) mask: Span<'a, bf16>,
+    pub(crate) classes: Span<'a, u8>,
 }
 
 impl<'a> Classes<'a> {
@@ -80,8 +80,8 @@ impl<'a> Classes<'a> {
             params: p,
             tile,
             stride,
-            mask: args.slice(other::BLK_MASK, cells)?,
-            classes: args.slice_mut(other::BLK_OUT, tiles)?,
+            mask: args.span(other::BLK_MASK, cells, Access::Read)?,
+            classes: args.span(other::BLK_OUT, tiles, Access::Write)?,
         })
     }
 }

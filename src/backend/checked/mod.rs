@@ -9,7 +9,7 @@ mod masks;
 mod prefill;
 mod vec;
 
-pub(crate) use args::Args;
+pub(crate) use args::{Args, Span};
 pub(crate) use masks::{Classes, Fill};
 pub(crate) use prefill::Prefill;
 pub(crate) use vec::{Partials, Reduce};

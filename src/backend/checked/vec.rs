@@ -1,6 +1,6 @@
 //! Decode: the problem of a step, and its partial results.
 
-use super::Args;
+use super::{Args, Span};
 use crate::attention::bindings::{Access, names, other};
 use crate::attention::layout::Layout;
 use crate::attention::params::VecParamsGpu;
@@ -31,7 +31,7 @@ pub(crate) struct Partials<'a> {
     pub(crate) k: *const u8,
     pub(crate) v: *const u8,
     /// The partial results, `per_head` elements a head.
-    pub(crate) tmp: &'a mut [f32],
+    pub(crate) tmp: Span<'a, f32>,
     pub(crate) per_head: usize,
 }
 
@@ -41,7 +41,7 @@ impl<'a> Partials<'a> {
         args.check_aliasing()?;
         let p: VecParamsGpu = args.params(other::VEC_PARAMS)?;
         let (per_head, total) = partials_len(dispatch, &p)?;
-        let tmp = args.slice_mut(other::VEC_TMP, total)?;
+        let tmp = args.span(other::VEC_TMP, total, Access::Write)?;
         let (heads, dim) = (p.num_heads as usize, p.head_dim as usize);
         let shape = Shape {
             batch: 1,
@@ -88,9 +88,9 @@ impl<'a> Partials<'a> {
 /// The second pass of a decode step, read back.
 pub(crate) struct Reduce<'a> {
     pub(crate) params: VecParamsGpu,
-    pub(crate) tmp: &'a [f32],
+    pub(crate) tmp: Span<'a, f32>,
     pub(crate) per_head: usize,
-    pub(crate) out: &'a mut [f32],
+    pub(crate) out: Span<'a, f32>,
 }
 
 impl<'a> Reduce<'a> {
@@ -100,10 +100,11 @@ impl<'a> Reduce<'a> {
         let p: VecParamsGpu = args.params(other::REDUCE_PARAMS)?;
         let (per_head, total) = partials_len(dispatch, &p)?;
         Ok(Self {
-            tmp: args.slice(other::REDUCE_TMP, total)?,
-            out: args.slice_mut(
+            tmp: args.span(other::REDUCE_TMP, total, Access::Read)?,
+            out: args.span(
                 other::REDUCE_OUT,
                 p.num_heads as usize * p.head_dim as usize,
+                Access::Write,
             )?,
             params: p,
             per_head,

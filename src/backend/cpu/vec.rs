@@ -20,6 +20,9 @@ pub(crate) fn partials(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
         tmp,
         per_head,
     } = Partials::read(dispatch)?;
+    // SAFETY: the CPU's memory is this process's own; written operands overlap nothing else, and
+    // nobody else uses them while the dispatch runs.
+    let tmp = unsafe { tmp.slice_mut() };
     let (heads, dim) = (p.num_heads as usize, p.head_dim as usize);
     let mut o = vec![0.0f32; heads * dim];
     let mut lse = vec![0.0f32; heads];
@@ -40,7 +43,7 @@ pub(crate) fn partials(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
             at,
         },
         cpu.isa(),
-        cpu.threads(),
+        cpu.team(),
     );
     for (h, partials) in tmp.chunks_exact_mut(per_head).enumerate() {
         for split in partials.chunks_exact_mut(dim + 2) {
@@ -62,6 +65,9 @@ pub(crate) fn reduce(_cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
         per_head,
         out,
     } = Reduce::read(dispatch)?;
+    // SAFETY: the CPU's memory is this process's own; written operands overlap nothing else, and
+    // nobody else uses them while the dispatch runs.
+    let (tmp, out) = unsafe { (tmp.slice(), out.slice_mut()) };
     let dim = p.head_dim as usize;
     for (partials, o) in tmp
         .chunks_exact(per_head)

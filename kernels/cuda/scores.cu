@@ -1,0 +1,59 @@
+// What happens to a score between Q K^T and the softmax, besides its scale.
+
+#if GENERAL
+// The bias of one mask element type: `f(cell)` for each score. A row past the last or a key past
+// the last has no cell.
+template <int TYPE, int N> DEV void add_mask(float (&s)[N], const Params& p, const Tile& t, const int (&rows)[N], const int (&keys)[N]) {
+    const i64 head = p.mask_strides[0] * t.b + p.mask_strides[1] * t.h;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (rows[i] < t.sq && keys[i] < t.sk)
+            s[i] += element<TYPE>(p.mask, head + p.mask_strides[2] * (t.q_start + rows[i]) + keys[i]);
+    }
+}
+
+// Softcap, mask and ALiBi, in natural-log units.
+template <int N> DEV void bias(float (&s)[N], const Params& p, const Tile& t, bool masked, const int (&rows)[N], const int (&keys)[N]) {
+    if (p.softcap != 0.0f) {
+#pragma unroll
+        for (int i = 0; i < N; i++) s[i] = p.softcap * tanhf(s[i] / p.softcap);
+    }
+    if (masked) {
+        switch (p.mask_type) {
+        case TYPE_F32: add_mask<TYPE_F32>(s, p, t, rows, keys); break;
+        case TYPE_F16: add_mask<TYPE_F16>(s, p, t, rows, keys); break;
+        case TYPE_BF16: add_mask<TYPE_BF16>(s, p, t, rows, keys); break;
+        case TYPE_BOOL: add_mask<TYPE_BOOL>(s, p, t, rows, keys); break;
+        }
+    }
+    if (p.slopes) {
+        const float slope = p.slopes[t.h];
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const i64 distance = rows[i] + t.q_off - keys[i];
+            s[i] -= slope * float(distance < 0 ? -distance : distance);
+        }
+    }
+}
+#endif
+
+// A maximum to subtract: a row that has seen nothing yet subtracts 0, so that -inf - -inf never is.
+DEV float finite_max(float m) { return m == NEG_INF ? 0.0f : m; }
+
+// Of a finished row: what its sum of weighted values is multiplied by, after the sink has joined the
+// sum; and its log-sum-exp.
+struct Finish {
+    float factor, lse;
+};
+
+DEV Finish finish(float m, float sum, const float* sinks, int h) {
+    if (!(sum > 0.0f)) return {0.0f, NEG_INF};
+    float scale = 1.0f;
+    if (sinks) {
+        const float sink = sinks[h], with = fmaxf(m, sink);
+        scale = expf(m - with);
+        sum = sum * scale + expf(sink - with);
+        m = with;
+    }
+    return {scale / sum, m + logf(sum)};
+}

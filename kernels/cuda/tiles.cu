@@ -1,0 +1,145 @@
+// What one threadblock of an attention kernel works on, and which key tiles it visits. BM, BN and D
+// are the kernel's.
+
+// Class tiles: rows and keys of one class.
+#if D >= 512
+#define CLASS_ROWS 8
+#define CLASS_KEYS 64
+#else
+#define CLASS_ROWS 32
+#define CLASS_KEYS 16
+#endif
+
+struct Tile {
+    int b, h, kv_head;
+    int m0;                // first row
+    int sq, sk;            // lengths of the sequence
+    i64 q_start, k_start;  // its first rows, if packed
+    i64 q_off;             // position of its row 0 among its keys
+    int split;
+    int lo, hi;            // key tiles [lo, hi)
+    int free_lo, free_hi;  // keys that every row sees
+};
+
+// Keys [first_key, end_key) are what a row sees.
+DEV int first_key(const Params& p, const Tile& t, int row) {
+    if (p.left < 0) return 0;
+    i64 first = row + t.q_off - p.left;
+    return first < 0 ? 0 : first > t.sk ? t.sk : int(first);
+}
+
+DEV int end_key(const Params& p, const Tile& t, int row) {
+    if (p.right < 0) return t.sk;
+    i64 end = row + t.q_off + p.right + 1;
+    return end < 0 ? 0 : end > t.sk ? t.sk : int(end);
+}
+
+// Longest rows first, so that short ones fill the end; heads whose keys fit the cache together.
+DEV Tile tile_of(const Params& p, u32 block) {
+    Tile t;
+    t.split = int(block % u32(p.splits));
+    const u32 index = block / u32(p.splits);
+    const u32 per = u32(p.section) * u32(p.tiles_m);
+    const u32 s = index / per, r = index - s * per;
+    const u32 first = s * u32(p.section), rest = u32(p.batch) * u32(p.heads) - first;
+    const u32 in = u32(p.section) < rest ? u32(p.section) : rest;
+    const u32 m = r / in, bh = first + (r - m * in);
+    t.b = int(bh / u32(p.heads));
+    t.h = int(bh - u32(t.b) * u32(p.heads));
+    t.kv_head = t.h / p.kv_group;
+    t.m0 = (p.tiles_m - 1 - int(m)) * BM;
+    t.sq = p.sq;
+    t.sk = p.sk;
+    t.q_start = t.k_start = 0;
+    t.q_off = p.q_off;
+    if (p.cu_q) {
+        t.q_start = p.cu_q[t.b];
+        t.k_start = p.cu_k[t.b];
+        t.sq = int(p.cu_q[t.b + 1] - t.q_start);
+        t.sk = int(p.cu_k[t.b + 1] - t.k_start);
+        if (p.bottom_right) t.q_off = i64(t.sk) - t.sq;
+        t.b = 0;
+    }
+    t.lo = t.hi = t.free_lo = t.free_hi = 0;
+    if (t.m0 >= t.sq) return t;
+    const int last = (t.sq - t.m0 < BM ? t.sq : t.m0 + BM) - 1;
+    t.free_lo = first_key(p, t, last);
+    t.free_hi = end_key(p, t, t.m0);
+    t.lo = first_key(p, t, t.m0) / BN;
+    const int end = end_key(p, t, last);
+    t.hi = end / BN + (end % BN != 0);
+    if (t.hi < t.lo) t.hi = t.lo;
+    if (p.splits > 1) {
+        const int share = (t.hi - t.lo + p.splits - 1) / p.splits;
+        const i64 lo = t.lo + i64(share) * t.split;
+        t.lo = lo < t.hi ? int(lo) : t.hi;
+        t.hi = t.hi - t.lo < share ? t.hi : t.lo + share;
+    }
+    return t;
+}
+
+DEV i64 row_offset(const i64 strides[3], int b, int h, int row) {
+    return strides[0] * b + strides[1] * h + strides[2] * row;
+}
+
+// The row of the log-sum-exp and of the partial results.
+DEV i64 result_row(const Params& p, const Tile& t, int row) {
+    return (i64(t.b) * p.heads + t.h) * p.rows + t.q_start + row;
+}
+
+// Walks the key tiles that are not skipped. Classes are looked up for 32 tiles at once, a tile a
+// lane.
+struct Walk {
+    int at, end;
+    int group;        // first tile of the 32 whose classes are known
+    u32 live, plain;  // of those: not skipped; free of the mask
+
+    DEV_MEMBER void look(const Params& p, const Tile& t, int from) {
+        group = from;
+        live = ALL_LANES;
+        plain = 0;
+#if GENERAL
+        if (p.classes) {
+            const int tile = from + int(threadIdx.x % 32);
+            bool some = false, all_free = tile < end;
+            if (tile < end) {
+                const int k0 = tile * BN, row_end = t.sq - t.m0 < BM ? t.sq : t.m0 + BM;
+                const int key_end = t.sk - k0 < BN ? t.sk : k0 + BN;
+                for (int row = t.m0 / CLASS_ROWS; row * CLASS_ROWS < row_end; row++) {
+                    const u8* classes = p.classes + i64(row) * p.classes_stride;
+                    for (int key = k0 / CLASS_KEYS; key * CLASS_KEYS < key_end; key++) {
+                        const u8 c = classes[key];
+                        some = some || c != 0;
+                        all_free = all_free && c == 2;
+                    }
+                }
+            }
+            live = __ballot_sync(ALL_LANES, some);
+            plain = __ballot_sync(ALL_LANES, all_free);
+        }
+#endif
+    }
+
+    // Moves to the first tile from `from` on that is not skipped, or to the end.
+    DEV_MEMBER void seek(const Params& p, const Tile& t, int from) {
+        while (from < end) {
+            if (from - group >= 32) look(p, t, from);
+            const u32 ahead = live >> (from - group);
+            if (ahead) {
+                at = from + __ffs(int(ahead)) - 1;
+                if (at < end) return;
+                break;
+            }
+            from = group + 32;
+        }
+        at = end;
+    }
+
+    DEV_MEMBER Walk(const Params& p, const Tile& t) : at(t.lo), end(t.hi), group(t.lo) {
+        look(p, t, t.lo);
+        seek(p, t, t.lo);
+    }
+
+    // Whether the tile it stands at needs no mask.
+    DEV_MEMBER bool is_plain() const { return (plain >> (at - group)) & 1; }
+};

@@ -1,0 +1,184 @@
+//! The device: opened, described, asked for memory, kernels and work.
+
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::compile::in_parallel;
+use super::driver::{Context, Event, Stream, unavailable};
+use super::launch::{Built, built};
+use super::memory::CudaMemory;
+use super::modules::{Function, Modules};
+use super::scratch::Pool;
+use super::submit::{self, Enqueued};
+use super::table::Spec;
+use crate::attention::bindings::Constants;
+use crate::attention::variant::{self, Family};
+use crate::backend::{Backend, DeviceKind, Kernel, Limits, Memory, Pending, Step};
+use crate::error::Result;
+
+/// The variable that names the GPU, a number from 0.
+const VARIABLE: &str = "MLX_FLASH_CUDA_DEVICE";
+
+/// What everything of one GPU shares.
+#[derive(Debug)]
+pub(crate) struct Gpu {
+    pub(super) modules: Modules,
+    pub(super) pool: Pool,
+    /// Events to use again.
+    events: Mutex<Vec<Event>>,
+    /// When the clock that timings are read from began.
+    pub(super) epoch: Event,
+    pub(super) stream: Stream,
+    pub(super) context: Arc<Context>,
+}
+
+impl Gpu {
+    pub(super) fn event(&self) -> Result<Event> {
+        let kept = self
+            .events
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        kept.map_or_else(|| Event::create(&self.context), Ok)
+    }
+
+    pub(super) fn give_back(&self, event: Event) {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        if events.len() < 64 {
+            events.push(event);
+        }
+    }
+
+    pub(super) fn function(&self, spec: &Spec) -> Result<Arc<Function>> {
+        self.modules.get(&self.context, spec)
+    }
+}
+
+/// One NVIDIA GPU.
+pub(crate) struct Cuda(Arc<Gpu>);
+
+impl Cuda {
+    /// The GPU that the environment names, else the first.
+    pub(crate) fn open() -> Result<Self> {
+        match std::env::var(VARIABLE) {
+            Ok(n) if !n.is_empty() => match n.parse() {
+                Ok(ordinal) => Self::open_ordinal(ordinal),
+                Err(_) => Err(unavailable(format!(
+                    "{VARIABLE}: expected the number of a GPU, got {n}"
+                ))),
+            },
+            _ => Self::open_ordinal(0),
+        }
+    }
+
+    /// A GPU by its number.
+    pub(crate) fn open_ordinal(ordinal: usize) -> Result<Self> {
+        let context = Context::open(ordinal)?;
+        let stream = Stream::create(&context)?;
+        let epoch = Event::create(&context)?;
+        epoch.record(&stream)?;
+        let gpu = Gpu {
+            modules: Modules::default(),
+            pool: Pool::default(),
+            events: Mutex::default(),
+            epoch,
+            stream,
+            context,
+        };
+        gpu.modules.nvrtc(&gpu.context)?;
+        Ok(Self(Arc::new(gpu)))
+    }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.0
+    }
+
+    /// Compiles and loads kernels, by name and constants, side by side.
+    pub(crate) fn warm_up(&self, kernels: &[(&str, Constants)]) -> Result<()> {
+        in_parallel(kernels, |(kernel, constants)| {
+            built(&self.0, kernel, constants).map(|_| ())
+        })
+        .map(|_| ())
+    }
+
+    /// Puts steps on the caller's stream.
+    ///
+    /// # Safety
+    /// The stream is one of this GPU's primary context, and lives until the result is dropped.
+    pub(crate) unsafe fn enqueue(&self, steps: Vec<Step>, stream: *mut c_void) -> Result<Enqueued> {
+        // SAFETY: promised by the caller.
+        submit::enqueue(&self.0, steps, &unsafe { Stream::of_caller(stream) })
+    }
+}
+
+impl Backend for Cuda {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Cuda
+    }
+
+    fn family(&self) -> Family {
+        Family::Nvidia
+    }
+
+    fn name(&self) -> String {
+        self.0.context.name.clone()
+    }
+
+    fn details(&self) -> Vec<(&'static str, String)> {
+        let c = &self.0.context;
+        let compiler = match self.0.modules.nvrtc(c) {
+            Ok(nvrtc) => {
+                let (major, minor) = nvrtc.version();
+                format!("NVRTC {major}.{minor} ({})", nvrtc.path().display())
+            }
+            Err(error) => error.to_string(),
+        };
+        vec![
+            (
+                "compute capability",
+                format!("{}.{}", c.capability.0, c.capability.1),
+            ),
+            ("multiprocessors", c.processors.to_string()),
+            ("memory", format!("{} bytes", c.memory_bytes)),
+            ("second-level cache", format!("{} bytes", c.l2_bytes)),
+            (
+                "shared memory of a threadblock",
+                format!("{} bytes", c.shared_bytes),
+            ),
+            ("driver", format!("CUDA {}.{}", c.driver.0, c.driver.1)),
+            ("compiler", compiler),
+        ]
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>> {
+        Ok(Arc::new(CudaMemory::zeroed(&self.0, bytes)?))
+    }
+
+    fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Kernel> {
+        let built: Built = built(&self.0, kernel, constants)?;
+        let threads = variant::by_name(kernel).map_or(1024, |v| v.threads() as u64);
+        Ok(Kernel {
+            name: kernel.into(),
+            constants: constants.clone(),
+            limits: Limits {
+                thread_execution_width: 32,
+                max_threads: threads.max(32),
+                static_threadgroup_bytes: 0,
+            },
+            state: Box::new(built),
+        })
+    }
+
+    fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {
+        submit::submit(&self.0, steps)
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // What is still on the stream may use what is freed next.
+        if self.context.enter().is_ok() {
+            let _: Result<()> = self.stream.synchronize();
+        }
+    }
+}

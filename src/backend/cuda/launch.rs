@@ -1,0 +1,315 @@
+//! Dispatches, read back and checked, as launches on a stream.
+
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::driver::Stream;
+use super::gpu::Gpu;
+use super::memory::CudaMemory;
+use super::modules::Function;
+use super::params::{Machine, params};
+use super::scratch::Scratch;
+use super::table::{self, Needs, Row, Spec};
+use crate::attention::bindings::{self, Constants, coded_dtype, constant, names};
+use crate::attention::params::CudaParams;
+use crate::attention::variant;
+use crate::backend::checked::{Classes, Fill, Partials, Prefill, Reduce};
+use crate::backend::{Arg, Dispatch, Memory, Step};
+use crate::dtype::DType;
+use crate::error::{MlxError, Result};
+
+/// What a command needs until it has run.
+pub(crate) type Temporary = Scratch;
+
+/// What a built kernel holds.
+#[derive(Debug)]
+pub(super) enum Built {
+    Prefill {
+        needs: Needs,
+        row: &'static Row,
+        function: Arc<Function>,
+    },
+    Fill(Arc<Function>),
+    /// One form at least is needed, and which one is seen at each dispatch.
+    Classes,
+    /// Compiled for the head dim of the first dispatch, and kept.
+    Decode(Mutex<Option<Arc<Function>>>),
+}
+
+/// Compiles what the kernel of this name and these constants runs.
+pub(super) fn built(gpu: &Arc<Gpu>, kernel: &str, constants: &Constants) -> Result<Built> {
+    let unknown = |message: &str| MlxError::ShaderCompilationError {
+        name: kernel.into(),
+        message: message.into(),
+    };
+    match kernel {
+        names::MASK_FILL => Ok(Built::Fill(gpu.function(&table::fill())?)),
+        names::BLK => Ok(Built::Classes),
+        names::VEC_F32 | names::VEC_F16 | names::VEC_REDUCE => Ok(Built::Decode(Mutex::default())),
+        _ => {
+            let variant = variant::by_name(kernel)
+                .ok_or_else(|| unknown("the CUDA device runs this crate's own kernels only"))?;
+            let code = constants.int(constant::KV_DTYPE).unwrap_or(0);
+            let needs = Needs {
+                dtype: variant.dtype,
+                kv_dtype: coded_dtype(code, variant.dtype)
+                    .ok_or_else(|| unknown("an unknown code of K and V's dtype"))?,
+                head_dim: variant.head_dim,
+                general: [
+                    constant::HAS_MASK,
+                    constant::HAS_SOFTCAP,
+                    constant::HAS_ALIBI,
+                ]
+                .iter()
+                .any(|index| constants.bool(*index)),
+            };
+            let row = table::attention(needs)
+                .ok_or_else(|| unknown("no CUDA kernel has this dtype and head dim"))?;
+            let function = gpu.function(&row.spec(needs))?;
+            Ok(Built::Prefill {
+                needs,
+                row,
+                function,
+            })
+        }
+    }
+}
+
+/// Puts the steps on a stream. What is returned is kept until they have run. Dispatches of one
+/// stream run one after another, so barriers hold by themselves.
+pub(crate) fn encode(gpu: &Arc<Gpu>, steps: &[Step], stream: &Stream) -> Result<Vec<Temporary>> {
+    gpu.context.enter()?;
+    let mut temporaries = Vec::new();
+    for step in steps {
+        if let Step::Dispatch(dispatch) = step {
+            let mut launch = Launch {
+                gpu,
+                stream,
+                dispatch,
+                temporaries: &mut temporaries,
+            };
+            launch.run()?;
+        }
+    }
+    Ok(temporaries)
+}
+
+/// An argument of a kernel.
+fn arg<T>(value: &mut T) -> *mut c_void {
+    std::ptr::from_mut(value).cast()
+}
+
+struct Launch<'a> {
+    gpu: &'a Arc<Gpu>,
+    stream: &'a Stream,
+    dispatch: &'a Dispatch,
+    temporaries: &'a mut Vec<Temporary>,
+}
+
+impl Launch<'_> {
+    fn fail(&self, what: impl std::fmt::Display) -> MlxError {
+        MlxError::CommandBufferError(format!("{}: {what}", self.dispatch.kernel.name))
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let Some(built) = self.dispatch.kernel.state.downcast_ref::<Built>() else {
+            return Err(self.fail("was built for another device"));
+        };
+        match built {
+            Built::Prefill {
+                needs,
+                row,
+                function,
+            } => self.prefill(*needs, row, function),
+            Built::Fill(function) => self.fill(function),
+            Built::Classes => self.classes(),
+            Built::Decode(kept) => match self.dispatch.kernel.name.as_str() {
+                names::VEC_REDUCE => self.reduce(kept),
+                _ => self.partials(kept),
+            },
+        }
+    }
+
+    /// Brings what is bound up to date on the GPU. Called once the dispatch has been read and found
+    /// right.
+    fn prepare(&self) -> Result<()> {
+        for (index, arg) in &self.dispatch.args {
+            if let Arg::Memory { memory, .. } = arg {
+                let memory: &dyn Memory = &**memory;
+                let memory = (memory as &dyn std::any::Any)
+                    .downcast_ref::<CudaMemory>()
+                    .filter(|memory| memory.is_of(self.gpu))
+                    .ok_or_else(|| self.fail(format!("buffer {index}: is not this GPU's")))?;
+                let access = bindings::access(&self.dispatch.kernel.name, *index);
+                memory.prepare(self.stream, access)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn machine(&self) -> Machine {
+        Machine {
+            processors: self.gpu.context.processors as usize,
+            l2_bytes: self.gpu.context.l2_bytes,
+        }
+    }
+
+    fn prefill(&mut self, needs: Needs, row: &'static Row, function: &Arc<Function>) -> Result<()> {
+        let Prefill { problem, at } = Prefill::read(self.dispatch)?;
+        let general =
+            problem.mask().is_some() || problem.softcap().is_some() || problem.has_alibi();
+        let fits = (problem.dtype(), problem.kv_dtype()) == (needs.dtype, needs.kv_dtype);
+        if !fits || (general && !needs.general) {
+            return Err(self.fail("params and constants disagree"));
+        }
+        let mut p = params(&problem, &at, row, self.machine()).map_err(|e| self.fail(e))?;
+        self.prepare()?;
+        if let Some((q, k)) = problem.cu_seqlens() {
+            let cu = [q, k].concat();
+            let copy = Scratch::copy_of(self.gpu, bytemuck::cast_slice(&cu), self.stream)?;
+            p.cu_q = copy.at();
+            p.cu_k = p.cu_q + size_of_val(q) as u64;
+            self.temporaries.push(copy);
+        }
+        let splits = p.splits.unsigned_abs() as usize;
+        let rows = p.rows.unsigned_abs() as usize
+            * p.heads.unsigned_abs() as usize
+            * p.result_batch.unsigned_abs() as usize;
+        if splits > 1 {
+            let bytes = (needs.head_dim + 2)
+                .checked_mul(4 * splits)
+                .and_then(|n| n.checked_mul(rows))
+                .ok_or_else(|| self.fail("the partial results overflow"))?;
+            let partials = Scratch::take(self.gpu, bytes)?;
+            p.partials = partials.at();
+            self.temporaries.push(partials);
+        }
+        let blocks = p.tiles.unsigned_abs() as u64 * splits as u64;
+        // SAFETY: the kernel takes these parameters, whose pointers and strides were checked against
+        // the problem; the scratch memory is as large as it takes it to be and kept.
+        unsafe { function.launch(self.stream, blocks, &mut [arg(&mut p)])? };
+        if splits > 1 {
+            let spec = table::combine(needs.head_dim, needs.dtype);
+            let combine = self.gpu.function(&spec)?;
+            self.combine(&combine, p, rows)?;
+        }
+        Ok(())
+    }
+
+    fn combine(&self, function: &Function, mut p: CudaParams, rows: usize) -> Result<()> {
+        let blocks = rows.div_ceil(4) as u64;
+        // SAFETY: as for the launch that wrote the partial results.
+        unsafe { function.launch(self.stream, blocks, &mut [arg(&mut p)]) }
+    }
+
+    fn fill(&self, function: &Function) -> Result<()> {
+        let Fill { mut params, mask } = Fill::read(self.dispatch)?;
+        self.prepare()?;
+        let mut mask = mask.ptr();
+        let args = &mut [arg(&mut mask), arg(&mut params)];
+        // SAFETY: the kernel's parameters, and a mask of rows by keys cells.
+        unsafe { function.launch(self.stream, params.seq_len_q.into(), args) }
+    }
+
+    fn classes(&self) -> Result<()> {
+        let Classes {
+            mut params,
+            tile,
+            mask,
+            classes,
+            ..
+        } = Classes::read(self.dispatch)?;
+        self.prepare()?;
+        let (mut mask, mut classes) = (mask.ptr(), classes.ptr());
+        let wide = [8, 16, 32, 64].contains(&tile.bk)
+            && params.row_stride % 8 == 0
+            && mask.addr().is_multiple_of(16);
+        let (nq, nk) = tile.count(params.seq_len_q as usize, params.seq_len_k as usize);
+        let across = if wide {
+            (params.seq_len_k as u64).div_ceil(1024)
+        } else {
+            nk as u64
+        };
+        let blocks = (nq as u64).saturating_mul(across);
+        params.nk = u32::try_from(nk).map_err(|_| self.fail("too many tiles"))?;
+        let side = |n: usize| i32::try_from(n).map_err(|_| self.fail("a tile too large"));
+        let (mut bq, mut bk) = (side(tile.bq)?, side(tile.bk)?);
+        let args = &mut [
+            arg(&mut mask),
+            arg(&mut classes),
+            arg(&mut params),
+            arg(&mut bq),
+            arg(&mut bk),
+        ];
+        let function = self.gpu.function(&table::classify(wide))?;
+        // SAFETY: the kernel's parameters; mask and classes are as large as they say.
+        unsafe { function.launch(self.stream, blocks, args) }
+    }
+
+    /// The kernel of `spec`, kept from one dispatch to the next.
+    fn kept(&self, kept: &Mutex<Option<Arc<Function>>>, spec: &Spec) -> Result<Arc<Function>> {
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*kept {
+            Some(function) if function.spec == *spec => Ok(Arc::clone(function)),
+            _ => {
+                let function = self.gpu.function(spec)?;
+                *kept = Some(Arc::clone(&function));
+                Ok(function)
+            }
+        }
+    }
+
+    fn partials(&self, kept: &Mutex<Option<Arc<Function>>>) -> Result<()> {
+        let Partials {
+            mut params,
+            q,
+            k,
+            v,
+            tmp,
+            ..
+        } = Partials::read(self.dispatch)?;
+        let kv = if self.dispatch.kernel.name == names::VEC_F16 {
+            DType::F16
+        } else {
+            DType::F32
+        };
+        let function = self.kept(kept, &table::decode(params.head_dim as usize, kv))?;
+        self.prepare()?;
+        let (mut q, mut k, mut v, mut tmp) = (q, k, v, tmp.ptr());
+        let blocks = u64::from(params.splits) * u64::from(params.num_heads);
+        let args = &mut [
+            arg(&mut q),
+            arg(&mut k),
+            arg(&mut v),
+            arg(&mut tmp),
+            arg(&mut params),
+        ];
+        // SAFETY: the kernel's parameters; what they point to was checked against them.
+        unsafe { function.launch(self.stream, blocks, args) }
+    }
+
+    fn reduce(&self, kept: &Mutex<Option<Arc<Function>>>) -> Result<()> {
+        let Reduce {
+            params, tmp, out, ..
+        } = Reduce::read(self.dispatch)?;
+        let dim = params.head_dim as usize;
+        if !variant::HEAD_DIMS.contains(&dim) {
+            return Err(self.fail(format!("head_dim: {dim} is not served")));
+        }
+        let function = self.kept(kept, &table::combine(dim, DType::F32))?;
+        self.prepare()?;
+        let size = |n: u32| i32::try_from(n).map_err(|_| self.fail("a size too large"));
+        let p = CudaParams {
+            batch: 1,
+            heads: size(params.num_heads)?,
+            o: out.ptr().addr() as u64,
+            o_strides: [0, i64::from(params.head_dim), 0],
+            partials: tmp.ptr().addr() as u64,
+            rows: 1,
+            splits: size(params.splits)?,
+            result_batch: 1,
+            ..bytemuck::Zeroable::zeroed()
+        };
+        self.combine(&function, p, params.num_heads as usize)
+    }
+}

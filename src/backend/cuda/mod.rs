@@ -1,0 +1,25 @@
+//! The CUDA device: NVIDIA GPUs of compute capability 8.0 and later, through the driver alone. The
+//! kernels' text is compiled at first use by NVRTC, which is looked for where pip and the CUDA toolkit
+//! put it, and the images are kept on disk.
+
+mod cache;
+mod compile;
+mod driver;
+mod gpu;
+mod launch;
+mod memory;
+mod modules;
+mod nvrtc;
+mod params;
+mod scratch;
+mod search;
+mod sources;
+mod submit;
+mod table;
+
+pub(crate) use compile::{compile, in_parallel};
+pub(crate) use gpu::Cuda;
+pub(crate) use memory::CudaMemory;
+pub(crate) use nvrtc::Nvrtc;
+pub(crate) use submit::Enqueued;
+pub(crate) use table::every_spec;

@@ -1,0 +1,49 @@
+//! The texts of the CUDA kernels, embedded. A module's text is a list of parts: what all start with,
+//! the parameters' structs, and the kernels.
+
+use crate::attention::params;
+
+const COMMON: &str = include_str!("../../../kernels/cuda/common.cu");
+const TILES: &str = include_str!("../../../kernels/cuda/tiles.cu");
+const SCORES: &str = include_str!("../../../kernels/cuda/scores.cu");
+
+/// Attention in 16 bits, for compute capability 8.0 and later.
+pub(super) const PORTABLE: &[&str] = &[
+    COMMON,
+    params::CUDA_PARAMS_TEXT,
+    TILES,
+    SCORES,
+    include_str!("../../../kernels/cuda/portable.cu"),
+];
+
+/// Attention in f32.
+pub(super) const FMA: &[&str] = &[
+    COMMON,
+    params::CUDA_PARAMS_TEXT,
+    TILES,
+    SCORES,
+    include_str!("../../../kernels/cuda/fma.cu"),
+];
+
+/// The join of partial results.
+pub(super) const COMBINE: &[&str] = &[
+    COMMON,
+    params::CUDA_PARAMS_TEXT,
+    SCORES,
+    include_str!("../../../kernels/cuda/combine.cu"),
+];
+
+/// The mask fill and the tile classes.
+pub(super) const MASKS: &[&str] = &[
+    COMMON,
+    params::MASK_FILL_PARAMS_TEXT,
+    params::BLK_PARAMS_TEXT,
+    include_str!("../../../kernels/cuda/masks.cu"),
+];
+
+/// Decode.
+pub(super) const DECODE: &[&str] = &[
+    COMMON,
+    params::VEC_PARAMS_TEXT,
+    include_str!("../../../kernels/cuda/decode.cu"),
+];

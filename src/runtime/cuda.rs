@@ -1,0 +1,168 @@
+//! CUDA objects in and out: an engine's own memory and stream, kernels compiled ahead of their first
+//! use, and images compiled without a GPU.
+//!
+//! An engine that already drives the GPU keeps its buffers and its stream:
+//! [`MlxDevice::cuda_wrap`] takes device memory without a copy, and
+//! [`CommandEncoder::encode_into_stream`] puts what was recorded on the engine's own stream. Both are
+//! of the GPU's primary context, the one that the CUDA runtime and its users share.
+
+use std::any::Any;
+use std::ffi::c_void;
+use std::fmt;
+use std::sync::Arc;
+
+use super::buffer::{MlxBuffer, PendingWrite};
+use super::device::{DeviceHandle, MlxDevice, check_fits};
+use super::encoder::CommandEncoder;
+use crate::attention::Problem;
+use crate::attention::plan::{Plan, PlanOptions};
+use crate::backend::cuda::{self, Cuda, CudaMemory, Enqueued, Nvrtc};
+use crate::backend::{Backend, DeviceKind};
+use crate::dtype::DType;
+use crate::error::{MlxError, Result};
+
+/// A command on the caller's stream. While it lives, host access to what the command writes, and
+/// exclusive access to what it reads, is refused. Dropping it waits for the command.
+#[must_use = "dropping it waits for the command"]
+pub struct InFlight {
+    // Dropped first: it waits.
+    enqueued: Enqueued,
+    _writes: Vec<PendingWrite>,
+}
+
+impl InFlight {
+    /// Blocks until the command has run.
+    ///
+    /// # Errors
+    /// `CommandBufferError` where it failed.
+    pub fn wait(&self) -> Result<()> {
+        self.enqueued.wait()
+    }
+}
+
+impl fmt::Debug for InFlight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InFlight").finish_non_exhaustive()
+    }
+}
+
+fn backend(handle: &DeviceHandle) -> Result<&Cuda> {
+    (&*handle.backend as &dyn Any)
+        .downcast_ref()
+        .ok_or_else(|| {
+            let kind = handle.backend.kind();
+            MlxError::expected("device", DeviceKind::Cuda, kind)
+        })
+}
+
+impl MlxDevice {
+    /// The NVIDIA GPU of this number.
+    ///
+    /// # Errors
+    /// `DeviceUnavailable` with the reason: no driver, no such GPU, one too old, no compiler.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        Ok(Self::from_backend(Arc::new(Cuda::open_ordinal(ordinal)?)))
+    }
+
+    /// Compiles and loads what these problems will run, on all cores, so that their first dispatch
+    /// does not wait for the compiler.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where this is no CUDA device or a problem has no kernel, and what building a
+    /// kernel reports.
+    pub fn cuda_warm_up<'a>(&self, problems: impl IntoIterator<Item = &'a Problem>) -> Result<()> {
+        let cuda = backend(self.metal_device())?;
+        let mut kernels = Vec::new();
+        for problem in problems {
+            let plan = Plan::new(problem, cuda.family(), PlanOptions::default())?;
+            let kernel = (plan.variant.kernel, plan.constants);
+            if !kernels.contains(&kernel) {
+                kernels.push(kernel);
+            }
+        }
+        cuda.warm_up(&kernels)
+    }
+
+    /// The caller's device memory as an operand, without a copy; [`MlxBuffer::slice_view`] gives its
+    /// parts.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where this is no CUDA device or `shape` does not fit.
+    ///
+    /// # Safety
+    /// `byte_len` bytes at `device_address` are memory of this GPU while any handle on the result
+    /// lives. Commands outside this crate do not write it while this crate's commands or slices use
+    /// it, nor use it while this crate's commands write it, unless the same stream orders them. What
+    /// is written through one wrapping is not used through another in one command.
+    pub unsafe fn cuda_wrap(
+        &self,
+        device_address: u64,
+        byte_len: usize,
+        dtype: DType,
+        shape: Vec<usize>,
+    ) -> Result<MlxBuffer> {
+        let cuda = backend(self.metal_device())?;
+        check_fits("byte_len", byte_len, dtype, &shape)?;
+        // SAFETY: promised by the caller.
+        let memory = unsafe { CudaMemory::wrap(cuda.gpu(), device_address, byte_len) };
+        Ok(MlxBuffer::new(
+            Arc::new(memory),
+            DeviceKind::Cuda,
+            dtype,
+            shape,
+        ))
+    }
+}
+
+impl CommandEncoder {
+    /// Puts what was recorded on the caller's stream (a `CUstream` or `cudaStream_t`; null is the
+    /// default stream) instead of committing it; afterwards nothing is recorded. It runs after what
+    /// this device's own commands have done, and those that come later run after it. The stream must
+    /// not be capturing a graph.
+    ///
+    /// # Errors
+    /// What a commit would report, and `InvalidArgument` where this is no CUDA device. Dispatches
+    /// before the one that failed may have run then.
+    ///
+    /// # Safety
+    /// The stream is one of this GPU's primary context, and lives until the result is dropped.
+    pub unsafe fn encode_into_stream(&mut self, stream: *mut c_void) -> Result<InFlight> {
+        let handle = self.device().clone();
+        let cuda = backend(&handle)?;
+        let (steps, writes) = self.take_steps();
+        // SAFETY: promised by the caller.
+        let enqueued = unsafe { cuda.enqueue(steps?, stream)? };
+        Ok(InFlight {
+            enqueued,
+            _writes: writes,
+        })
+    }
+}
+
+/// A kernel's image, compiled without a GPU.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// Entry point and macros.
+    pub name: String,
+    /// The image.
+    pub cubin: Vec<u8>,
+    /// What the compiler said: registers, shared memory, spills, warnings.
+    pub log: String,
+}
+
+/// Compiles every kernel for `arch` (such as `sm_80`), on all cores, and never from the disk.
+///
+/// # Errors
+/// `DeviceUnavailable` where no NVRTC is found, `ShaderCompilationError` where a kernel does not
+/// compile.
+pub fn compile_images(arch: &str) -> Result<Vec<Image>> {
+    let nvrtc = Nvrtc::find(None)?;
+    cuda::in_parallel(&cuda::every_spec(), |spec| {
+        let compiled = cuda::compile(&nvrtc, spec, arch, false)?;
+        Ok(Image {
+            name: spec.name(),
+            cubin: compiled.cubin,
+            log: compiled.log.unwrap_or_default(),
+        })
+    })
+}
