@@ -194,16 +194,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Ring rk = {0, 0}, rv = {0, 0};
     int qb = 0;
     u32 q_phase = 0;
-    // Q of the next tile is there; its place.
+    bool storing = false; // O of the tile before may still be read from its buffer
     auto wait_q = [&]() {
         bar_wait(q_full + 8 * (qb * WGS + wg), q_phase);
     };
-    auto done_q = [&]() {
-        if (tid == 0) bar_arrive(q_empty + 8 * (qb * WGS + wg));
+    auto next_q = [&]() {
         if (++qb == QBUF) {
             qb = 0;
             q_phase ^= 1;
         }
+    };
+    auto done_q = [&]() {
+        if (tid == 0) bar_arrive(q_empty + 8 * (qb * WGS + wg));
+        next_q();
+    };
+    // With a second buffer nobody waits for the copy of O until the next tile is under way.
+    auto stored = [&]() {
+        if (storing && tid == 0) {
+            tma_store_wait_read();
+            bar_arrive(q_empty + 8 * ((QBUF > 1 ? qb ^ 1 : 0) * WGS + wg));
+        }
+        storing = false;
     };
     auto done_k = [&]() {
         if (signal) bar_arrive(k_empty + 8 * rk.stage);
@@ -247,13 +258,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
         if (hi <= lo) {
             write_unseen(p, t, t.m0 + wg * 64, 64, tid);
-            if (n > 0) {
-                if (hi > t.lo) skip(hi - t.lo);
-            }
+            if (n > 0 && hi > t.lo) skip(hi - t.lo);
+            stored();
             if (n > 0 || CLASSES) done_q();
             continue;
         }
-
 
         float o[D / 2];
         u32 pr[BN / 4];
@@ -318,9 +327,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         pin(s);
         done_k();
         modify<BN>(s, p, rows, tile0, true);
-        softmax<BN>(s, soft, sc, true);
+        softmax<BN>(s, soft, sc, tile_unit(p, true), true);
         soft.scaled = false;
         pack(s);
+        stored();
 
         // Issues QK^T of `tile` and PV of the tile before it, and does the softmax of `tile`.
         auto step = [&](int tile, auto masked) {
@@ -340,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             done_k();
             if (masked) modify<BN>(s, p, rows, tile, true);
             else modify<BN>(s, p, rows, tile, false);
-            softmax<BN>(s, soft, sc, careful);
+            softmax<BN>(s, soft, sc, tile_unit(p, masked), careful);
             pin(s);
             after(soft.l[0] + soft.l[1]);
             wgmma_wait<0>();
@@ -434,6 +444,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                     (((c & 7) ^ (r & 7)) << 4));
         }
         named_sync(8 + wg, 128);
+        done_q();
 #else
         fence_async_smem();
         named_sync(8 + wg, 128);
@@ -443,10 +454,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 for (int c = 0; c < PANELS; c++)
                     tma_store(&map_o, own_q + c * BM * 128, c * 64, e.m0 + wg * 64, e.h, e.b);
             }
-            tma_store_wait_read();
+            tma_store_commit();
         }
+        storing = true;
+        next_q();
+        if (QBUF == 1) stored();
 #endif
-        done_q();
     }
+    stored();
     }
 }

@@ -21,9 +21,6 @@
 #ifndef LAG // panels of QK^T in flight when one is released
 #define LAG 1
 #endif
-#ifndef DEFER // the second group starts on a tile once the first has issued the next one's QK^T
-#define DEFER 0
-#endif
 
 // Named barriers.
 #define BAR_FULL 1  // and + 1: weights are there
@@ -228,7 +225,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #endif
             if (masked) modify<64>(s, p, rows, tile, true);
             else modify<64>(s, p, rows, tile, false);
-            softmax<64>(s, soft, sc, true);
+            softmax<64>(s, soft, sc, tile_unit(p, masked), true);
         };
         auto issue_pv = [&](int i) {
 #pragma unroll
@@ -258,15 +255,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         soft.scaled = false;
         pack();
         hand_over(0);
-#if !DEFER
-        named_arrive(BAR_FULL, 256);
-#endif
 #pragma unroll 1
         for (int i = 1; i < n; i++) {
             issue_qk(i);
-#if DEFER
+            // Only now, lest its products come before these.
             named_arrive(BAR_FULL + ((i - 1) & (PBUF - 1)), 256);
-#endif
             issue_pv(i - 1);
             wgmma_wait<4>();
             pin(s);
@@ -280,15 +273,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             release_v();
             pack();
             hand_over(i);
-#if !DEFER
-            named_arrive(BAR_FULL + (i & (PBUF - 1)), 256);
-#endif
             rescale(soft.alpha[0], soft.alpha[1]);
             soft.scaled = false;
         }
-#if DEFER
         named_arrive(BAR_FULL + ((n - 1) & (PBUF - 1)), 256);
-#endif
         issue_pv(n - 1);
         finish(inv, soft, p, t, rows, sc);
         if ((lane & 3) == 0) {
@@ -365,6 +353,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #pragma unroll
             for (int c = 0; c < 4; c++)
                 tma_store(&map_o, own + c * 8192, half * 256 + c * 64, m0, t.h, t.b);
+            tma_store_commit();
             tma_store_wait_read();
         }
 #endif

@@ -132,7 +132,6 @@ struct Rows {
     int row, pos, col, sq, sk;
     float slope, cap_in, cap_out;
     i64 mask;
-    bool pairs; // two neighbours of the mask can be read at once
 };
 
 DEV Rows rows_of(const Params& p, const Tile& t, int row_in, int col) {
@@ -150,19 +149,31 @@ DEV Rows rows_of(const Params& p, const Tile& t, int row_in, int col) {
 #if MASK
     r.mask = (i64)t.b * p.mask_strides[0] + (i64)t.h * p.mask_strides[1] +
              (i64)t.q_start * p.mask_strides[2];
-    r.pairs = (((u64)p.mask / sizeof(MaskElement) | p.mask_strides[0] | p.mask_strides[1] |
-                p.mask_strides[2]) & 1) == 0;
 #endif
     return r;
 }
 
-// What scores are in once modify() has seen them, to log2 units.
+// Scores under a mask are shrunk by a power of two, so that in their unit no number of the mask is
+// larger than it is: huge finite ones stay finite.
+#define SHRUNK (MASK && !SCORE_MOD)
+
+DEV float shrink(const Params& p) {
+    return SHRUNK ? __uint_as_float(__float_as_uint(p.scale) & 0x7f800000) : 1.0f;
+}
+
+// The unit of the softmax's reference, to log2 units.
 DEV float score_unit(const Params& p) {
-    return SCORE_MOD ? 1.0f : p.scale_log2;
+    return SCORE_MOD ? 1.0f : p.scale_log2 / shrink(p);
+}
+
+// The unit of scores that modify() has seen, to that of the reference.
+DEV float tile_unit(const Params& p, bool masked) {
+    return masked ? 1.0f : shrink(p);
 }
 
 #if MASK
 DEV float add_mask(float x, MaskElement v, const Params& p) {
+    x *= shrink(p);
 #if MASK == 4
     return v ? x : NEG_INF;
 #else
@@ -173,8 +184,8 @@ DEV float add_mask(float x, MaskElement v, const Params& p) {
 #else
     const float f = v;
 #endif
-    const float unit = SCORE_MOD ? LOG2E : p.inv_scale;
-    return x + (f == NEG_INF ? f : fmaxf(f * unit, -3.0e38f));
+    if (SHRUNK) return __fmaf_rn(f, p.inv_scale * shrink(p), x);
+    return x + (f == NEG_INF ? f : fmaxf(f * LOG2E, -3.0e38f));
 #endif
 }
 
@@ -219,13 +230,16 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
 #endif
     if (!masked) return;
 #if MASK
-    const bool whole = r.pairs && tile * N + N <= r.sk;
+    const bool whole = tile * N + N <= r.sk;
+    // Two neighbours can be read at once.
+    const bool pairs = (((u64)p.mask / sizeof(MaskElement) | p.mask_strides[0] | p.mask_strides[1] |
+                         p.mask_strides[2]) & 1) == 0;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = min(r.row + 8 * half, r.sq - 1);
         const MaskElement* at =
             (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + c0);
-        if (whole) {
+        if (whole && pairs) {
 #pragma unroll
             for (int j = 0; j < N / 8; j++) {
                 const MaskPair v = *(const MaskPair*)(at + 8 * j);
@@ -249,6 +263,7 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
         }
     }
 #endif
+    // Most warps see all of a tile from one side or from both.
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int last = r.sk - 1;
@@ -256,21 +271,25 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
         last = min(last, r.pos + 8 * half + p.right);
 #endif
         last -= c0;
-#if LEFT
-        const int first = r.pos + 8 * half - p.left - c0;
-#endif
+        if (__any_sync(~0u, last < N - 1)) {
 #pragma unroll
-        for (int j = 0; j < N / 8; j++) {
+            for (int j = 0; j < N / 8; j++) {
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float& x = s[4 * j + 2 * half + e];
-                bool keep = 8 * j + e <= last;
-#if LEFT
-                keep = keep && 8 * j + e >= first;
-#endif
-                x = keep ? x : NEG_INF;
+                for (int e = 0; e < 2; e++)
+                    if (8 * j + e > last) s[4 * j + 2 * half + e] = NEG_INF;
             }
         }
+#if LEFT
+        const int first = r.pos + 8 * half - p.left - c0;
+        if (__any_sync(~0u, first > 0)) {
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (8 * j + e < first) s[4 * j + 2 * half + e] = NEG_INF;
+            }
+        }
+#endif
     }
 }
 
@@ -287,25 +306,25 @@ DEV Soft soft_start() {
     return Soft{{NEG_INF, NEG_INF}, {0.0f, 0.0f}, {1.0f, 1.0f}, {0.0f, 0.0f}, false, false};
 }
 
-// Scores of one row to weights; returns the thread's part of their sum.
+// Scores of one row, in `unit`, to weights; returns the thread's part of their sum.
 template <int N>
-DEV float weigh(float (&s)[N / 2], int half, float ref, float sc) {
-    const float off = ref * sc;
+DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit) {
+    const float off = ref * sc, by = sc * unit;
 #if MASK && MASK != 4
     // A mask of huge finite values: the fused product would lose the difference.
     if (__any_sync(~0u, fabsf(off) > 4096.0f)) {
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
-            s[4 * j + 2 * half] = (s[4 * j + 2 * half] - ref) * sc;
-            s[4 * j + 2 * half + 1] = (s[4 * j + 2 * half + 1] - ref) * sc;
+            s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], unit, -ref) * sc;
+            s[4 * j + 2 * half + 1] = __fmaf_rn(s[4 * j + 2 * half + 1], unit, -ref) * sc;
         }
     } else
 #endif
     {
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
-            s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], sc, -off);
-            s[4 * j + 2 * half + 1] = __fmaf_rn(s[4 * j + 2 * half + 1], sc, -off);
+            s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], by, -off);
+            s[4 * j + 2 * half + 1] = __fmaf_rn(s[4 * j + 2 * half + 1], by, -off);
         }
     }
     float x = 0.0f, y = 0.0f;
@@ -334,7 +353,7 @@ DEV float weigh(float (&s)[N / 2], int half, float ref, float sc) {
 // for the tiles to come. Weights too large for that (a leap by 2^64, in f16 2^24) make the sum
 // infinite; the CTA then does its tiles again with `careful`.
 template <int N>
-DEV void softmax(float (&s)[N / 2], Soft& f, float sc, bool careful) {
+DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool careful) {
     if (!SPECULATE || careful ||
         __any_sync(~0u, !(f.ref[0] * sc > -16384.0f) || !(f.ref[1] * sc > -16384.0f))) {
         bool some = false;
@@ -349,6 +368,7 @@ DEV void softmax(float (&s)[N / 2], Soft& f, float sc, bool careful) {
             a = fmaxf(a, b);
             a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
             a = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
+            a *= unit;
             const float old = f.ref[half];
             // O is not rescaled for less than 2^8.
             const float now = (a - old) * sc > 8.0f - HEADROOM ? a + HEADROOM / sc : old;
@@ -357,15 +377,15 @@ DEV void softmax(float (&s)[N / 2], Soft& f, float sc, bool careful) {
             const float ref = now == NEG_INF ? 0.0f : now;
             const float shrunk = exp2_fast((old - ref) * sc);
             f.alpha[half] = (f.scaled ? f.alpha[half] : 1.0f) * shrunk;
-            f.l[half] = f.l[half] * shrunk + weigh<N>(s, half, ref, sc);
+            f.l[half] = f.l[half] * shrunk + weigh<N>(s, half, ref, sc, unit);
             some |= f.alpha[half] != 1.0f;
         }
         f.scaled = __any_sync(~0u, some);
         f.grown = false;
         return;
     }
-    f.part[0] = weigh<N>(s, 0, f.ref[0], sc);
-    f.part[1] = weigh<N>(s, 1, f.ref[1], sc);
+    f.part[0] = weigh<N>(s, 0, f.ref[0], sc, unit);
+    f.part[1] = weigh<N>(s, 1, f.ref[1], sc, unit);
     f.l[0] += f.part[0];
     f.l[1] += f.part[1];
     f.grown = __any_sync(~0u, !(f.part[0] + f.part[1] < 4096.0f));
@@ -403,18 +423,20 @@ DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, 
         float sum = f.l[half];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        float top = f.ref[half] * sc, part = 1.0f;
+        // In natural units, that of a mask's largest numbers is finite.
+        float top = f.ref[half] == NEG_INF ? NEG_INF : fmaxf(f.ref[half] * (sc * LN2), -3.4028235e38f);
+        float part = 1.0f;
         if (p.sinks) {
-            const float sink = p.sinks[t.h] * LOG2E;
+            const float sink = p.sinks[t.h];
             const float now = fmaxf(top, sink);
-            part = top == NEG_INF ? 0.0f : exp2_fast(top - now);
-            sum = sum * part + exp2_fast(sink - now);
+            part = top == NEG_INF ? 0.0f : exp2_fast((top - now) * LOG2E);
+            sum = sum * part + exp2_fast((sink - now) * LOG2E);
             top = now;
         }
         inv[half] = sum > 0.0f ? part / sum : 0.0f;
         const int row = r.row + 8 * half;
         if (p.lse && (r.col & 7) == 0 && row < t.sq)
-            lse[row] = sum > 0.0f ? (top + log2_fast(sum)) * LN2 : NEG_INF;
+            lse[row] = sum > 0.0f ? top + log2_fast(sum) * LN2 : NEG_INF;
     }
 }
 
