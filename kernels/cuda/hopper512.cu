@@ -35,7 +35,7 @@ struct Shared {
     float inv[64];
 #if CLASSES
     u64 list_full;
-    int list_len;
+    int list_len, list_from[2], list_to[2];
     u16 list[LIST_CAP];
 #endif
 };
@@ -78,11 +78,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         regs_give<40>();
         if (threadIdx.x < 32) {
 #if CLASSES
-            n = list_tiles(sh->list, p, t, threadIdx.x);
+            n = list_tiles(sh->list, sh->list_from, sh->list_to, p, t, threadIdx.x);
             if (threadIdx.x == 0) sh->list_len = n;
             __syncwarp();
             if (threadIdx.x == 0) bar_arrive(smem_u32(&sh->list_full));
-#define TILE_AT(i) (sh->list[i] & 0x7fff)
+#define TILE_AT(i) (sh->list[i] & 0x3ff)
 #else
 #define TILE_AT(i) (t.hi - 1 - (i))
 #endif
@@ -207,8 +207,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         auto scores = [&](int i) {
 #if CLASSES
             const int entry = sh->list[i];
-            const int tile = entry & 0x7fff;
-            const bool masked = entry & 0x8000;
+            const int tile = entry & 0x3ff;
+            const bool masked = entry >> (10 + rank) & 1;
 #else
             const int tile = t.hi - 1 - i;
 #if MASK
@@ -278,7 +278,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         }
         named_arrive(BAR_FULL + ((n - 1) & (PBUF - 1)), 256);
         issue_pv(n - 1);
-        finish(inv, soft, p, t, rows, sc);
+        finish(inv, soft, p, t, rows);
         if ((lane & 3) == 0) {
             sh->inv[warp * 16 + (lane >> 2)] = inv[0];
             sh->inv[warp * 16 + (lane >> 2) + 8] = inv[1];

@@ -29,7 +29,7 @@
 #define PANELS ((D + 63) / 64)
 #define CLASS_ROWS (D >= 512 ? 8 : 32)
 #define CLASS_KEYS (D >= 512 ? 64 : 16)
-#define LIST_CAP 1024 // key tiles that a problem with classes may have
+#define LIST_CAP 1024 // key tiles that a problem with classes may have, so that 10 bits number them
 
 struct Params {
     int batch, heads, kv_group;      // kv_group: query heads for each key/value head
@@ -91,9 +91,12 @@ DEV void bounds(const Params& p, const Tile& t, int row, int rows, int& lo, int&
     if (row >= t.sq || hi < lo) hi = lo;
 }
 
-DEV Tile tile_of(const Params& p, int index) {
+// The tile at `index`, where heads of a section go together and a head's last rows come first. With
+// `half` 1 or 2 an index stands for two tiles of one head, which together are as long as any other
+// such two: the longer, or the shorter, if there is one.
+DEV Tile tile_of(const Params& p, int index, int half = 0) {
     Tile t;
-    int per = p.section * p.tiles_m;
+    int per = p.section * (half ? (p.tiles_m + 1) / 2 : p.tiles_m);
     int s = index / per, r = index - s * per;
     int first = s * p.section;
     int in = min(p.section, p.batch * p.heads - first);
@@ -101,7 +104,7 @@ DEV Tile tile_of(const Params& p, int index) {
     int bh = first + (r - m * in);
     t.b = bh / p.heads;
     t.h = bh - t.b * p.heads;
-    t.m0 = (p.tiles_m - 1 - m) * BM;
+    t.m0 = (half == 2 ? 2 * m + 1 == p.tiles_m ? p.tiles_m : m : p.tiles_m - 1 - m) * BM;
 #if VARLEN
     t.q_start = p.cu_q[t.b];
     t.k_start = p.cu_k[t.b];
@@ -166,6 +169,11 @@ DEV float score_unit(const Params& p) {
     return SCORE_MOD ? 1.0f : p.scale_log2 / shrink(p);
 }
 
+// The same, to natural units.
+DEV float natural_unit(const Params& p) {
+    return SCORE_MOD ? LN2 : SHRUNK ? __uint_as_float((__float_as_uint(p.scale) & 0x7fffff) | 0x3f800000) : p.scale;
+}
+
 // The unit of scores that modify() has seen, to that of the reference.
 DEV float tile_unit(const Params& p, bool masked) {
     return masked ? 1.0f : shrink(p);
@@ -192,12 +200,11 @@ DEV float add_mask(float x, MaskElement v, const Params& p) {
 // Brings a warpgroup's rows of the mask for key tile `tile` near.
 template <int N>
 DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, int tile, int tid) {
-    const int lines = (N * (int)sizeof(MaskElement) + 127) / 128;
-    const int per = 128 / (int)sizeof(MaskElement);
+    const u32 lines = (N * sizeof(MaskElement) + 127) / 128, per = 128 / sizeof(MaskElement);
 #pragma unroll
     for (int i = 0; i < (64 * lines + 127) / 128; i++) {
-        const int at = i * 128 + tid, row = t.m0 + row0 + at / lines;
-        const int col = tile * N + at % lines * per;
+        const u32 at = i * 128 + (u32)tid;
+        const int row = t.m0 + row0 + (int)(at / lines), col = tile * N + (int)(at % lines * per);
         if (row < t.sq && col < t.sk)
             asm volatile("prefetch.global.L1 [%0];" ::"l"(
                 (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + col)));
@@ -371,7 +378,8 @@ DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool careful)
             a *= unit;
             const float old = f.ref[half];
             // O is not rescaled for less than 2^8.
-            const float now = (a - old) * sc > 8.0f - HEADROOM ? a + HEADROOM / sc : old;
+            const float above = HEADROOM > 0.0f ? HEADROOM / sc : 0.0f;
+            const float now = (a - old) * sc > 8.0f - HEADROOM ? a + above : old;
             f.ref[half] = now;
             // Where no key was visible yet: weights are 0, not 2^(-inf + inf).
             const float ref = now == NEG_INF ? 0.0f : now;
@@ -414,8 +422,7 @@ DEV void settle(Soft& f, float sc) {
 }
 
 // What O is multiplied by in the end; writes the rows' log-sum-exp.
-DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, const Rows& r,
-                float sc) {
+DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, const Rows& r) {
     float* lse = p.lse + (i64)(VARLEN ? 0 : t.b) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
                  t.q_start;
 #pragma unroll
@@ -424,7 +431,7 @@ DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, 
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         // In natural units, that of a mask's largest numbers is finite.
-        float top = f.ref[half] == NEG_INF ? NEG_INF : fmaxf(f.ref[half] * (sc * LN2), -3.4028235e38f);
+        float top = f.ref[half] == NEG_INF ? NEG_INF : fmaxf(f.ref[half] * natural_unit(p), -3.4028235e38f);
         float part = 1.0f;
         if (p.sinks) {
             const float sink = p.sinks[t.h];
@@ -456,52 +463,70 @@ DEV void write_unseen(const Params& p, const Tile& t, int row, int rows, int tid
 }
 
 #if CLASSES
-// What the class tiles of query tile `t` and key tile `tile` say: bit 0, some key is visible to some
-// row; bit 1, some may be hidden.
+// What the class tiles of query tile `t` and key tile `tile` say of each 64 rows w: bit w, some key is
+// visible to some row; bit 8 + w, some is hidden or biased.
 DEV u32 class_of(const Params& p, const Tile& t, int tile) {
-    const int across = BN / CLASS_KEYS, last_row = (min(t.m0 + BM, t.sq) - 1) / CLASS_ROWS;
+    const int across = BN / CLASS_KEYS, down = 64 / CLASS_ROWS;
     const int keys = min(across, (t.sk + CLASS_KEYS - 1) / CLASS_KEYS - tile * across);
     const u8* at = p.classes + tile * across;
-    bool part = (tile + 1) * BN > t.sk;
+    const bool words = across % 4 == 0 && keys == across && (((u64)at | p.classes_stride) & 3) == 0;
+    u32 out = 0;
+#pragma unroll
+    for (int w = 0; w < BM / 64; w++) {
+        const int row0 = t.m0 + 64 * w;
+        u32 zero = 0, two = 0; // bits of the classes, and of their difference from 2
+        bool part = (tile + 1) * BN > t.sk;
 #if RIGHT
-    part |= (tile + 1) * BN - 1 > t.m0 + t.q_off + p.right;
+        part |= (tile + 1) * BN - 1 > row0 + t.q_off + p.right;
 #endif
 #if LEFT
-    part |= tile * BN < min(t.m0 + BM, t.sq) - 1 + t.q_off - p.left;
+        part |= tile * BN < min(row0 + 64, t.sq) - 1 + t.q_off - p.left;
 #endif
-    u32 seen = 0; // a bit for each class
-    if (across % 4 == 0 && keys == across && (((u64)at | p.classes_stride) & 3) == 0) {
-        u32 zero = 0, one = 0; // bits of the words, and of their difference from all free
+#pragma unroll(D >= 512 ? 1 : down)
+        for (int r = 0; r < down; r++) {
+            const int row = row0 / CLASS_ROWS + r;
+            if (row * CLASS_ROWS >= t.sq) break;
+            const u8* cells = at + row * p.classes_stride;
+            if (words) {
 #pragma unroll
-        for (int r = 0; r < BM / CLASS_ROWS; r++) {
-            const u8* row = at + min(t.m0 / CLASS_ROWS + r, last_row) * p.classes_stride;
-#pragma unroll
-            for (int c = 0; c < across / 4; c++) {
-                const u32 x = ((const u32*)row)[c];
-                zero |= x;
-                one |= x ^ 0x02020202u;
+                for (int c = 0; c < across / 4; c++) {
+                    const u32 x = ((const u32*)cells)[c];
+                    zero |= x;
+                    two |= x ^ 0x02020202u;
+                }
+            } else {
+                for (int c = 0; c < keys; c++) {
+                    zero |= cells[c];
+                    two |= cells[c] ^ 2;
+                }
             }
         }
-        return (zero ? 1 : 0) | (one || part ? 2 : 0);
+        if (zero) out |= (two || part ? 0x101 : 1) << w;
+        else out |= 0x100 << w;
     }
-#pragma unroll 1
-    for (int r = t.m0 / CLASS_ROWS; r <= min((t.m0 + BM - 1) / CLASS_ROWS, last_row); r++) {
-        for (int c = 0; c < across; c++) {
-            if (c < keys) seen |= 1u << at[r * p.classes_stride + c];
-        }
-    }
-    return (seen & ~1u ? 1 : 0) | (seen & ~4u || part ? 2 : 0);
+    return out;
 }
 
-// The key tiles of `t` that are not skipped, last first, by one warp. Returns how many.
-DEV int list_tiles(u16* list, const Params& p, const Tile& t, int lane) {
+// The key tiles of `t` that are not skipped, last first, by one warp: `list` has tile | 0x400 << w if
+// something is hidden from the 64 rows w, which see no more than entries [from[w], to[w]). Returns how
+// many.
+DEV int list_tiles(u16* list, int* from, int* to, const Params& p, const Tile& t, int lane) {
     int len = 0;
+    if (lane < BM / 64) from[lane] = to[lane] = 0;
+    __syncwarp();
     for (int at = t.hi - 1; at >= t.lo; at -= 32) {
         const int tile = at - lane;
         const u32 c = tile >= t.lo ? class_of(p, t, tile) : 0;
-        const u32 some = __ballot_sync(~0u, c & 1);
-        if (c & 1)
-            list[len + __popc(some & ((1u << lane) - 1))] = (u16)(tile | (c & 2 ? 0x8000 : 0));
+        const u32 some = __ballot_sync(~0u, c & 0xff);
+        if (c & 0xff) list[len + __popc(some & ((1u << lane) - 1))] = (u16)(tile | c >> 8 << 10);
+#pragma unroll
+        for (int w = 0; w < BM / 64; w++) {
+            const u32 seen = __ballot_sync(~0u, c >> w & 1);
+            if (seen && lane == 0) {
+                if (to[w] == 0) from[w] = len + __popc(some & ((seen & -seen) - 1));
+                to[w] = len + __popc(some & (~0u >> __clz(seen)));
+            }
+        }
         len += __popc(some);
     }
     return len;
