@@ -62,8 +62,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     };
 
     // A CTA's share of the tiles. Where it has several and keys after a row are hidden, tiles go two by
-    // two, lest shares differ.
-    const bool paired = RIGHT && !LEFT && gridDim.x < p.tiles;
+    // two, lest shares differ; but for short tiles, of which there are many.
+    const bool paired = RIGHT && !LEFT && D > 64 && gridDim.x < p.tiles;
     const int indices = paired ? p.tiles / p.tiles_m * ((p.tiles_m + 1) / 2) : p.tiles;
     auto index_at = [&](int turn) {
         return (int)(blockIdx.x + (paired ? turn >> 1 : turn) * gridDim.x);
@@ -248,14 +248,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #else
         int lo, hi;
         bounds(p, t, t.m0 + wg * 64, 64, lo, hi);
-        if (n > 0) {
-            wait_q();
-            skip(t.hi - max(hi, t.lo));
-        }
+        if (n > 0) wait_q();
+        skip(hi > lo ? t.hi - hi : n);
 #endif
         if (hi <= lo) {
             write_unseen(p, t, t.m0 + wg * 64, 64, tid);
-            if (!CLASSES && n > 0 && hi > t.lo) skip(hi - t.lo);
             stored();
             if (n > 0 || CLASSES) done_q();
             continue;
