@@ -125,11 +125,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (run > 0 && !redo()) break;
                 for (int turn = 0; index_at(turn) < indices; turn++) {
                     const Tile t = tile_at(turn);
-                    for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * (rq.slot() * WGS + w), rq.phase());
-                    const int len = list_tiles(sh->list[rq.slot()], sh->list_from[rq.slot()], sh->list_to[rq.slot()], p, t, lane);
-                    if (lane == 0) sh->list_len[rq.slot()] = len;
+                    const u32 b = rq.slot();
+                    for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * (b * WGS + w), rq.phase());
+                    const int len = list_tiles(sh->list[b], sh->list_from[b], sh->list_to[b], p, t, lane);
+                    if (lane == 0) sh->list_len[b] = len;
                     __syncwarp();
-                    if (lane == 0) bar_arrive(listed + 8 * rq.slot());
+                    if (lane == 0) bar_arrive(listed + 8 * b);
                     rq.next();
                 }
             }
