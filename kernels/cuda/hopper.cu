@@ -6,32 +6,49 @@
 // tile's QK^T, then this tile's PV, and does the next tile's softmax while PV runs. Key tiles go
 // from the last to the first, so that masked tiles of a causal problem come first.
 //
-// Shared memory: Q [PANELS][BM][64] (later O), K [STAGES][PANELS][BN][64], V likewise, all in the
-// 128-byte swizzle; columns past D are zero.
+// Shared memory: Q [QBUF][PANELS][BM][64] (later O), K [STAGES][PANELS][BN][64], V likewise, all in the
+// 128-byte swizzle; columns past D are zero; then struct Shared.
+//
+// What the host gives:
+// - macros: D, BN (a multiple of 16), WGS, STAGES and QBUF (powers of two), REGS_PRODUCER,
+//   REGS_CONSUMER, and hopper_core.cu's options;
+// - arguments: four tensor maps by value and Params. A map has dims (D, rows, heads, batch), strides of
+//   the same, 16-bit elements, the 128-byte swizzle, 0 where nothing is, and a box of 64 columns and
+//   64 rows for Q and O, BN rows for K and V. Packed sequences: rows of all in one, batch 1, O unused;
+// - threads: 128 (WGS + 1). Grid: Params.tiles, or fewer CTAs (as many as there are processors), each
+//   with a share of the tiles. Params.tiles = tiles_m x batch x heads, tiles_m = ceil(sq / BM);
+// - Params.section: heads that go together. K and V of that many fit well in the L2 cache; 1 where every
+//   row sees every key;
+// - left, right: 2^30 where nothing bounds them. q_off, left and right fit in 31 bits together;
+// - dynamic shared bytes, from 1,024 on: 128 PANELS (QBUF BM + 2 STAGES BN) + 16 QBUF WGS + 16 +
+//   32 STAGES, and with CLASSES 8 + QBUF (12 + 8 WGS + 2 LIST_CAP) more.
+// scripts/gpu-bench has the same in Python, with the tiles that each head dim and its options take.
 
 #define THREADS (128 * (WGS + 1))
+#ifndef QBUF // tiles of Q, so that a CTA with several loads the next one early
+#define QBUF 1
+#endif
 
+// Where one is in a ring of N slots, a power of two.
+template <int N>
 struct Ring {
-    int stage;
-    u32 phase;
-    DEV_MEMBER void next() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
+    u32 at;
+    DEV_MEMBER u32 slot() const { return at % N; }
+    DEV_MEMBER u32 phase() const { return at / N & 1; }
+    DEV_MEMBER void next() { at++; }
 };
 
 #define TILE_BYTES (PANELS * BN * 128)
 #define Q_BYTES (PANELS * BM * 128)
 
 struct Shared {
-    u64 q_full[WGS], q_empty[WGS], verdict;
+    u64 q_full[QBUF * WGS], q_empty[QBUF * WGS], verdict;
     u32 redo; // some weights overflowed
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 #if CLASSES
-    int list_len;
-    u16 list[LIST_CAP]; // tile | 0x8000 if masked
+    u64 listed[QBUF];
+    int list_len[QBUF], list_from[QBUF][WGS], list_to[QBUF][WGS];
+    u16 list[QBUF][LIST_CAP];
 #endif
 };
 
@@ -41,10 +58,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
               const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) u8 raw[];
     const u32 base = smem_u32(raw);
-    const u32 sm_q = base, sm_k = base + Q_BYTES, sm_v = sm_k + STAGES * TILE_BYTES;
-    Shared* sh = (Shared*)(raw + Q_BYTES + 2 * STAGES * TILE_BYTES);
+    const u32 sm_q = base, sm_k = base + QBUF * Q_BYTES, sm_v = sm_k + STAGES * TILE_BYTES;
+    Shared* sh = (Shared*)(raw + QBUF * Q_BYTES + 2 * STAGES * TILE_BYTES);
     const u32 q_full = smem_u32(sh->q_full), q_empty = smem_u32(sh->q_empty);
     const u32 verdict = smem_u32(&sh->verdict);
+#if CLASSES
+    const u32 listed = smem_u32(sh->listed);
+#endif
     const u32 k_full = smem_u32(sh->k_full), k_empty = smem_u32(sh->k_empty);
     const u32 v_full = smem_u32(sh->v_full), v_empty = smem_u32(sh->v_empty);
 
@@ -52,7 +72,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     auto redo = [&]() {
         if (!SPECULATE) return false;
         bar_wait(verdict, 0);
-        return *(volatile u32*)&sh->redo != 0;
+        // One lane's reading, so that the compiler knows that a warp stays together.
+        return __shfl_sync(~0u, *(volatile u32*)&sh->redo, 0) != 0;
+    };
+
+    // A CTA's share of the tiles. Where it has several and keys after a row are hidden, tiles go two by
+    // two, lest shares differ; but for short tiles, of which there are many.
+    const bool paired = RIGHT && !LEFT && D > 64 && gridDim.x < p.tiles;
+    const int indices = paired ? p.tiles / p.tiles_m * ((p.tiles_m + 1) / 2) : p.tiles;
+    auto index_at = [&](int turn) {
+        return (int)(blockIdx.x + (paired ? turn >> 1 : turn) * gridDim.x);
+    };
+    auto tile_at = [&](int turn) {
+        return tile_of(p, index_at(turn), paired ? 1 + (turn & 1) : 0);
     };
 
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -61,10 +93,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         prefetch_map(&map_k);
         prefetch_map(&map_v);
         prefetch_map(&map_o);
-        for (int w = 0; w < WGS; w++) {
+        for (int w = 0; w < QBUF * WGS; w++) {
             bar_init(q_full + 8 * w, 1);
             bar_init(q_empty + 8 * w, 1);
         }
+#if CLASSES
+        for (int b = 0; b < QBUF; b++) bar_init(listed + 8 * b, 1);
+#endif
         bar_init(verdict, WGS);
         sh->redo = 0;
         for (int s = 0; s < STAGES; s++) {
@@ -80,21 +115,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (group == 0) {
         // ---- producer ----
         regs_give<REGS_PRODUCER>();
-        if (threadIdx.x < 32) {
-            const int lane = threadIdx.x;
-            Ring rk = {0, 1}, rv = {0, 1};
-            u32 q_phase = 1;
-            bool careful = false;
-            for (int index = blockIdx.x;; index += gridDim.x) {
-                if (index >= p.tiles) {
-                    if (careful || !redo()) break;
-                    careful = true;
-                    index = blockIdx.x;
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
+        if (warp > CLASSES) return;
+        Ring<QBUF> rq = {QBUF};
+#if CLASSES
+        // The second warp is a tile ahead, with which key tiles there are to do.
+        if (warp == 1) {
+            for (int run = 0; run < (SPECULATE ? 2 : 1); run++) {
+                if (run > 0 && !redo()) break;
+                for (int turn = 0; index_at(turn) < indices; turn++) {
+                    const Tile t = tile_at(turn);
+                    const u32 b = rq.slot();
+                    for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * (b * WGS + w), rq.phase());
+                    const int len = list_tiles(sh->list[b], sh->list_from[b], sh->list_to[b], p, t, lane);
+                    if (lane == 0) sh->list_len[b] = len;
+                    __syncwarp();
+                    if (lane == 0) bar_arrive(listed + 8 * b);
+                    rq.next();
                 }
-                const Tile t = tile_of(p, index);
+            }
+            return;
+        }
+#endif
+        Ring<STAGES> rk = {STAGES}, rv = {STAGES}; // slots are free at first
+        for (int run = 0; run < (SPECULATE ? 2 : 1); run++) {
+            if (run > 0 && !redo()) break;
+            for (int turn = 0; index_at(turn) < indices; turn++) {
+                const Tile t = tile_at(turn);
                 const int kv_head = t.h / p.kv_group;
                 const int kv_batch = VARLEN ? 0 : t.b;
                 int n = t.hi - t.lo;
+#if CLASSES
+                bar_wait(listed + 8 * rq.slot(), rq.phase() ^ 1);
+                n = sh->list_len[rq.slot()];
+#define TILE_AT(i) (sh->list[rq.slot()][i] & 0x3ff)
+#else
+#define TILE_AT(i) (t.hi - 1 - (i))
+#endif
                 auto load = [&](const TensorMap* map, u32 dst, u32 full, int tile) {
                     bar_expect(full, TILE_BYTES);
 #pragma unroll 1
@@ -103,55 +160,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                  kv_head, kv_batch);
                 };
                 auto load_q = [&](int w) {
-                    bar_expect(q_full + 8 * w, PANELS * 8192);
+                    const u32 full = q_full + 8 * (rq.slot() * WGS + w);
+                    bar_wait(q_empty + 8 * (rq.slot() * WGS + w), rq.phase());
+                    bar_expect(full, PANELS * 8192);
 #pragma unroll 1
                     for (int c = 0; c < PANELS; c++)
-                        tma_load(sm_q + c * BM * 128 + w * 8192, &map_q, q_full + 8 * w, c * 64,
-                                 t.q_start + t.m0 + w * 64, t.h, kv_batch);
+                        tma_load(sm_q + rq.slot() * Q_BYTES + c * BM * 128 + w * 8192, &map_q, full,
+                                 c * 64, t.q_start + t.m0 + w * 64, t.h, kv_batch);
                 };
-#if CLASSES
-                for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * w, q_phase);
-                q_phase ^= 1;
-                const int len = list_tiles(sh->list, p, t, lane);
-                if (lane == 0) sh->list_len = len;
-                __syncwarp();
-                n = len;
-#pragma unroll 1
-                for (int w = 0; w < WGS && lane == 0; w++) {
-                    if (n > 0) load_q(w);
-                    else bar_arrive(q_full + 8 * w);
-                }
-#define TILE_AT(i) (sh->list[i] & 0x7fff)
-#else
-#define TILE_AT(i) (t.hi - 1 - (i))
-#endif
                 if (lane == 0) {
                     for (int i = 0; i <= n && n > 0; i++) {
                         if (i < n) {
-                            bar_wait(k_empty + 8 * rk.stage, rk.phase);
-                            load(&map_k, sm_k + rk.stage * TILE_BYTES, k_full + 8 * rk.stage,
+                            bar_wait(k_empty + 8 * rk.slot(), rk.phase());
+                            load(&map_k, sm_k + rk.slot() * TILE_BYTES, k_full + 8 * rk.slot(),
                                  TILE_AT(i));
                             rk.next();
                         }
-#if !CLASSES
                         if (i == 0) {
 #pragma unroll 1
-                            for (int w = 0; w < WGS; w++) {
-                                bar_wait(q_empty + 8 * w, q_phase);
-                                load_q(w);
-                            }
-                            q_phase ^= 1;
+                            for (int w = 0; w < WGS; w++) load_q(w);
                         }
-#endif
                         if (i > 0) {
-                            bar_wait(v_empty + 8 * rv.stage, rv.phase);
-                            load(&map_v, sm_v + rv.stage * TILE_BYTES, v_full + 8 * rv.stage,
+                            bar_wait(v_empty + 8 * rv.slot(), rv.phase());
+                            load(&map_v, sm_v + rv.slot() * TILE_BYTES, v_full + 8 * rv.slot(),
                                  TILE_AT(i - 1));
                             rv.next();
                         }
                     }
+                    // Nothing to do: that too is told.
+                    for (int w = 0; w < WGS && CLASSES && n == 0; w++)
+                        bar_arrive(q_full + 8 * (rq.slot() * WGS + w));
                 }
                 __syncwarp();
+                if (n > 0 || CLASSES) rq.next();
             }
         }
         return;
@@ -163,75 +204,84 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int tid = threadIdx.x - 128 * group;
     const int lane = tid & 31;
     const bool signal = lane == 0;
-    const u32 own_q = sm_q + wg * 64 * 128;
-    const u64 desc_q = smem_desc(own_q, 16);
     const u64 desc_k = smem_desc(sm_k, 16);
     const u64 desc_v = smem_desc(sm_v, BN * 128);
     const int row_in = wg * 64 + (tid >> 5) * 16 + (lane >> 2); // and + 8
     const int col_in = 2 * (lane & 3);
     const float sc = score_unit(p);
-    Ring rk = {0, 0}, rv = {0, 0};
-    u32 q_phase = 0;
-    bool careful = false;
+    Ring<STAGES> rk = {0}, rv = {0};
+    Ring<QBUF> rq = {0};
+    bool storing = false; // O of the tile before may still be read from its buffer
+    auto wait_q = [&]() {
+        bar_wait(q_full + 8 * (rq.slot() * WGS + wg), rq.phase());
+    };
+    auto done_q = [&]() {
+        if (tid == 0) bar_arrive(q_empty + 8 * (rq.slot() * WGS + wg));
+        rq.next();
+    };
+    // With a second buffer nobody waits for the copy of O until the next tile is under way.
+    auto stored = [&]() {
+        if (storing && tid == 0) {
+            tma_store_wait_read();
+            bar_arrive(q_empty + 8 * ((rq.at - 1) % QBUF * WGS + wg));
+        }
+        storing = false;
+    };
     auto done_k = [&]() {
-        if (signal) bar_arrive(k_empty + 8 * rk.stage);
+        if (signal) bar_arrive(k_empty + 8 * rk.slot());
         rk.next();
     };
     auto done_v = [&]() {
-        if (signal) bar_arrive(v_empty + 8 * rv.stage);
+        if (signal) bar_arrive(v_empty + 8 * rv.slot());
         rv.next();
     };
     // Lets `n` tiles pass that none of this group's rows sees.
     auto skip = [&](int n) {
         for (; n > 0; n--) {
-            bar_wait(k_full + 8 * rk.stage, rk.phase);
+            bar_wait(k_full + 8 * rk.slot(), rk.phase());
             done_k();
-            bar_wait(v_full + 8 * rv.stage, rv.phase);
+            bar_wait(v_full + 8 * rv.slot(), rv.phase());
             done_v();
         }
     };
 
-    for (int index = blockIdx.x;; index += gridDim.x) {
-        if (index >= p.tiles) {
-            if (careful) break;
-            named_sync(8 + wg, 128);
-            if (tid == 0) bar_arrive(verdict);
-            if (!redo()) break;
-            careful = true;
-            index = blockIdx.x;
-        }
-        const Tile t = tile_of(p, index);
+    for (int run = 0; run < (SPECULATE ? 2 : 1); run++) {
+    const bool careful = run > 0;
+    if (careful) {
+        named_sync(8 + wg, 128);
+        if (tid == 0) bar_arrive(verdict);
+        if (!redo()) break;
+    }
+    for (int turn = 0; index_at(turn) < indices; turn++) {
+        const Tile t = tile_at(turn);
         int n = t.hi - t.lo;
 #if CLASSES
-        bar_wait(q_full + 8 * wg, q_phase);
-        q_phase ^= 1;
-        n = sh->list_len;
-        int lo = 0, hi = n;
+        wait_q();
+        n = sh->list_len[rq.slot()];
+        // Entries, not tiles; the first is done first.
+        const int lo = sh->list_from[rq.slot()][wg], hi = sh->list_to[rq.slot()][wg];
+        skip(hi > lo ? lo : n);
 #else
         int lo, hi;
         bounds(p, t, t.m0 + wg * 64, 64, lo, hi);
-        if (n > 0) {
-            bar_wait(q_full + 8 * wg, q_phase);
-            q_phase ^= 1;
-            skip(t.hi - max(hi, t.lo));
-        }
+        if (n > 0) wait_q();
+        skip(hi > lo ? t.hi - hi : n);
 #endif
         if (hi <= lo) {
             write_unseen(p, t, t.m0 + wg * 64, 64, tid);
-            if (n > 0) {
-                if (hi > t.lo) skip(hi - t.lo);
-            }
-            if ((n > 0 || CLASSES) && tid == 0) bar_arrive(q_empty + 8 * wg);
+            stored();
+            if (n > 0 || CLASSES) done_q();
             continue;
         }
 
         float o[D / 2];
-        float s[BN / 2];
         u32 pr[BN / 4];
         Soft soft = soft_start();
         const Rows rows = rows_of(p, t, row_in, col_in);
 
-        auto issue_qk = [&](int stage) {
+        const u32 own_q = sm_q + rq.slot() * Q_BYTES + wg * 64 * 128;
+        const u64 desc_q = smem_desc(own_q, 16);
+        auto issue_qk = [&](float (&s)[BN / 2], int stage) {
             const u64 kd = desc_k + (u64)(stage * (TILE_BYTES >> 4));
 #pragma unroll
             for (int k = 0; k < D / 16; k++) {
@@ -247,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 wgmma_rs<D>(o, pr[4 * k], pr[4 * k + 1], pr[4 * k + 2], pr[4 * k + 3],
                             vd + (u64)(k * 128), true);
         };
-        auto pack = [&]() {
+        auto pack = [&](const float (&s)[BN / 2]) {
 #pragma unroll
             for (int c = 0; c < BN / 16; c++) {
 #pragma unroll
@@ -265,64 +315,66 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 o[4 * j + 3] *= soft.alpha[1];
             }
         };
+#pragma unroll
+        for (int j = 0; j < D / 2; j++) o[j] = 0.0f;
 
+        float s[BN / 2];
         // The first tile.
 #if CLASSES
-        int entry = sh->list[0];
-        const int tile0 = entry & 0x7fff;
+        int entry = sh->list[rq.slot()][lo];
+        const int tile0 = entry & 0x3ff;
 #else
         const int tile0 = hi - 1;
 #endif
 #if MASK
         prefetch_mask<BN>(p, t, rows, wg * 64, tile0, tid);
 #endif
-        bar_wait(k_full + 8 * rk.stage, rk.phase);
+        bar_wait(k_full + 8 * rk.slot(), rk.phase());
         wgmma_fence();
-        issue_qk(rk.stage);
+        issue_qk(s, rk.slot());
         wgmma_commit();
         wgmma_wait<0>();
         pin(s);
         done_k();
-#pragma unroll
-        for (int j = 0; j < D / 2; j++) o[j] = 0.0f;
         modify<BN>(s, p, rows, tile0, true);
-        softmax<BN>(s, soft, sc, true);
+        softmax<BN>(s, soft, sc, tile_unit(p, true), true);
         soft.scaled = false;
-        pack();
+        pack(s);
+        stored();
 
         // Issues QK^T of `tile` and PV of the tile before it, and does the softmax of `tile`.
         auto step = [&](int tile, auto masked) {
-            bar_wait(k_full + 8 * rk.stage, rk.phase);
+            bar_wait(k_full + 8 * rk.slot(), rk.phase());
             wgmma_fence();
-            issue_qk(rk.stage);
+            issue_qk(s, rk.slot());
             wgmma_commit();
-            bar_wait(v_full + 8 * rv.stage, rv.phase);
+            bar_wait(v_full + 8 * rv.slot(), rv.phase());
             wgmma_fence();
-            issue_pv(rv.stage);
+            issue_pv(rv.slot());
             wgmma_commit();
 #if MASK
-            if (masked.value) prefetch_mask<BN>(p, t, rows, wg * 64, tile, tid);
+            if (masked) prefetch_mask<BN>(p, t, rows, wg * 64, tile, tid);
 #endif
             wgmma_wait<1>();
             pin(s);
             done_k();
-            modify<BN>(s, p, rows, tile, masked.value);
-            softmax<BN>(s, soft, sc, careful);
+            if (masked) modify<BN>(s, p, rows, tile, true);
+            else modify<BN>(s, p, rows, tile, false);
+            softmax<BN>(s, soft, sc, tile_unit(p, masked), careful);
             pin(s);
             after(soft.l[0] + soft.l[1]);
             wgmma_wait<0>();
             pin(s);
             pin(o);
             done_v();
-            pack();
+            pack(s);
             rescale();
             settle(soft, sc);
         };
 #if CLASSES
-        for (int i = 1; i < n; i++) {
-            entry = sh->list[i];
-            if (entry & 0x8000) step(entry & 0x7fff, Yes());
-            else step(entry, No());
+        for (int i = lo + 1; i < hi; i++) {
+            entry = sh->list[rq.slot()][i];
+            step(entry & 0x3ff, (entry >> (10 + wg) & 1) != 0);
         }
 #elif MASK
         for (int tile = hi - 2; tile >= lo; tile--) step(tile, Yes());
@@ -345,18 +397,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (; tile >= lo; tile--) step(tile, Yes());
 #endif
 #endif
-        bar_wait(v_full + 8 * rv.stage, rv.phase);
+        bar_wait(v_full + 8 * rv.slot(), rv.phase());
         wgmma_fence();
-        issue_pv(rv.stage);
+        issue_pv(rv.slot());
         wgmma_commit();
 
         // Worked out again, lest all of it be kept in registers through the loops.
-        int same = index;
+        int same = turn;
         asm volatile("" : "+r"(same));
-        const Tile e = tile_of(p, same);
+        const Tile e = tile_at(same);
         const Rows ends = rows_of(p, e, row_in, col_in);
         float inv[2];
-        finish(inv, soft, p, e, ends, sc);
+        finish(inv, soft, p, e, ends);
         wgmma_wait<0>();
         pin(o);
         done_v();
@@ -365,10 +417,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             inv[0] *= soft.alpha[0];
             inv[1] *= soft.alpha[1];
         }
-        if (SPECULATE && !careful &&
-            __any_sync(~0u, !(soft.l[0] < 1.0e38f) || !(soft.l[1] < 1.0e38f)) && lane == 0)
-            *(volatile u32*)&sh->redo = 1;
-#if !CLASSES
+        // A predicated store, not a branch: past a branch that ptxas takes to part a warp, it keeps no
+        // descriptor in uniform registers.
+        if (SPECULATE)
+            store_if(!(soft.l[0] < 1.0e38f) || !(soft.l[1] < 1.0e38f), smem_u32(&sh->redo), 1);
+#if CLASSES
+        skip(sh->list_len[rq.slot()] - sh->list_to[rq.slot()][wg]);
+#else
         bounds(p, e, e.m0 + wg * 64, 64, lo, hi);
         skip(lo - e.lo);
 #endif
@@ -376,11 +431,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         // O takes Q's place: every warp of this group has read its rows of Q.
         named_sync(8 + wg, 128);
         {
-            const int r = (tid >> 5) * 16 + (lane & 15); // of the group's 64
+            int me = tid;
+            asm volatile("" : "+r"(me));
+            const int r = (me >> 5) * 16 + (me & 15); // of the group's 64
             const u32 at = own_q + r * 128;
 #pragma unroll
             for (int c = 0; c < D / 16; c++) {
-                const int chunk = (c & 3) * 2 + (lane >> 4);
+                const int chunk = (c & 3) * 2 + ((me >> 4) & 1);
                 stmatrix4(at + (c / 4) * BM * 128 + ((chunk ^ (r & 7)) << 4),
                           pack2(o[8 * c] * inv[0], o[8 * c + 1] * inv[0]),
                           pack2(o[8 * c + 2] * inv[1], o[8 * c + 3] * inv[1]),
@@ -395,11 +452,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const int r = i / (D / 8), c = i % (D / 8);
             if (e.m0 + wg * 64 + r < e.sq)
                 *(uint4*)(o_rows + (i64)(e.m0 + wg * 64 + r) * p.o_strides[2] + c * 8) =
-                    *(const uint4*)(raw + wg * 64 * 128 + (c / 8) * BM * 128 + r * 128 +
+                    *(const uint4*)(raw + rq.slot() * Q_BYTES + wg * 64 * 128 + (c / 8) * BM * 128 + r * 128 +
                                     (((c & 7) ^ (r & 7)) << 4));
         }
         named_sync(8 + wg, 128);
-        if (tid == 0) bar_arrive(q_empty + 8 * wg);
+        done_q();
 #else
         fence_async_smem();
         named_sync(8 + wg, 128);
@@ -409,9 +466,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 for (int c = 0; c < PANELS; c++)
                     tma_store(&map_o, own_q + c * BM * 128, c * 64, e.m0 + wg * 64, e.h, e.b);
             }
-            tma_store_wait_read();
-            bar_arrive(q_empty + 8 * wg);
+            tma_store_commit();
         }
+        storing = true;
+        rq.next();
+        if (QBUF == 1) stored();
 #endif
+    }
+    stored();
     }
 }

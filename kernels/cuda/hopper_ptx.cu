@@ -81,6 +81,13 @@ DEV void named_arrive(u32 id, u32 threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+DEV void store_if(bool condition, u32 at, u32 value) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.shared.u32 [%1], %2;\n}" ::"r"(
+                     (u32)condition),
+                 "r"(at), "r"(value)
+                 : "memory");
+}
+
 // ---- bulk tensor copies --------------------------------------------------------------------
 
 DEV void tma_load(u32 dst, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
@@ -119,8 +126,12 @@ DEV void tma_store(const TensorMap* map, u32 src, int c0, int c1, int c2, int c3
         : "memory");
 }
 
+DEV void tma_store_commit() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
 DEV void tma_store_wait_read() {
-    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 DEV void prefetch_map(const TensorMap* map) {
@@ -148,27 +159,6 @@ DEV float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-// 2^x on the FMA pipe, for x in [-126, 126] (less gives 2^-126): relative error 7.5e-5, for f16
-// 2.6e-6.
-DEV float exp2_poly(float x) {
-    x = fmaxf(x, -126.0f);
-    const float t = x + 12582912.0f;
-    const float f = x - (t - 12582912.0f);
-#if F16
-    float y = 0.00957010f;
-    y = __fmaf_rn(y, f, 0.05591786f);
-    y = __fmaf_rn(y, f, 0.24024745f);
-    y = __fmaf_rn(y, f, 0.69312182f);
-    y = __fmaf_rn(y, f, 0.99999926f);
-#else
-    float y = 0.05517166f;
-    y = __fmaf_rn(y, f, 0.24261113f);
-    y = __fmaf_rn(y, f, 0.69326098f);
-    y = __fmaf_rn(y, f, 0.99992807f);
-#endif
-    return __uint_as_float(__float_as_uint(y) + (__float_as_uint(t) << 23));
 }
 
 DEV float log2_fast(float x) {
