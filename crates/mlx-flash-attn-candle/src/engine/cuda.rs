@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DeviceSlice, SyncOnDrop,
+    CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop,
 };
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::{CudaStorage, DType, Result, Storage};
@@ -47,7 +47,7 @@ impl Cuda {
         })
     }
 
-    fn read<'a, T: CudaDType>(
+    fn read<'a, T: CudaDType + 'a>(
         &'a self,
         storage: &'a CudaStorage,
         start: usize,
@@ -58,7 +58,7 @@ impl Cuda {
         Ok((base + (start * size_of::<T>()) as u64, len, held))
     }
 
-    fn write<'a, T: CudaDType>(
+    fn write<'a, T: CudaDType + 'a>(
         &'a self,
         storage: &'a mut CudaStorage,
     ) -> Result<(u64, usize, SyncOnDrop<'a>)> {
