@@ -70,3 +70,8 @@ pub use runtime::{buffer, device, encoder, registry as kernel_registry};
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 pub struct Readme;
+
+/// The guide's snippets, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/guide.md")]
+pub struct Guide;

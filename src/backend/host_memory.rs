@@ -65,6 +65,37 @@ impl Drop for HostMemory {
     }
 }
 
+/// Memory of the caller's.
+#[derive(Debug)]
+pub(crate) struct CallersMemory {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: who reads and writes the memory, and when, is what `wrap` asks of the caller.
+unsafe impl Send for CallersMemory {}
+// SAFETY: as above; no method reads or writes the memory itself.
+unsafe impl Sync for CallersMemory {}
+
+impl CallersMemory {
+    /// # Safety
+    /// While the result lives, `len` bytes at `base` are the caller's to lend: readable, and writable
+    /// if a command writes them.
+    pub(crate) unsafe fn wrap(base: NonNull<u8>, len: usize) -> Self {
+        Self { base, len }
+    }
+}
+
+impl Memory for CallersMemory {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn host(&self, _access: Access) -> Result<*mut u8> {
+        Ok(self.base.as_ptr())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::{ALIGN, HostMemory};

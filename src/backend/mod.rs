@@ -18,7 +18,7 @@ pub(crate) mod cpu;
 pub(crate) mod cuda;
 #[cfg(feature = "emulator")]
 pub(crate) mod emulator;
-mod host_memory;
+pub(crate) mod host_memory;
 #[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
 pub(crate) mod metal;
 

@@ -12,6 +12,7 @@ pub mod metal;
 pub mod registry;
 
 mod hazards;
+mod host;
 
 #[cfg(test)]
 mod tests;

@@ -322,3 +322,35 @@ fn allocations_that_cannot_be_are_errors() {
             .is_err()
     );
 }
+
+#[test]
+fn wrapped_memory_is_the_callers_own() {
+    let device = device();
+    let mut cells = vec![1_u16; 12];
+    let base = cells.as_mut_ptr();
+    // SAFETY: `cells` outlives what wraps it, and is used again only after the command.
+    let wrap = |base: *mut u16, bytes, dtype, shape| unsafe {
+        device.host_wrap(base.cast(), bytes, dtype, shape)
+    };
+    for (base, bytes, dtype) in [
+        (base, 23, DType::BF16),
+        (std::ptr::null_mut(), 24, DType::BF16),
+        (base.cast::<u8>().wrapping_add(1).cast(), 22, DType::BF16),
+    ] {
+        let refused = wrap(base, bytes, dtype, vec![bytes.div_ceil(2)]);
+        assert!(matches!(refused, Err(MlxError::InvalidArgument(_))));
+    }
+    let whole = wrap(base, 24, DType::BF16, vec![12]).unwrap();
+    let mut encoder = device.command_encoder().unwrap();
+    // Rows of 3 keys, below and above the diagonal, between two cells that stay as they are.
+    fill(&mut encoder, &device, &whole.slice_view(2, 9), 3, 3);
+    encoder.commit_and_wait().unwrap();
+    drop((encoder, whole));
+    let (open, shut) = (0, bf16::NEG_INFINITY.to_bits());
+    assert_eq!(
+        cells,
+        [
+            1, open, shut, shut, open, open, shut, open, open, open, 1, 1
+        ]
+    );
+}

@@ -1,0 +1,198 @@
+//! Checks on the real weights. `scripts/test` fetches them and runs these; without them they are
+//! ignored, not passed. They share the machine and its memory count: `--test-threads 1`.
+#![allow(clippy::unwrap_used)]
+
+use std::fs::File;
+use std::io::BufReader;
+
+use anyhow::Result;
+use candle_core::quantized::gguf_file::Content;
+use candle_core::{Device, Tensor};
+use clap::Parser;
+
+use crate::attention::{Attention, keys_seen};
+use crate::model::{Model, Weights};
+use crate::{Cli, LONG_TEXT, Run, reference, run, tokenizer};
+
+/// The weights' file, and the first `count` tokens of the long text.
+struct World {
+    content: Content,
+    text: Vec<u32>,
+}
+
+impl World {
+    fn open() -> Result<(Self, BufReader<File>)> {
+        let models = std::env::var_os("MLX_FLASH_MODELS").map(std::path::PathBuf::from);
+        let name = "gemma-3-270m-q4_k_m.gguf";
+        let path = crate::common::file(models.as_deref(), "gemma3-270m", name)?;
+        let mut reader = BufReader::new(File::open(path)?);
+        let content = Content::read(&mut reader)?;
+        let text = tokenizer::encode(&tokenizer::from_gguf(&content)?, LONG_TEXT)?;
+        Ok((Self { content, text }, reader))
+    }
+
+    fn weights(&self, reader: BufReader<File>, dequantize: bool) -> Weights<'_, BufReader<File>> {
+        Weights {
+            content: &self.content,
+            reader,
+            device: Device::Cpu,
+            dequantize,
+        }
+    }
+
+    fn tokens(&self, count: usize) -> Vec<u32> {
+        self.text.iter().copied().cycle().take(count).collect()
+    }
+}
+
+/// The largest relative error of a position's logits, and how many positions whose best token leads by
+/// more than 1e-3 have another best one.
+fn compared(model: &Model, got: &Tensor, want: &Tensor) -> Result<(Vec<f32>, usize)> {
+    let positions = want.dim(1)?;
+    let (mut errors, mut other) = (Vec::new(), 0);
+    for at in (0..positions).step_by(60) {
+        let rows = (positions - at).min(60);
+        let logits = |x: &Tensor| -> Result<Vec<Vec<f32>>> {
+            Ok(model
+                .logits(&x.narrow(1, at, rows)?)?
+                .squeeze(0)?
+                .to_vec2()?)
+        };
+        for (got, want) in logits(got)?.iter().zip(&logits(want)?) {
+            let off: f64 = got
+                .iter()
+                .zip(want)
+                .map(|(a, b)| f64::from(a - b).powi(2))
+                .sum();
+            let all: f64 = want.iter().map(|b| f64::from(*b).powi(2)).sum();
+            errors.push((off / all).sqrt() as f32);
+            let mut order: Vec<usize> = (0..want.len()).collect();
+            order.select_nth_unstable_by(1, |a, b| want[*b].total_cmp(&want[*a]));
+            let (first, second) = (order[0], order[1]);
+            let best = (0..got.len())
+                .max_by(|a, b| got[*a].total_cmp(&got[*b]))
+                .unwrap();
+            other += usize::from(want[first] - want[second] > 1e-3 && best != first);
+        }
+    }
+    Ok((errors, other))
+}
+
+fn largest(errors: &[f32]) -> f32 {
+    errors.iter().copied().fold(0.0, f32::max)
+}
+
+#[test]
+fn a_token_sees_exactly_the_window() {
+    for (window, rows) in [(512, 600), (512, 513), (512, 512), (7, 30)] {
+        let seen = |whose| keys_seen(whose, rows, window, &Device::Cpu).unwrap();
+        assert_eq!(seen(Attention::Ours), window);
+        // What candle's model does: one more, where there is one.
+        assert_eq!(seen(Attention::Candle), rows.min(window + 1));
+    }
+}
+
+#[test]
+#[ignore = "needs the weights: scripts/fetch-models gemma3-270m"]
+fn the_tokenizer_is_gemmas() {
+    let (world, _) = World::open().unwrap();
+    let tokenizer = tokenizer::from_gguf(&world.content).unwrap();
+    let ids = tokenizer::encode(&tokenizer, "The capital of France is").unwrap();
+    assert_eq!(ids, [2, 818, 5279, 529, 7001, 563]);
+    let text = "Two  spaces,\n\nnew lines, \u{e9}t\u{e9}, \u{1f980} and <b>tags</b>.";
+    let ids = tokenizer::encode(&tokenizer, text).unwrap();
+    assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
+}
+
+#[test]
+#[ignore = "needs the weights: scripts/fetch-models gemma3-270m"]
+fn logits_are_the_references_in_one_piece_and_in_chunks() {
+    let (world, reader) = World::open().unwrap();
+    let mut weights = world.weights(reader, true);
+    let tokens = world.tokens(1200);
+    let want = reference::hidden(&mut weights, &tokens).unwrap();
+    let mut model = Model::new(&mut weights, Attention::Ours, tokens.len()).unwrap();
+    for chunk in [1200, 100] {
+        model.reset();
+        let parts = tokens
+            .chunks(chunk)
+            .map(|chunk| model.forward(chunk).unwrap());
+        let got = Tensor::cat(&parts.collect::<Vec<_>>(), 1).unwrap();
+        let (errors, other) = compared(&model, &got, &want).unwrap();
+        println!(
+            "chunks of {chunk}: relative error {:.2e}, {other} other best tokens",
+            largest(&errors)
+        );
+        assert!(
+            largest(&errors) < 1e-2,
+            "chunks of {chunk}: {}",
+            largest(&errors)
+        );
+        assert_eq!(other, 0, "chunks of {chunk}");
+    }
+    // The check tells a window that is one key too long.
+    model.reset();
+    model.attention = Attention::Candle;
+    let got = model.forward(&tokens).unwrap();
+    let (errors, _) = compared(&model, &got, &want).unwrap();
+    let (within, past) = errors.split_at(512);
+    println!(
+        "candle's mask: {:.2e} up to 512 tokens, {:.2e} after",
+        largest(within),
+        largest(past)
+    );
+    assert!(largest(within) < 1e-2 && largest(past) > 1e-2);
+}
+
+fn runs<const N: usize>(
+    world: &World,
+    weights: &mut Weights<'_, BufReader<File>>,
+    (prompt, generate): (usize, usize),
+    order: [Attention; N],
+) -> [Run; N] {
+    let generate = generate.to_string();
+    let cli = Cli::parse_from(["gemma3", "--json", "--generate", &generate]);
+    let tokens = world.tokens(prompt);
+    let mut model = Model::new(weights, Attention::Ours, prompt + cli.generate).unwrap();
+    order.map(|whose| run(&cli, &mut model, whose, &tokens, |_| Ok(())).unwrap())
+}
+
+#[test]
+#[ignore = "needs the weights: scripts/fetch-models gemma3-270m"]
+fn forty_tokens_are_the_same_as_with_candles_attention() {
+    let (world, reader) = World::open().unwrap();
+    let mut weights = world.weights(reader, false);
+    // Up to the edge of the window candle's mask is right.
+    let both = [Attention::Candle, Attention::Ours];
+    let [candle, ours] = runs(&world, &mut weights, (470, 40), both);
+    assert_eq!(ours.generated.len(), 40);
+    assert_eq!(ours.generated, candle.generated);
+}
+
+#[test]
+#[ignore = "needs the weights: scripts/fetch-models gemma3-270m"]
+fn a_long_prompt_takes_less_time_and_memory() {
+    let (world, reader) = World::open().unwrap();
+    let mut weights = world.weights(reader, true);
+    let [short] = runs(&world, &mut weights, (2048, 1), [Attention::Ours]);
+    let both = [Attention::Candle, Attention::Ours];
+    let [candle, ours] = runs(&world, &mut weights, (4096, 1), both);
+    let seconds = |run: &Run| run.clock.attention.as_secs_f64();
+    println!(
+        "4,096 tokens, attention: candle {:.2} s (masks {:.2} s), ours {:.2} s; \
+         peak: candle {} MB, ours {} MB (2,048 tokens: {} MB)",
+        seconds(&candle),
+        candle.clock.masks.as_secs_f64(),
+        seconds(&ours),
+        candle.peak >> 20,
+        ours.peak >> 20,
+        short.peak >> 20
+    );
+    // Without its masks too.
+    assert!(seconds(&candle) - candle.clock.masks.as_secs_f64() > 3.0 * seconds(&ours));
+    assert!(ours.peak < candle.peak);
+    assert!(
+        ours.peak as f64 / (short.peak as f64) < 2.2,
+        "memory grows with more than the tokens"
+    );
+}

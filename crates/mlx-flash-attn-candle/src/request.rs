@@ -1,0 +1,297 @@
+//! From tensors and options to a checked problem over tensors that the kernels can read in place.
+
+use candle_core::{DType, Error, Result, Shape, Tensor};
+use mlx_flash_attn::attention::{self as core, Layout, MaskSpec, Problem, ProblemBuilder, Role};
+
+use crate::Options;
+
+/// Cumulative lengths of packed queries and keys.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Packed<'a> {
+    pub(crate) cu_seqlens_q: &'a [u32],
+    pub(crate) cu_seqlens_k: &'a [u32],
+}
+
+/// A checked problem with the tensors it is about.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) problem: Problem,
+    pub(crate) q: Tensor,
+    pub(crate) k: Tensor,
+    pub(crate) v: Tensor,
+    pub(crate) mask: Option<Tensor>,
+    pub(crate) sinks: Option<Tensor>,
+    pub(crate) alibi_slopes: Option<Tensor>,
+    /// Shape of the output: Q's.
+    pub(crate) shape: Shape,
+    /// Shape of the log-sum-exp: `[B, H, qL]`, packed `[H, total_q]`.
+    pub(crate) lse_shape: Shape,
+}
+
+/// The sizes of Q or of K and V, with their strides.
+struct Operand {
+    batch: usize,
+    heads: usize,
+    len: usize,
+    dim: usize,
+    strides: core::Strides,
+}
+
+pub(crate) fn refused(
+    operand: &str,
+    expected: impl std::fmt::Display,
+    got: impl std::fmt::Debug,
+) -> Error {
+    Error::msg(format!(
+        "attention: {operand}: expected {expected}, got {got:?}"
+    ))
+}
+
+pub(crate) fn failed(error: mlx_flash_attn::MlxError) -> Error {
+    Error::msg(format!("attention: {error}"))
+}
+
+pub(crate) fn dtype_of(operand: &str, dtype: DType) -> Result<mlx_flash_attn::DType> {
+    match dtype {
+        DType::F32 => Ok(mlx_flash_attn::DType::F32),
+        DType::F16 => Ok(mlx_flash_attn::DType::F16),
+        DType::BF16 => Ok(mlx_flash_attn::DType::BF16),
+        DType::U8 => Ok(mlx_flash_attn::DType::U8),
+        other => Err(refused(operand, "dtype bf16, f16 or f32", other)),
+    }
+}
+
+/// The tensor itself where its rows are contiguous, else a copy.
+fn readable(x: &Tensor) -> Result<Tensor> {
+    match (x.stride().last(), x.dims().last()) {
+        (Some(1), _) | (_, Some(1)) => Ok(x.clone()),
+        _ => x.contiguous(),
+    }
+}
+
+impl Operand {
+    fn new(name: &str, x: &Tensor, layout: Layout, packed: bool) -> Result<Self> {
+        let (dims, strides) = (x.dims(), x.stride());
+        match (dims, strides, packed) {
+            (&[len, heads, dim], &[seq, head, _], true) => Ok(Self {
+                batch: 1,
+                heads,
+                len,
+                dim,
+                strides: core::Strides {
+                    batch: 0,
+                    head,
+                    seq,
+                },
+            }),
+            (_, _, true) => Err(refused(name, "the shape [rows, heads, head_dim]", dims)),
+            (&[batch, a, b, dim], &[sb, sa, ss, _], false) => {
+                let ((heads, len), (head, seq)) = match layout {
+                    Layout::HeadMajor => ((a, b), (sa, ss)),
+                    Layout::SeqMajor => ((b, a), (ss, sa)),
+                };
+                Ok(Self {
+                    batch,
+                    heads,
+                    len,
+                    dim,
+                    strides: core::Strides {
+                        batch: sb,
+                        head,
+                        seq,
+                    },
+                })
+            }
+            _ => {
+                let order = match layout {
+                    Layout::HeadMajor => "[batch, heads, len, head_dim]",
+                    Layout::SeqMajor => "[batch, len, heads, head_dim]",
+                };
+                Err(refused(name, format!("the shape {order}"), dims))
+            }
+        }
+    }
+}
+
+impl Request {
+    pub(crate) fn new(
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        options: &Options,
+        packed: Option<Packed<'_>>,
+        lse: bool,
+    ) -> Result<Self> {
+        let (q, k, v) = (readable(q)?, readable(k)?, readable(v)?);
+        let layout = options.layout;
+        let operand = |name, x: &Tensor| Operand::new(name, x, layout, packed.is_some());
+        let (oq, ok, ov) = (operand("q", &q)?, operand("k", &k)?, operand("v", &v)?);
+        if k.dims() != v.dims() || k.dtype() != v.dtype() {
+            let expected = format!("{:?} of {:?} as k", k.dims(), k.dtype());
+            return Err(refused("v", expected, (v.dims(), v.dtype())));
+        }
+        if (ok.batch, ok.dim) != (oq.batch, oq.dim) {
+            let expected = format!("batch {} and head dim {} as in q", oq.batch, oq.dim);
+            return Err(refused("k", expected, k.dims()));
+        }
+        for (name, x) in [("k", Some(&k)), ("v", Some(&v))].into_iter().chain([
+            ("mask", options.mask.as_ref()),
+            ("sinks", options.sinks.as_ref()),
+            ("alibi_slopes", options.alibi_slopes.as_ref()),
+        ]) {
+            if let Some(x) = x.filter(|x| !x.device().same_device(q.device())) {
+                let expected = format!("a tensor on {:?} as q", q.device().location());
+                return Err(refused(name, expected, x.device().location()));
+            }
+        }
+
+        let dtype = dtype_of("q", q.dtype())?;
+        let mut builder = match packed {
+            None => {
+                let shape = core::Shape {
+                    batch: oq.batch,
+                    heads: oq.heads,
+                    kv_heads: ok.heads,
+                    query_len: oq.len,
+                    key_len: ok.len,
+                    head_dim: oq.dim,
+                };
+                Problem::builder(dtype, shape).layout(layout)
+            }
+            Some(p) => {
+                check_total("q", p.cu_seqlens_q, oq.len)?;
+                check_total("k", p.cu_seqlens_k, ok.len)?;
+                Problem::varlen(
+                    dtype,
+                    oq.heads,
+                    ok.heads,
+                    oq.dim,
+                    p.cu_seqlens_q,
+                    p.cu_seqlens_k,
+                )
+            }
+        };
+        builder = builder
+            .kv_dtype(dtype_of("k", k.dtype())?)
+            .strides(Role::Query, oq.strides)
+            .strides(Role::Key, ok.strides)
+            .strides(Role::Value, ov.strides)
+            .causal(options.causal)
+            .query_offset(options.offset)
+            .sinks(options.sinks.is_some())
+            .alibi(options.alibi_slopes.is_some())
+            .lse(lse);
+        builder = with_bounds(builder, options)?;
+
+        let mask = match &options.mask {
+            None => None,
+            Some(mask) => {
+                let (mask, spec) = match packed {
+                    None => visible(mask, &[oq.batch, oq.heads, oq.len, ok.len])?,
+                    Some(p) => {
+                        let longest = p.cu_seqlens_k.windows(2).map(|w| w[1].saturating_sub(w[0]));
+                        let longest = longest.max().unwrap_or(0) as usize;
+                        visible(mask, &[1, oq.heads, oq.len, longest])?
+                    }
+                };
+                builder = builder.mask(spec);
+                Some(mask)
+            }
+        };
+        let lse_shape = match packed {
+            None => Shape::from((oq.batch, oq.heads, oq.len)),
+            Some(_) => Shape::from((oq.heads, oq.len)),
+        };
+        Ok(Self {
+            problem: builder.build().map_err(failed)?,
+            mask,
+            sinks: per_head("sinks", options.sinks.as_ref(), oq.heads)?,
+            alibi_slopes: per_head("alibi_slopes", options.alibi_slopes.as_ref(), oq.heads)?,
+            shape: q.shape().clone(),
+            lse_shape,
+            q,
+            k,
+            v,
+        })
+    }
+}
+
+fn with_bounds(mut builder: ProblemBuilder, options: &Options) -> Result<ProblemBuilder> {
+    let keys = |name, n: usize| u32::try_from(n).map_err(|_| refused(name, "a 32-bit count", n));
+    if let Some(scale) = options.scale {
+        builder = builder.scale(scale);
+    }
+    if let Some(cap) = options.softcap {
+        builder = builder.softcap(cap);
+    }
+    if let Some(n) = options.window {
+        builder = builder.window(keys("window", n)?);
+    }
+    if let Some(n) = options.window_right {
+        builder = builder.window_right(keys("window_right", n)?);
+    }
+    Ok(builder)
+}
+
+/// The last boundary is the number of rows; what else boundaries must be is checked with the problem.
+fn check_total(name: &str, boundaries: &[u32], rows: usize) -> Result<()> {
+    match boundaries.last() {
+        Some(last) if *last as usize == rows => Ok(()),
+        last => {
+            let operand = format!("cu_seqlens_{name}");
+            let expected = format!("a last boundary of {rows}, the rows of {name}");
+            Err(refused(&operand, expected, last))
+        }
+    }
+}
+
+/// The mask as the kernels read it, broadcast over `full` = `[B, H, qL, kL]` by its strides.
+fn visible(mask: &Tensor, full: &[usize; 4]) -> Result<(Tensor, MaskSpec)> {
+    let wrong = |_| {
+        refused(
+            "mask",
+            format!("a shape that broadcasts to {full:?}"),
+            mask.dims(),
+        )
+    };
+    let mut mask = match mask.dtype() {
+        DType::BF16 | DType::F16 | DType::F32 | DType::U8 => mask.clone(),
+        DType::F64 => mask.to_dtype(DType::F32)?,
+        DType::U32 | DType::I16 | DType::I32 | DType::I64 => mask.ne(0_f64)?,
+        other => {
+            let expected = "floats (added) or integers (nonzero attends)";
+            return Err(refused("mask", expected, other));
+        }
+    };
+    let spread = mask.broadcast_as(full).map_err(wrong)?;
+    if full[3] != 1 && spread.stride()[3] != 1 {
+        // Rows of their own, but as few of them as the mask has.
+        let mut dims = mask.dims().to_vec();
+        match dims.last_mut() {
+            Some(keys) => *keys = full[3],
+            None => dims.push(full[3]),
+        }
+        mask = mask.broadcast_as(dims)?.contiguous()?;
+    }
+    let spread = mask.broadcast_as(full).map_err(wrong)?;
+    let stride = spread.stride();
+    let spec = MaskSpec {
+        dtype: dtype_of("mask", mask.dtype())?,
+        batch_stride: stride[0],
+        head_stride: stride[1],
+        row_stride: stride[2],
+    };
+    Ok((spread, spec))
+}
+
+/// One f32 for each head.
+fn per_head(name: &str, x: Option<&Tensor>, heads: usize) -> Result<Option<Tensor>> {
+    let Some(x) = x else { return Ok(None) };
+    if x.dims() != [heads] {
+        return Err(refused(name, format!("the shape [{heads}]"), x.dims()));
+    }
+    if !x.dtype().is_float() {
+        return Err(refused(name, "a float dtype", x.dtype()));
+    }
+    x.to_dtype(DType::F32)?.contiguous().map(Some)
+}
