@@ -55,11 +55,19 @@ unsafe impl Send for Context {}
 // SAFETY: as above; the driver locks what it must.
 unsafe impl Sync for Context {}
 
+/// Whether this machine has NVIDIA's driver. cudarc cannot be asked: its answer is there only where
+/// it loads the driver itself, and not where another crate of the program has it linked.
+fn driver_is_there() -> bool {
+    ["libcuda.so.1", "libcuda.so", "nvcuda.dll"]
+        .into_iter()
+        // SAFETY: loads NVIDIA's driver library by its name, and nothing else.
+        .any(|name| unsafe { libloading::Library::new(name) }.is_ok())
+}
+
 impl Context {
     /// The GPU of this number.
     pub(super) fn open(ordinal: usize) -> Result<Arc<Self>> {
-        // SAFETY: loads NVIDIA's driver library by its name, and nothing else.
-        if !unsafe { sys::is_culib_present() } {
+        if !driver_is_there() {
             return Err(unavailable(
                 "there is no NVIDIA driver (libcuda) on this machine",
             ));
