@@ -1,0 +1,340 @@
+//! What only the CUDA device has: an engine's own memory and stream, host views that follow the
+//! device, splits of the keys, kernels compiled ahead. Without a GPU each test says that it is
+//! skipped, but for those that need none.
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
+
+mod common;
+
+use std::ffi::c_void;
+
+use common::{Qkv, attend, bytes, download, output, shape, upload};
+use cudarc::driver::result;
+use mlx_flash_attn::attention::tolerance::relative_bound;
+use mlx_flash_attn::attention::{Problem, QueryOffset, Shape};
+use mlx_flash_attn::encoder::CommandEncoder;
+use mlx_flash_attn::ops::{self, Operands};
+use mlx_flash_attn::{
+    CpuOptions, DType, DeviceKind, KernelRegistry, MlxBuffer, MlxDevice, MlxError,
+};
+
+const BF16: DType = DType::BF16;
+
+fn cuda() -> Option<MlxDevice> {
+    MlxDevice::open(DeviceKind::Cuda)
+        .inspect_err(|error| eprintln!("SKIPPED: {error}"))
+        .ok()
+}
+
+fn record(encoder: &mut CommandEncoder, device: &MlxDevice, problem: &Problem, b: &[MlxBuffer; 4]) {
+    let [q, k, v, out] = b;
+    let mut registry = KernelRegistry::new();
+    let operands = Operands::new(q, k, v, out);
+    ops::attention(encoder, device, &mut registry, problem, &operands).unwrap();
+}
+
+/// Relative Frobenius distance.
+fn distance(got: &[f32], want: &[f32]) -> f64 {
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let off: f64 = got.iter().zip(want).map(|(a, b)| square(a - b)).sum();
+    let norm: f64 = want.iter().map(|x| square(*x)).sum();
+    assert_eq!(got.len(), want.len());
+    (off / norm).sqrt()
+}
+
+#[test]
+fn a_device_that_is_not_there_says_why() {
+    match MlxDevice::open(DeviceKind::Cuda) {
+        Ok(device) => assert_eq!(device.kind(), DeviceKind::Cuda),
+        Err(MlxError::DeviceUnavailable { device, reason }) => {
+            assert_eq!(device, "cuda");
+            assert!(reason.len() > 20, "{reason}");
+        }
+        Err(other) => panic!("{other}"),
+    }
+    let far = MlxDevice::cuda(1_000_000).unwrap_err();
+    assert!(matches!(far, MlxError::DeviceUnavailable { .. }), "{far}");
+    // Other devices take no CUDA objects.
+    let cpu = MlxDevice::cpu(CpuOptions::default()).unwrap();
+    // SAFETY: refused before the address is looked at.
+    let wrapped = unsafe { cpu.cuda_wrap(256, 4, DType::F32, vec![1]) };
+    assert!(matches!(wrapped, Err(MlxError::InvalidArgument(_))));
+    let mut encoder = cpu.command_encoder().unwrap();
+    // SAFETY: refused before the stream is looked at.
+    let encoded = unsafe { encoder.encode_into_stream(std::ptr::null_mut()) };
+    assert!(matches!(encoded, Err(MlxError::InvalidArgument(_))));
+    assert!(cpu.cuda_warm_up(&[]).is_err());
+}
+
+#[test]
+fn memory_that_is_not_there_is_an_error_and_the_device_goes_on() {
+    let Some(device) = cuda() else { return };
+    let bytes = 1usize << 45;
+    let error = device
+        .alloc_buffer(bytes, DType::U8, vec![bytes])
+        .unwrap_err();
+    assert_eq!(error, MlxError::BufferAllocationError { bytes });
+    let buffer = device.alloc_buffer(4096, DType::U8, vec![4096]).unwrap();
+    assert!(buffer.as_slice::<u8>().unwrap().iter().all(|x| *x == 0));
+}
+
+#[test]
+fn host_views_follow_the_device_and_the_device_follows_them() {
+    let Some(device) = cuda() else { return };
+    let data = Qkv::new(1, BF16, shape([1, 2, 1], (33, 70), 64));
+    let problem = data.builder().build().unwrap();
+    let [q, k, mut v, mut out] = data.buffers(&device);
+    attend(&device, &problem, &Operands::new(&q, &k, &v, &out));
+    let first = bytes(&out);
+    // What the host writes over an output is there, until the device writes it again.
+    out.as_mut_slice::<u8>().unwrap().fill(7);
+    assert!(bytes(&out).iter().all(|x| *x == 7));
+    attend(&device, &problem, &Operands::new(&q, &k, &v, &out));
+    assert_eq!(bytes(&out), first);
+    // Twice the values give twice the output, exactly.
+    let doubled: Vec<f32> = data.v.iter().map(|x| 2.0 * x).collect();
+    v = upload(&device, &doubled, BF16, &[doubled.len()]);
+    attend(&device, &problem, &Operands::new(&q, &k, &v, &out));
+    let once = download(&upload_bytes(&device, &first));
+    assert!(download(&out).iter().zip(once).all(|(a, b)| *a == 2.0 * b));
+    // The seed's callers write through the address.
+    let at = out.contents_ptr().cast::<u8>();
+    // SAFETY: the buffer has more than one byte, and no command uses it.
+    unsafe { at.write(0x55) };
+    assert_eq!(bytes(&out)[0], 0x55);
+}
+
+fn upload_bytes(device: &MlxDevice, bytes: &[u8]) -> MlxBuffer {
+    device
+        .buffer_from_slice(
+            bytemuck::cast_slice::<u8, u16>(bytes),
+            BF16,
+            vec![bytes.len() / 2],
+        )
+        .unwrap()
+}
+
+#[test]
+fn the_same_bits_each_time_with_and_without_splits() {
+    let Some(device) = cuda() else { return };
+    for (dtype, ql, kl, dim) in [
+        (BF16, 1, 9_001, 128),
+        (DType::F16, 3, 5_000, 256),
+        (BF16, 2, 3_000, 512),
+        (DType::F32, 1, 4_097, 64),
+        (BF16, 700, 700, 128),
+    ] {
+        let data = Qkv::new(2, dtype, shape([1, 4, 2], (ql, kl), dim));
+        let problem = data
+            .builder()
+            .causal(true)
+            .query_offset(QueryOffset::BottomRight);
+        let problem = problem.build().unwrap();
+        let (first, got) = data.run(&device, &problem);
+        for _ in 0..5 {
+            assert_eq!(
+                data.run(&device, &problem).0,
+                first,
+                "{dtype} {ql} {kl} {dim}"
+            );
+        }
+        let cpu = MlxDevice::cpu(CpuOptions::default()).unwrap();
+        let (_, want) = data.run(&cpu, &problem);
+        let off = distance(&got, &want);
+        assert!(
+            off < 2.0 * relative_bound(dtype),
+            "{dtype} {ql} {kl} {dim}: {off}"
+        );
+    }
+}
+
+#[test]
+fn few_queries_over_many_keys_keep_sinks_masks_and_the_log_sum_exp() {
+    let Some(device) = cuda() else { return };
+    let cpu = MlxDevice::cpu(CpuOptions::default()).unwrap();
+    let s = shape([2, 4, 2], (2, 6_000), 128);
+    let data = Qkv::new(3, BF16, s);
+    let problem = data
+        .builder()
+        .softcap(5.0)
+        .sinks(true)
+        .lse(true)
+        .alibi(true);
+    let problem = problem
+        .window(4_000)
+        .query_offset(QueryOffset::BottomRight)
+        .causal(true);
+    let problem = problem.build().unwrap();
+    let run = |device: &MlxDevice| {
+        let [q, k, v, out] = data.buffers(device);
+        let sinks = upload(device, &[0.5, -1.0, 2.0, 0.0], DType::F32, &[4]);
+        let slopes = upload(device, &[0.01, 0.001, 0.0, 0.1], DType::F32, &[4]);
+        let lse = output(device, 2 * 4 * 2, DType::F32);
+        let operands = Operands {
+            sinks: Some(&sinks),
+            alibi_slopes: Some(&slopes),
+            lse: Some(&lse),
+            ..Operands::new(&q, &k, &v, &out)
+        };
+        attend(device, &problem, &operands);
+        (download(&out), download(&lse))
+    };
+    let ((got, got_lse), (want, want_lse)) = (run(&device), run(&cpu));
+    assert!(distance(&got, &want) < 2.0 * relative_bound(BF16));
+    assert!(distance(&got_lse, &want_lse) < 1e-5);
+}
+
+#[test]
+fn a_head_of_131072_tokens_runs() {
+    let Some(device) = cuda() else { return };
+    let n = 131_072;
+    let data = Qkv::new(4, BF16, shape([1, 1, 1], (n, n), 64));
+    let (_, got) = data.run(&device, &data.builder().causal(true).build().unwrap());
+    // The last rows alone, on the CPU.
+    let (rows, from) = (64, (n - 64) * 64);
+    let last = Qkv {
+        shape: Shape {
+            query_len: rows,
+            ..data.shape
+        },
+        q: data.q[from..].to_vec(),
+        k: data.k.clone(),
+        v: data.v.clone(),
+        dtype: BF16,
+    };
+    let cpu = MlxDevice::cpu(CpuOptions::default()).unwrap();
+    let problem = last
+        .builder()
+        .causal(true)
+        .query_offset(QueryOffset::BottomRight);
+    let (_, want) = last.run(&cpu, &problem.build().unwrap());
+    assert!(distance(&got[from..], &want) < 2.0 * relative_bound(BF16));
+    // Row 0 sees key 0 alone.
+    assert_eq!(got[..64], data.v[..64]);
+}
+
+#[test]
+fn a_callers_stream_and_memory_give_the_same_bits() {
+    let Some(device) = cuda() else { return };
+    let data = Qkv::new(5, BF16, shape([2, 4, 2], (100, 130), 128));
+    let problem = data.builder().causal(true).build().unwrap();
+    let (want, _) = data.run(&device, &problem);
+
+    // SAFETY: the device is open, so the driver is there; the context is the primary one.
+    let (context, stream) = unsafe {
+        let gpu = result::device::get(0).unwrap();
+        let context = result::primary_ctx::retain(gpu).unwrap();
+        result::ctx::set_current(context).unwrap();
+        (
+            context,
+            result::stream::create(result::stream::StreamKind::NonBlocking).unwrap(),
+        )
+    };
+    assert!(!context.is_null());
+    let mut own = Vec::new();
+    let mut wrap = |values: &[f32]| {
+        let host = common::to_bytes(values, BF16);
+        // SAFETY: freed below, after the last use; the copy has as many bytes.
+        unsafe {
+            let at = result::malloc_sync(host.len()).unwrap();
+            result::memcpy_htod_sync(at, &host).unwrap();
+            own.push(at);
+            device
+                .cuda_wrap(at, host.len(), BF16, vec![values.len()])
+                .unwrap()
+        }
+    };
+    let out = vec![f32::NAN; data.q.len()];
+    let buffers = [wrap(&data.q), wrap(&data.k), wrap(&data.v), wrap(&out)];
+    let mut encoder = device.command_encoder().unwrap();
+    for raw in [stream.cast::<c_void>(), std::ptr::null_mut()] {
+        record(&mut encoder, &device, &problem, &buffers);
+        // SAFETY: the stream is the primary context's, and destroyed below.
+        let in_flight = unsafe { encoder.encode_into_stream(raw) }.unwrap();
+        assert!(buffers[3].as_slice::<u8>().is_err(), "it has not finished");
+        in_flight.wait().unwrap();
+        drop(in_flight);
+        assert_eq!(bytes(&buffers[3]), want);
+    }
+    // What others write to the caller's memory is seen.
+    // SAFETY: the memory has as many bytes; nothing runs.
+    unsafe { result::memset_d8_sync(own[3], 0, want.len()).unwrap() };
+    assert!(bytes(&buffers[3]).iter().all(|x| *x == 0));
+    // Commands of the device's own come after those on the stream, and the other way round.
+    record(&mut encoder, &device, &problem, &buffers);
+    // SAFETY: as above.
+    let in_flight = unsafe { encoder.encode_into_stream(stream.cast()) }.unwrap();
+    let second = output(&device, data.q.len(), BF16);
+    let [_, k, v, out] = buffers.clone();
+    record(
+        &mut encoder,
+        &device,
+        &problem,
+        &[out, k, v, second.clone()],
+    );
+    encoder.commit_and_wait().unwrap();
+    drop(in_flight);
+    let [_, k, v, out] = &buffers;
+    let third = output(&device, data.q.len(), BF16);
+    attend(&device, &problem, &Operands::new(out, k, v, &third));
+    assert_eq!(bytes(&second), bytes(&third));
+
+    drop(buffers);
+    // SAFETY: made above, used no more.
+    unsafe {
+        result::stream::destroy(stream).unwrap();
+        own.into_iter()
+            .for_each(|at| result::free_sync(at).unwrap());
+        result::primary_ctx::release(result::device::get(0).unwrap()).unwrap();
+    }
+}
+
+#[test]
+fn kernels_compiled_ahead_are_not_compiled_again_and_timing_is_the_gpus() {
+    let Some(device) = cuda() else { return };
+    let data = Qkv::new(6, DType::F16, shape([1, 8, 8], (2_048, 2_048), 96));
+    let problem = data.builder().build().unwrap();
+    device.cuda_warm_up([&problem, &problem]).unwrap();
+    let buffers = data.buffers(&device);
+    let mut encoder = device.command_encoder().unwrap();
+    let mut last = 0.0;
+    for _ in 0..3 {
+        record(&mut encoder, &device, &problem, &buffers);
+        let (start, end) = encoder.commit_wait_with_gpu_time().unwrap();
+        assert!(
+            start >= last && end > start && end - start < 0.1,
+            "{start} {end}"
+        );
+        last = end;
+    }
+}
+
+#[test]
+fn many_threads_share_a_device() {
+    let Some(device) = cuda() else { return };
+    let data = Qkv::new(7, BF16, shape([1, 2, 2], (64, 64), 64));
+    let problem = data.builder().build().unwrap();
+    let (want, _) = data.run(&device, &problem);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..10 {
+                    assert_eq!(data.run(&device, &problem).0, want);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn other_texts_are_refused() {
+    let Some(device) = cuda() else { return };
+    let mut registry = KernelRegistry::new();
+    registry.register_source("theirs", "__global__ void theirs() {}");
+    let error = registry
+        .get_pipeline("theirs", device.metal_device())
+        .unwrap_err();
+    assert!(
+        matches!(error, MlxError::ShaderCompilationError { .. }),
+        "{error}"
+    );
+}
