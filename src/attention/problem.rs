@@ -49,9 +49,9 @@ pub struct Sequence {
     /// Which of its keys each row sees.
     pub visibility: Visibility,
     /// Batch index that strides apply to (0 when packed).
-    batch: usize,
+    pub(crate) batch: usize,
     /// First row among the packed queries (0 when not packed).
-    q_start: usize,
+    pub(crate) q_start: usize,
     /// First row among the packed keys (0 when not packed).
     k_start: usize,
 }

@@ -10,7 +10,7 @@ use crate::backend::checked::{Classes, Fill};
 use crate::error::Result;
 
 /// Writes 0 where a key is visible and `-inf` where it is not.
-pub(crate) fn fill(_cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
+pub(crate) fn fill(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
     let Fill { params: p, mask } = Fill::read(dispatch)?;
     // SAFETY: the CPU's memory is this process's own; written operands overlap nothing else, and
     // nobody else uses them while the dispatch runs.
@@ -22,16 +22,17 @@ pub(crate) fn fill(_cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
         window: (p.window != 0).then_some(p.window),
         window_right: None,
     };
-    mask.par_chunks_mut(keys).enumerate().for_each(|(q, row)| {
+    let fill = |(q, row): (usize, &mut [bf16])| {
         let visible = visibility.keys(q as i64, keys);
         row.fill(bf16::NEG_INFINITY);
         row[visible].fill(bf16::ZERO);
-    });
+    };
+    cpu.install(|| mask.par_chunks_mut(keys).enumerate().for_each(fill));
     Ok(())
 }
 
 /// Writes the class of every tile of a mask.
-pub(crate) fn classify(_cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
+pub(crate) fn classify(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
     let Classes {
         params: p,
         tile,
@@ -44,16 +45,20 @@ pub(crate) fn classify(_cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
     let (mask, classes) = unsafe { (mask.slice(), classes.slice_mut()) };
     let (rows, keys) = (p.seq_len_q as usize, p.seq_len_k as usize);
     let (bq, bk) = (tile.bq, tile.bk);
-    classes
-        .par_chunks_mut(tile.count(rows, keys).1)
-        .enumerate()
-        .for_each(|(qt, row)| {
-            for (kt, class) in row.iter_mut().enumerate() {
-                let (q, k) = (qt * bq, kt * bk);
-                *class = TileClass::of_mask(q..q + bq, k..k + bk, rows, keys, |q, k| {
-                    mask[q * stride + k].to_f32()
-                }) as u8;
-            }
-        });
+    let columns = tile.count(rows, keys).1;
+    let classify = |(qt, row): (usize, &mut [u8])| {
+        for (kt, class) in row.iter_mut().enumerate() {
+            let (q, k) = (qt * bq, kt * bk);
+            *class = TileClass::of_mask(q..q + bq, k..k + bk, rows, keys, |q, k| {
+                mask[q * stride + k].to_f32()
+            }) as u8;
+        }
+    };
+    cpu.install(|| {
+        classes
+            .par_chunks_mut(columns)
+            .enumerate()
+            .for_each(classify);
+    });
     Ok(())
 }

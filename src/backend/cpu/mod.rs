@@ -92,10 +92,22 @@ impl Cpu {
         self.isa
     }
 
-    fn threads(&self) -> usize {
-        self.pool
-            .as_ref()
-            .map_or_else(rayon::current_num_threads, |p| p.current_num_threads())
+    fn team(&self) -> kernels::Team<'_> {
+        kernels::Team {
+            pool: self.pool.as_ref(),
+            threads: self
+                .pool
+                .as_ref()
+                .map_or_else(rayon::current_num_threads, |p| p.current_num_threads()),
+        }
+    }
+
+    /// Runs `work` inside the pool.
+    fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match &self.pool {
+            Some(pool) => pool.install(work),
+            None => work(),
+        }
     }
 
     fn run(&self, steps: &[Step]) -> Result<()> {
@@ -138,7 +150,7 @@ impl Backend for Cpu {
     }
 
     fn name(&self) -> String {
-        format!("CPU ({}, {} threads)", self.isa, self.threads())
+        format!("CPU ({}, {} threads)", self.isa, self.team().threads)
     }
 
     fn details(&self) -> Vec<(&'static str, String)> {
@@ -149,17 +161,12 @@ impl Backend for Cpu {
         vec![
             ("instruction set", self.isa.to_string()),
             ("available", available.collect::<Vec<_>>().join(", ")),
-            ("threads", self.threads().to_string()),
+            ("threads", self.team().threads.to_string()),
         ]
     }
 
     fn measured_peak(&self, dtype: DType) -> Option<f64> {
-        let measure = || kernels::peak(self.isa, dtype);
-        Some(
-            self.pool
-                .as_ref()
-                .map_or_else(measure, |pool| pool.install(measure)),
-        )
+        Some(self.install(|| kernels::peak(self.isa, dtype)))
     }
 
     fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>> {
@@ -188,10 +195,7 @@ impl Backend for Cpu {
         static CLOCK: LazyLock<Instant> = LazyLock::new(Instant::now);
         let clock = *CLOCK;
         let start = clock.elapsed().as_secs_f64();
-        let result = match &self.pool {
-            Some(pool) => pool.install(|| self.run(&steps)),
-            None => self.run(&steps),
-        };
+        let result = self.run(&steps);
         let end = clock.elapsed().as_secs_f64();
         Arc::new(Done(result.map(|()| Timing { start, end })))
     }

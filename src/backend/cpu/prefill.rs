@@ -16,7 +16,7 @@ pub(crate) fn run(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
             at,
         },
         cpu.isa(),
-        cpu.threads(),
+        cpu.team(),
     );
     Ok(())
 }

@@ -43,7 +43,7 @@ pub(crate) fn partials(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
             at,
         },
         cpu.isa(),
-        cpu.threads(),
+        cpu.team(),
     );
     for (h, partials) in tmp.chunks_exact_mut(per_head).enumerate() {
         for split in partials.chunks_exact_mut(dim + 2) {

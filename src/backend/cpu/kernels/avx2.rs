@@ -68,6 +68,7 @@ impl Simd for Avx2 {
         };
         fn transpose(self, b: [__m256; 8]) -> [__m256; 8] = transpose(b);
         fn zeros(self) -> [__m256; 8] = [_mm256_setzero_ps(); 8];
+        fn prefetch(self, at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
     }
     intrinsics! { memory:
         fn load(self, at: *const f32) -> __m256 = _mm256_loadu_ps(at);

@@ -55,6 +55,7 @@ impl Simd for Avx512 {
         };
         fn transpose(self, b: [__m512; 16]) -> [__m512; 16] = transpose(b);
         fn zeros(self) -> [__m512; 16] = [_mm512_setzero_ps(); 16];
+        fn prefetch(self, at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
     }
     intrinsics! { memory:
         fn load(self, at: *const f32) -> __m512 = _mm512_loadu_ps(at);

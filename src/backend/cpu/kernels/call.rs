@@ -8,6 +8,8 @@ use crate::attention::variant::{Tile as ClassTile, class_tile};
 use crate::attention::{MaskSpec, Problem, Role};
 use crate::backend::cpu::job::{Job, Pointers};
 
+use super::in_place::FEW_ROWS;
+use super::mask_map::MaskMap;
 use super::table::Kernels;
 
 /// Most keys of a strip, and the units from one row of scores to the next. Strips start at
@@ -38,6 +40,8 @@ pub(super) struct Call<'a> {
     pub(super) softcap: Option<f32>,
     pub(super) mask: Option<MaskSpec>,
     pub(super) class_tile: ClassTile,
+    /// What the mask hides, where there is one without tile classes.
+    pub(super) map: Option<MaskMap>,
     pub(super) key_stride: usize,
     pub(super) value_stride: usize,
 }
@@ -74,6 +78,7 @@ impl<'a> Call<'a> {
             softcap: problem.softcap(),
             mask: problem.mask(),
             class_tile: class_tile(dim),
+            map: None,
             key_stride: seq_stride(Role::Key),
             value_stride: seq_stride(Role::Value),
         }
@@ -130,6 +135,11 @@ impl Unit {
     /// that rows which stand next to each other see nearly the same keys.
     pub(super) fn rows(&self, call: &Call<'_>) -> usize {
         self.sequence.query_len * call.group
+    }
+
+    /// Whether its K and V are read as they lie: with few rows, packing does not pay.
+    pub(super) fn in_place(&self, call: &Call<'_>) -> bool {
+        self.rows(call) <= FEW_ROWS
     }
 
     /// The keys that some of `rows` sees.

@@ -10,6 +10,8 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512bf16;
 mod call;
+mod in_place;
+mod mask_map;
 mod math;
 mod micro;
 #[cfg(target_arch = "aarch64")]
@@ -25,6 +27,7 @@ mod span;
 mod split;
 mod step;
 mod table;
+mod team;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -32,12 +35,16 @@ mod tile;
 use super::isa::Isa;
 use super::job::Job;
 use crate::DType;
+use mask_map::MaskMap;
+pub(crate) use team::Team;
 
-/// Computes O, and the log-sum-exp where it is asked for, on up to `threads` threads of the current
-/// rayon pool. The bits of the result depend on `isa` but not on `threads`.
-pub(crate) fn run(job: &Job<'_>, isa: Isa, threads: usize) {
+/// Computes O, and the log-sum-exp where it is asked for. The bits of the result depend on `isa` but
+/// not on the threads.
+pub(crate) fn run(job: &Job<'_>, isa: Isa, team: Team<'_>) {
     let kernels = table::select(isa, job.problem.kv_dtype());
-    schedule::run(&call::Call::new(job, kernels), threads.max(1));
+    let mut call = call::Call::new(job, kernels);
+    call.map = MaskMap::of(&call, team);
+    schedule::run(&call, team);
 }
 
 /// Operations a second that the micro-kernel for K and V of `dtype` reaches at best, on all threads

@@ -2,12 +2,12 @@
 //! arithmetic, and strips of keys begin at the same places.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::call::{Call, Unit};
 use super::scratch::{Scratch, with_scratch, with_shared};
 use super::split::Split;
 use super::step::Packed;
+use super::team::Team;
 use super::tile::Tile;
 
 /// Packed K and V that a wave of units shares, in bytes; a single unit may take more.
@@ -22,43 +22,45 @@ const WHOLE_BYTES: usize = 768 << 10;
 
 /// An address that threads share.
 #[derive(Debug, Clone, Copy)]
-struct Shared<T>(*mut T);
+pub(super) struct Shared<T>(pub(super) *mut T);
 // SAFETY: an address; whoever uses it keeps to parts of its own, or only reads.
 unsafe impl<T> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Shared<T> {}
 
 impl<T> Shared<T> {
-    fn get(self) -> *mut T {
+    pub(super) fn get(self) -> *mut T {
         self.0
     }
 }
 
-/// Runs a call on up to `threads` threads of the current rayon pool.
-pub(super) fn run(call: &Call<'_>, threads: usize) {
+/// Runs a call. Whether a unit is packed depends on the unit alone, as its bits do.
+pub(super) fn run(call: &Call<'_>, team: Team<'_>) {
     let units = call.units();
     if let Some(split) = Split::plan(call, &units) {
-        return by_chunks(call, &units, &split, threads);
+        return by_chunks(call, &units, &split, team);
     }
     let fits = units
         .iter()
         .all(|u| u.rows(call) * call.row_bytes() <= WHOLE_BYTES);
+    let threads = team.threads;
     let spread = units.len() >= 4 * threads || units.len().is_multiple_of(threads);
-    if fits && spread {
-        whole_units(call, &units, threads);
+    let few = units.iter().all(|u| u.in_place(call));
+    if few || fits && spread {
+        whole_units(call, &units, team);
     } else {
-        by_tiles(call, &units, threads);
+        by_tiles(call, &units, team);
     }
 }
 
 /// One task for each unit: it packs a strip and takes all rows over it, while both are in cache.
-fn whole_units(call: &Call<'_>, units: &[Unit], threads: usize) {
+fn whole_units(call: &Call<'_>, units: &[Unit], team: Team<'_>) {
     let mut order: Vec<usize> = (0..units.len()).collect();
     order.sort_by_key(|i| {
         let unit = &units[*i];
         std::cmp::Reverse(unit.rows(call) * unit.strips.len())
     });
-    for_each(units.len(), threads, |i| {
+    team.for_each(units.len(), |i| {
         let unit = &units[order[i]];
         with_scratch(|scratch| {
             pass(call, unit, unit.strips.clone(), scratch, |tile| {
@@ -69,7 +71,8 @@ fn whole_units(call: &Call<'_>, units: &[Unit], threads: usize) {
     });
 }
 
-/// Takes all rows of a unit over some of its strips, packing them on the way.
+/// Takes all rows of a unit over some of its strips, packing them on the way unless there are too
+/// few rows to pay for it.
 fn pass(
     call: &Call<'_>,
     unit: &Unit,
@@ -78,28 +81,34 @@ fn pass(
     end: impl FnOnce(&mut Tile<'_>),
 ) {
     let (mut parts, keys, values) = scratch.split();
-    let (k, v) = (
-        keys.reserve(call.strip_units()),
-        values.reserve(call.strip_units()),
-    );
     let mut tile = Tile::new(call, unit, 0..unit.rows(call), &mut parts);
     // SAFETY: the job's promises hold, the kernels suit this machine, and the buffers have room for
     // a strip.
     unsafe {
         (call.kernels.begin)(&mut tile);
-        for strip in strips {
-            (call.kernels.pack)(call, unit, strip, k, v);
-            (call.kernels.step)(&mut tile, Packed { strip, k, v });
+        if unit.in_place(call) {
+            for strip in strips {
+                (call.kernels.step_in_place)(&mut tile, strip);
+            }
+        } else {
+            let (k, v) = (
+                keys.reserve(call.strip_units()),
+                values.reserve(call.strip_units()),
+            );
+            for strip in strips {
+                (call.kernels.pack)(call, unit, strip, k, v);
+                (call.kernels.step)(&mut tile, Packed { strip, k, v });
+            }
         }
     }
     end(&mut tile);
 }
 
 /// Tasks over chunks of keys, then one for each unit that joins them.
-fn by_chunks(call: &Call<'_>, units: &[Unit], split: &Split, threads: usize) {
+fn by_chunks(call: &Call<'_>, units: &[Unit], split: &Split, team: Team<'_>) {
     with_shared(|buffer| {
         let partials = Shared(buffer.reserve(split.elements()).cast::<f32>());
-        for_each(split.chunks(), threads, |chunk| {
+        team.for_each(split.chunks(), |chunk| {
             let index = split.unit_of(chunk);
             let unit = &units[index];
             let start = unit.strips.start + (chunk - split.first[index]) * split.strips;
@@ -111,7 +120,7 @@ fn by_chunks(call: &Call<'_>, units: &[Unit], split: &Split, threads: usize) {
                 });
             });
         });
-        for_each(units.len(), threads, |index| {
+        team.for_each(units.len(), |index| {
             let unit = &units[index];
             with_scratch(|scratch| {
                 let mut parts = scratch.split().0;
@@ -129,7 +138,7 @@ fn by_chunks(call: &Call<'_>, units: &[Unit], split: &Split, threads: usize) {
 }
 
 /// Waves of units: their K and V are packed once, by all threads, then tiles of rows share them.
-fn by_tiles(call: &Call<'_>, units: &[Unit], threads: usize) {
+fn by_tiles(call: &Call<'_>, units: &[Unit], team: Team<'_>) {
     let mut wave = 0;
     while wave < units.len() {
         let mut bytes = call.packed_bytes(&units[wave]);
@@ -140,18 +149,21 @@ fn by_tiles(call: &Call<'_>, units: &[Unit], threads: usize) {
         }
         with_shared(|buffer| {
             let packed = Shared(buffer.reserve(bytes / 4));
-            run_wave(call, &units[wave..end], packed, threads);
+            run_wave(call, &units[wave..end], packed, team);
         });
         wave = end;
     }
 }
 
-fn run_wave(call: &Call<'_>, units: &[Unit], packed: Shared<u32>, threads: usize) {
+fn run_wave(call: &Call<'_>, units: &[Unit], packed: Shared<u32>, team: Team<'_>) {
     // Strips of all units in a row; V's follow K's strip by strip.
     let mut strips = Vec::new();
     let mut first = Vec::with_capacity(units.len());
     for (index, unit) in units.iter().enumerate() {
         first.push(strips.len());
+        if unit.in_place(call) {
+            continue;
+        }
         strips.extend(unit.strips.clone().map(|strip| (index, strip)));
     }
     let size = call.strip_units();
@@ -161,7 +173,7 @@ fn run_wave(call: &Call<'_>, units: &[Unit], packed: Shared<u32>, threads: usize
         // SAFETY: as above.
         (k, unsafe { k.add(size) })
     };
-    for_each(strips.len(), threads, |slot| {
+    team.for_each(strips.len(), |slot| {
         let (index, strip) = strips[slot];
         let (k, v) = place(slot);
         // SAFETY: the job's promises hold, the kernels suit this machine, and the slot is this
@@ -169,8 +181,8 @@ fn run_wave(call: &Call<'_>, units: &[Unit], packed: Shared<u32>, threads: usize
         unsafe { (call.kernels.pack)(call, &units[index], strip, k, v) };
     });
 
-    let tiles = tiles(call, units, threads);
-    for_each(tiles.len(), threads, |i| {
+    let tiles = tiles(call, units, team.threads);
+    team.for_each(tiles.len(), |i| {
         let (index, rows) = &tiles[i];
         let unit = &units[*index];
         with_scratch(|scratch| {
@@ -181,6 +193,10 @@ fn run_wave(call: &Call<'_>, units: &[Unit], packed: Shared<u32>, threads: usize
             unsafe {
                 (call.kernels.begin)(&mut tile);
                 for strip in call.strips(&unit.keys(call, rows)) {
+                    if unit.in_place(call) {
+                        (call.kernels.step_in_place)(&mut tile, strip);
+                        continue;
+                    }
                     let (k, v) = place(first[*index] + strip - unit.strips.start);
                     (call.kernels.step)(&mut tile, Packed { strip, k, v });
                 }
@@ -210,29 +226,4 @@ fn tiles(call: &Call<'_>, units: &[Unit], threads: usize) -> Vec<(usize, Range<u
         std::cmp::Reverse(rows.len() * units[*index].keys(call, rows).len())
     });
     tiles
-}
-
-/// Runs `body` for `0..count`, in this order as threads come free.
-fn for_each(count: usize, threads: usize, body: impl Fn(usize) + Sync) {
-    let workers = threads.min(count);
-    if workers <= 1 {
-        (0..count).for_each(body);
-        return;
-    }
-    let next = AtomicUsize::new(0);
-    let work = || {
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= count {
-                return;
-            }
-            body(i);
-        }
-    };
-    rayon::scope(|scope| {
-        for _ in 1..workers {
-            scope.spawn(|_| work());
-        }
-        work();
-    });
 }

@@ -41,6 +41,8 @@ pub(super) trait Simd: Copy + 'static {
     /// Exchanges rows and lanes.
     fn transpose(self, block: Self::Block) -> Self::Block;
     fn zeros(self) -> Self::Block;
+    /// Asks for the cache line at an address, which need not be there.
+    fn prefetch(self, _at: *const u8) {}
 
     unsafe fn load(self, at: *const f32) -> Self::V;
     unsafe fn store(self, at: *mut f32, v: Self::V);

@@ -43,7 +43,7 @@ pub(super) unsafe fn row<K: Kernel, const NR: usize>(
             hide::<K, NR>(kernel, at, all.first..all.end);
             return 1.0;
         }
-        if own.masked || call.softcap.is_some() || row.slope != 0.0 {
+        if own.masked != 0 || call.softcap.is_some() || row.slope != 0.0 {
             decorate::<K, NR>(kernel, call, row, at, place);
         }
         hide_edges::<K, NR>(kernel, row, at, place);
@@ -168,7 +168,7 @@ unsafe fn decorate<K: Kernel, const NR: usize>(
     at: *mut f32,
     place: Place,
 ) {
-    let mask = call.mask.filter(|_| place.own.masked).map(|m| m.dtype);
+    let mask = call.mask.filter(|_| place.own.masked != 0).map(|m| m.dtype);
     // SAFETY: the mask holds elements of its dtype.
     unsafe {
         match mask {
@@ -193,7 +193,12 @@ unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
     let (cap, uncap) = call.softcap.map_or((0.0, 0.0), |c| (c, 1.0 / c));
+    let everywhere = call.softcap.is_some() || row.slope != 0.0;
     for vector in place.own.first * NR..place.own.end * NR {
+        let masked = masked && place.own.masked >> (vector / NR) & 1 != 0;
+        if !masked && !everywhere {
+            continue;
+        }
         let column = place.start + vector * lanes;
         // SAFETY: the vector lies in the row's span; of the mask's row, no more is read than it
         // holds.

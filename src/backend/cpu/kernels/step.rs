@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::call::{Call, STRIP};
+use super::in_place::{InPlace, ROWS_AT_ONCE};
 use super::micro::{Kernel, product};
 use super::simd::Simd;
 use super::softmax::{self, Place};
@@ -34,36 +35,84 @@ pub(super) unsafe fn step<K: Kernel, const MR: usize, const NR: usize>(
     tile: &mut Tile<'_>,
     packed: Packed,
 ) {
-    let keys = tile.unit.strip_keys(tile.call, packed.strip);
+    // SAFETY: as promised by the caller.
+    unsafe { step_through::<K, Packed, MR, NR>(kernel, tile, packed.strip, packed) }
+}
+
+/// As [`step`], with K and V as they lie in memory.
+///
+/// # Safety
+/// The job's promises hold, and the unit has this strip.
+#[inline(always)]
+pub(super) unsafe fn step_in_place<K: Kernel, const NR: usize>(
+    kernel: K,
+    tile: &mut Tile<'_>,
+    strip: usize,
+) {
+    let (problem, unit) = (tile.call.problem, tile.unit);
+    let keys = unit.strip_keys(tile.call, strip);
+    let from = InPlace {
+        k: problem.k_at(&unit.sequence, unit.kv_head, keys.start),
+        v: problem.v_at(&unit.sequence, unit.kv_head, keys.start),
+        count: keys.len(),
+    };
+    // SAFETY: as promised by the caller.
+    unsafe { step_through::<K, InPlace, ROWS_AT_ONCE, NR>(kernel, tile, strip, from) }
+}
+
+#[inline(always)]
+unsafe fn step_through<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
+    kernel: K,
+    tile: &mut Tile<'_>,
+    strip: usize,
+    from: P,
+) {
     for first in (0..tile.rows.len()).step_by(MR) {
         let end = (first + MR).min(tile.rows.len());
         // SAFETY: as promised by the caller; the rows are the tile's.
-        unsafe { step_rows::<K, MR, NR>(kernel, tile, packed, &keys, first..end) };
+        unsafe { step_rows::<K, P, MR, NR>(kernel, tile, strip, from, first..end) };
     }
 }
 
-/// Runs a method of [`Products`] with the smallest size of micro-kernel that holds `rows`.
+/// K and V of a strip, in some form.
+pub(super) trait Strip: Copy {
+    /// Writes the scaled scores of `MR` rows.
+    unsafe fn scores<K: Kernel, const MR: usize, const NR: usize>(
+        self,
+        kernel: K,
+        of: &Products<'_>,
+    );
+    /// Adds the probabilities' product with V to the outputs of `MR` rows.
+    unsafe fn values<K: Kernel, const MR: usize, const NR: usize>(
+        self,
+        kernel: K,
+        of: &Products<'_>,
+    );
+}
+
+/// Runs a method of [`Strip`] with the smallest size of micro-kernel that holds `rows`.
 macro_rules! by_rows {
-    ($rows:expr, $products:ident.$method:ident($kernel:ident)) => {
+    ($rows:expr, $strip:ident.$method:ident($kernel:ident, $of:expr)) => {
         match $rows {
-            1 => $products.$method::<K, 1, NR>($kernel),
-            2 => $products.$method::<K, 2, NR>($kernel),
-            3 | 4 if MR > 4 => $products.$method::<K, 4, NR>($kernel),
-            5..=8 if MR > 8 => $products.$method::<K, 8, NR>($kernel),
-            _ => $products.$method::<K, MR, NR>($kernel),
+            1 => $strip.$method::<K, 1, NR>($kernel, $of),
+            2 => $strip.$method::<K, 2, NR>($kernel, $of),
+            3 | 4 if MR > 4 => $strip.$method::<K, 4, NR>($kernel, $of),
+            5..=8 if MR > 8 => $strip.$method::<K, 8, NR>($kernel, $of),
+            _ => $strip.$method::<K, MR, NR>($kernel, $of),
         }
     };
 }
 
 #[inline(always)]
-unsafe fn step_rows<K: Kernel, const MR: usize, const NR: usize>(
+unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     kernel: K,
     tile: &mut Tile<'_>,
-    packed: Packed,
-    keys: &Range<usize>,
+    strip: usize,
+    from: P,
     rows: Range<usize>,
 ) {
     let call = tile.call;
+    let keys = tile.unit.strip_keys(call, strip);
     let s = kernel.simd();
     let width = NR * <K::S as Simd>::LANES;
     let key_len = tile.unit.sequence.key_len;
@@ -76,7 +125,7 @@ unsafe fn step_rows<K: Kernel, const MR: usize, const NR: usize>(
             spans[i - 1]
         } else {
             // SAFETY: the job's promises hold.
-            unsafe { span::of_row(s, call, row, keys, key_len, width) }
+            unsafe { span::of_row(call, &tile.unit.sequence, row, strip, width) }
         };
         all = all.join(spans[i]);
     }
@@ -88,13 +137,12 @@ unsafe fn step_rows<K: Kernel, const MR: usize, const NR: usize>(
     unsafe {
         let products = Products {
             call,
-            packed,
             all,
             queries: tile.queries.add(rows.start * QUERY_ROW),
             scores: tile.scores,
             outputs: tile.outputs.add(rows.start * call.dim),
         };
-        by_rows!(rows.len(), products.scores(kernel));
+        by_rows!(rows.len(), from.scores(kernel, &products));
         for (i, r) in rows.clone().enumerate() {
             let place = Place {
                 start: keys.start,
@@ -108,7 +156,7 @@ unsafe fn step_rows<K: Kernel, const MR: usize, const NR: usize>(
                 scale_row(s, products.outputs.add(i * call.dim), call.dim, rescale);
             }
         }
-        by_rows!(rows.len(), products.values(kernel));
+        by_rows!(rows.len(), from.values(kernel, &products));
     }
 }
 
@@ -123,35 +171,37 @@ unsafe fn scale_row<S: Simd>(s: S, at: *mut f32, dim: usize, factor: f32) {
 
 /// The two matrix products of some rows with a strip.
 #[derive(Debug, Clone, Copy)]
-struct Products<'a> {
-    call: &'a Call<'a>,
-    packed: Packed,
+pub(super) struct Products<'a> {
+    pub(super) call: &'a Call<'a>,
     /// The panels to compute.
-    all: Span,
-    queries: *const u32,
-    scores: *mut f32,
-    outputs: *mut f32,
+    pub(super) all: Span,
+    pub(super) queries: *const u32,
+    pub(super) scores: *mut f32,
+    pub(super) outputs: *mut f32,
 }
 
-impl Products<'_> {
-    /// Scaled scores of `MR` rows.
+impl Strip for Packed {
     #[inline(always)]
-    unsafe fn scores<K: Kernel, const MR: usize, const NR: usize>(&self, kernel: K) {
+    unsafe fn scores<K: Kernel, const MR: usize, const NR: usize>(
+        self,
+        kernel: K,
+        of: &Products<'_>,
+    ) {
         let s = kernel.simd();
         let lanes = <K::S as Simd>::LANES;
         let width = NR * lanes;
-        let depth = self.call.dim_units;
-        let scale = s.splat(self.call.scale);
-        for panel in self.all.first..self.all.end {
+        let depth = of.call.dim_units;
+        let scale = s.splat(of.call.scale);
+        for panel in of.all.first..of.all.end {
             // SAFETY: rows and panels are there.
             unsafe {
-                let b = self.packed.k.add(panel * depth * width);
-                let scores = self.scores.add(panel * width);
+                let b = self.k.add(panel * depth * width);
+                let scores = of.scores.add(panel * width);
                 let mut from = 0;
                 while from < depth {
-                    let run = self.call.run.min(depth - from);
+                    let run = of.call.run.min(depth - from);
                     let acc = [[s.splat(0.0); NR]; MR];
-                    let (a, b) = (self.queries.add(from), b.add(from * width));
+                    let (a, b) = (of.queries.add(from), b.add(from * width));
                     let acc = product::<K, MR, NR, QUERY_ROW>(kernel, run, a, b, acc);
                     let (first, last) = (from == 0, from + run == depth);
                     for (r, row) in acc.iter().enumerate() {
@@ -167,47 +217,52 @@ impl Products<'_> {
         }
     }
 
-    /// Adds the probabilities' product with V to the outputs of `MR` rows.
     #[inline(always)]
-    unsafe fn values<K: Kernel, const MR: usize, const NR: usize>(&self, kernel: K) {
+    unsafe fn values<K: Kernel, const MR: usize, const NR: usize>(
+        self,
+        kernel: K,
+        of: &Products<'_>,
+    ) {
         let width = NR * <K::S as Simd>::LANES;
-        let panelled = self.call.dim / width * width;
+        let panelled = of.call.dim / width * width;
         // SAFETY: rows, keys and columns are there.
         unsafe {
             for column in (0..panelled).step_by(width) {
-                self.columns::<K, MR, NR, NR>(kernel, column);
+                self.columns::<K, MR, NR, NR>(kernel, of, column);
             }
-            for column in (panelled..self.call.dim).step_by(<K::S as Simd>::LANES) {
-                self.columns::<K, MR, 1, NR>(kernel, column);
+            for column in (panelled..of.call.dim).step_by(<K::S as Simd>::LANES) {
+                self.columns::<K, MR, 1, NR>(kernel, of, column);
             }
         }
     }
+}
 
-    /// `NV` vectors of columns of [`Products::values`].
+impl Packed {
+    /// `NV` vectors of columns of [`Strip::values`].
     #[inline(always)]
     unsafe fn columns<K: Kernel, const MR: usize, const NV: usize, const NR: usize>(
-        &self,
+        self,
         kernel: K,
+        of: &Products<'_>,
         column: usize,
     ) {
         let s = kernel.simd();
-        let (lanes, dim) = (<K::S as Simd>::LANES, self.call.dim);
+        let (lanes, dim) = (<K::S as Simd>::LANES, of.call.dim);
         let steps = |panels: usize| panels * NR * lanes / K::PAIR;
-        let first = steps(self.all.first);
+        let first = steps(of.all.first);
         // SAFETY: rows, keys and columns are there.
         unsafe {
-            let a = self.scores.cast::<u32>().add(first);
+            let a = of.scores.cast::<u32>().add(first);
             let b = self
-                .packed
                 .v
-                .add(column * self.call.strip / K::PAIR + first * NV * lanes);
-            let count = steps(self.all.end) - first;
+                .add(column * of.call.strip / K::PAIR + first * NV * lanes);
+            let count = steps(of.all.end) - first;
             // From 0 in each strip: the sum of a long row is the more exact for it.
             let acc = [[s.splat(0.0); NV]; MR];
             let acc = product::<K, MR, NV, STRIP>(kernel, count, a, b, acc);
             for (r, row) in acc.iter().enumerate() {
                 for (j, x) in row.iter().enumerate() {
-                    let at = self.outputs.add(r * dim + column + j * lanes);
+                    let at = of.outputs.add(r * dim + column + j * lanes);
                     s.store(at, s.add(s.load(at), *x));
                 }
             }

@@ -2,7 +2,8 @@
 //! features.
 
 use super::call::{Call, Unit};
-use super::micro::MultiplyAdd;
+use super::mask_map::{self, Panels};
+use super::micro::{Kernel as _, MultiplyAdd};
 use super::pack;
 use super::peak;
 use super::portable::Portable;
@@ -22,7 +23,9 @@ pub(super) struct Kernels {
     pub(super) pack: unsafe fn(&Call<'_>, &Unit, usize, *mut u32, *mut u32),
     pub(super) begin: unsafe fn(&mut Tile<'_>),
     pub(super) step: unsafe fn(&mut Tile<'_>, Packed),
+    pub(super) step_in_place: unsafe fn(&mut Tile<'_>, usize),
     pub(super) finish: unsafe fn(&mut Tile<'_>),
+    pub(super) map: unsafe fn(&Call<'_>, usize, *mut Panels),
     pub(super) rounds: unsafe fn(usize) -> f64,
 }
 
@@ -51,6 +54,16 @@ macro_rules! kernels {
                 unsafe { step::step::<$kernel, $mr, $nr>($token, tile, packed) }
             }
             $(#[target_feature(enable = $features)])?
+            unsafe fn step_in_place(tile: &mut Tile<'_>, strip: usize) {
+                // SAFETY: as promised by the caller.
+                unsafe { step::step_in_place::<$kernel, $nr>($token, tile, strip) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn map(call: &Call<'_>, offset: usize, to: *mut Panels) {
+                // SAFETY: as promised by the caller.
+                unsafe { mask_map::map::<_, $nr>($token.simd(), call, offset, to) }
+            }
+            $(#[target_feature(enable = $features)])?
             unsafe fn finish(tile: &mut Tile<'_>) {
                 // SAFETY: as promised by the caller.
                 unsafe { tile::finish::<$kernel>($token, tile) }
@@ -67,7 +80,9 @@ macro_rules! kernels {
                 pack,
                 begin,
                 step,
+                step_in_place,
                 finish,
+                map,
                 rounds,
             };
         }

@@ -10,6 +10,7 @@ use crate::attention::tolerance::{self, Comparison};
 use crate::attention::{Problem, ProblemBuilder, Role, Shape};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::job::{Job, Pointers};
+use crate::backend::cpu::kernels::Team;
 
 /// Elements around outputs that must stay as they are.
 const GUARD: usize = 48;
@@ -275,13 +276,29 @@ impl Data {
         let o_at = o.words.as_mut_ptr().cast::<u8>().wrapping_add(GUARD * size);
         let job = self.job(o_at, lse.as_mut_ptr().wrapping_add(GUARD));
         if threads == 1 {
-            super::super::run(&job, isa, 1);
+            super::super::run(
+                &job,
+                isa,
+                Team {
+                    pool: None,
+                    threads: 1,
+                },
+            );
         } else {
             let pool = rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)
                 .build()
                 .unwrap();
-            pool.install(|| super::super::run(&job, isa, threads));
+            pool.install(|| {
+                super::super::run(
+                    &job,
+                    isa,
+                    Team {
+                        pool: None,
+                        threads,
+                    },
+                )
+            });
         }
         let mut owned = vec![false; elements + 2 * GUARD];
         let mut dense = vec![0.0; rows * shape.head_dim];

@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::harness::{Data, build, isas, shape};
 use crate::DType;
 use crate::attention::Problem;
+use crate::backend::cpu::kernels::Team;
 
 #[test]
 #[ignore = "a measurement"]
@@ -65,7 +66,14 @@ impl Data {
                 let mut times: Vec<f64> = (0..runs + 2)
                     .map(|_| {
                         let start = Instant::now();
-                        super::super::run(job, isa, threads);
+                        super::super::run(
+                            job,
+                            isa,
+                            Team {
+                                pool: None,
+                                threads,
+                            },
+                        );
                         start.elapsed().as_secs_f64() * 1e3
                     })
                     .skip(2)

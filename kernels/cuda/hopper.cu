@@ -1,0 +1,417 @@
+// Attention forward for Hopper, head dims up to 256. The host puts hopper_ptx.cu and
+// hopper_core.cu before this text.
+//
+// One producer warpgroup (one thread of it issues bulk tensor copies) and WGS consumer warpgroups
+// of 64 query rows each. K and V pass through rings of STAGES tiles. A consumer issues the next
+// tile's QK^T, then this tile's PV, and does the next tile's softmax while PV runs. Key tiles go
+// from the last to the first, so that masked tiles of a causal problem come first.
+//
+// Shared memory: Q [PANELS][BM][64] (later O), K [STAGES][PANELS][BN][64], V likewise, all in the
+// 128-byte swizzle; columns past D are zero.
+
+#define THREADS (128 * (WGS + 1))
+
+struct Ring {
+    int stage;
+    u32 phase;
+    DEV_MEMBER void next() {
+        if (++stage == STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+#define TILE_BYTES (PANELS * BN * 128)
+#define Q_BYTES (PANELS * BM * 128)
+
+struct Shared {
+    u64 q_full[WGS], q_empty[WGS], verdict;
+    u32 redo; // some weights overflowed
+    u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+#if CLASSES
+    int list_len;
+    u16 list[LIST_CAP]; // tile | 0x8000 if masked
+#endif
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
+              const __grid_constant__ TensorMap map_v, const __grid_constant__ TensorMap map_o,
+              const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) u8 raw[];
+    const u32 base = smem_u32(raw);
+    const u32 sm_q = base, sm_k = base + Q_BYTES, sm_v = sm_k + STAGES * TILE_BYTES;
+    Shared* sh = (Shared*)(raw + Q_BYTES + 2 * STAGES * TILE_BYTES);
+    const u32 q_full = smem_u32(sh->q_full), q_empty = smem_u32(sh->q_empty);
+    const u32 verdict = smem_u32(&sh->verdict);
+    const u32 k_full = smem_u32(sh->k_full), k_empty = smem_u32(sh->k_empty);
+    const u32 v_full = smem_u32(sh->v_full), v_empty = smem_u32(sh->v_empty);
+
+    // Whether the CTA must do its tiles again, with care. All warps ask, once.
+    auto redo = [&]() {
+        if (!SPECULATE) return false;
+        bar_wait(verdict, 0);
+        return *(volatile u32*)&sh->redo != 0;
+    };
+
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    if (threadIdx.x == 0) {
+        prefetch_map(&map_q);
+        prefetch_map(&map_k);
+        prefetch_map(&map_v);
+        prefetch_map(&map_o);
+        for (int w = 0; w < WGS; w++) {
+            bar_init(q_full + 8 * w, 1);
+            bar_init(q_empty + 8 * w, 1);
+        }
+        bar_init(verdict, WGS);
+        sh->redo = 0;
+        for (int s = 0; s < STAGES; s++) {
+            bar_init(k_full + 8 * s, 1);
+            bar_init(v_full + 8 * s, 1);
+            bar_init(k_empty + 8 * s, 4 * WGS);
+            bar_init(v_empty + 8 * s, 4 * WGS);
+        }
+        bar_init_fence();
+    }
+    __syncthreads();
+
+    if (group == 0) {
+        // ---- producer ----
+        regs_give<REGS_PRODUCER>();
+        if (threadIdx.x < 32) {
+            const int lane = threadIdx.x;
+            Ring rk = {0, 1}, rv = {0, 1};
+            u32 q_phase = 1;
+            bool careful = false;
+            for (int index = blockIdx.x;; index += gridDim.x) {
+                if (index >= p.tiles) {
+                    if (careful || !redo()) break;
+                    careful = true;
+                    index = blockIdx.x;
+                }
+                const Tile t = tile_of(p, index);
+                const int kv_head = t.h / p.kv_group;
+                const int kv_batch = VARLEN ? 0 : t.b;
+                int n = t.hi - t.lo;
+                auto load = [&](const TensorMap* map, u32 dst, u32 full, int tile) {
+                    bar_expect(full, TILE_BYTES);
+#pragma unroll 1
+                    for (int c = 0; c < PANELS; c++)
+                        tma_load(dst + c * BN * 128, map, full, c * 64, t.k_start + tile * BN,
+                                 kv_head, kv_batch);
+                };
+                auto load_q = [&](int w) {
+                    bar_expect(q_full + 8 * w, PANELS * 8192);
+#pragma unroll 1
+                    for (int c = 0; c < PANELS; c++)
+                        tma_load(sm_q + c * BM * 128 + w * 8192, &map_q, q_full + 8 * w, c * 64,
+                                 t.q_start + t.m0 + w * 64, t.h, kv_batch);
+                };
+#if CLASSES
+                for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * w, q_phase);
+                q_phase ^= 1;
+                const int len = list_tiles(sh->list, p, t, lane);
+                if (lane == 0) sh->list_len = len;
+                __syncwarp();
+                n = len;
+#pragma unroll 1
+                for (int w = 0; w < WGS && lane == 0; w++) {
+                    if (n > 0) load_q(w);
+                    else bar_arrive(q_full + 8 * w);
+                }
+#define TILE_AT(i) (sh->list[i] & 0x7fff)
+#else
+#define TILE_AT(i) (t.hi - 1 - (i))
+#endif
+                if (lane == 0) {
+                    for (int i = 0; i <= n && n > 0; i++) {
+                        if (i < n) {
+                            bar_wait(k_empty + 8 * rk.stage, rk.phase);
+                            load(&map_k, sm_k + rk.stage * TILE_BYTES, k_full + 8 * rk.stage,
+                                 TILE_AT(i));
+                            rk.next();
+                        }
+#if !CLASSES
+                        if (i == 0) {
+#pragma unroll 1
+                            for (int w = 0; w < WGS; w++) {
+                                bar_wait(q_empty + 8 * w, q_phase);
+                                load_q(w);
+                            }
+                            q_phase ^= 1;
+                        }
+#endif
+                        if (i > 0) {
+                            bar_wait(v_empty + 8 * rv.stage, rv.phase);
+                            load(&map_v, sm_v + rv.stage * TILE_BYTES, v_full + 8 * rv.stage,
+                                 TILE_AT(i - 1));
+                            rv.next();
+                        }
+                    }
+                }
+                __syncwarp();
+            }
+        }
+        return;
+    }
+
+    // ---- consumers ----
+    regs_take<REGS_CONSUMER>();
+    const int wg = group - 1;
+    const int tid = threadIdx.x - 128 * group;
+    const int lane = tid & 31;
+    const bool signal = lane == 0;
+    const u32 own_q = sm_q + wg * 64 * 128;
+    const u64 desc_q = smem_desc(own_q, 16);
+    const u64 desc_k = smem_desc(sm_k, 16);
+    const u64 desc_v = smem_desc(sm_v, BN * 128);
+    const int row_in = wg * 64 + (tid >> 5) * 16 + (lane >> 2); // and + 8
+    const int col_in = 2 * (lane & 3);
+    const float sc = score_unit(p);
+    Ring rk = {0, 0}, rv = {0, 0};
+    u32 q_phase = 0;
+    bool careful = false;
+    auto done_k = [&]() {
+        if (signal) bar_arrive(k_empty + 8 * rk.stage);
+        rk.next();
+    };
+    auto done_v = [&]() {
+        if (signal) bar_arrive(v_empty + 8 * rv.stage);
+        rv.next();
+    };
+    // Lets `n` tiles pass that none of this group's rows sees.
+    auto skip = [&](int n) {
+        for (; n > 0; n--) {
+            bar_wait(k_full + 8 * rk.stage, rk.phase);
+            done_k();
+            bar_wait(v_full + 8 * rv.stage, rv.phase);
+            done_v();
+        }
+    };
+
+    for (int index = blockIdx.x;; index += gridDim.x) {
+        if (index >= p.tiles) {
+            if (careful) break;
+            named_sync(8 + wg, 128);
+            if (tid == 0) bar_arrive(verdict);
+            if (!redo()) break;
+            careful = true;
+            index = blockIdx.x;
+        }
+        const Tile t = tile_of(p, index);
+        int n = t.hi - t.lo;
+#if CLASSES
+        bar_wait(q_full + 8 * wg, q_phase);
+        q_phase ^= 1;
+        n = sh->list_len;
+        int lo = 0, hi = n;
+#else
+        int lo, hi;
+        bounds(p, t, t.m0 + wg * 64, 64, lo, hi);
+        if (n > 0) {
+            bar_wait(q_full + 8 * wg, q_phase);
+            q_phase ^= 1;
+            skip(t.hi - max(hi, t.lo));
+        }
+#endif
+        if (hi <= lo) {
+            write_unseen(p, t, t.m0 + wg * 64, 64, tid);
+            if (n > 0) {
+                if (hi > t.lo) skip(hi - t.lo);
+            }
+            if ((n > 0 || CLASSES) && tid == 0) bar_arrive(q_empty + 8 * wg);
+            continue;
+        }
+
+        float o[D / 2];
+        float s[BN / 2];
+        u32 pr[BN / 4];
+        Soft soft = soft_start();
+        const Rows rows = rows_of(p, t, row_in, col_in);
+
+        auto issue_qk = [&](int stage) {
+            const u64 kd = desc_k + (u64)(stage * (TILE_BYTES >> 4));
+#pragma unroll
+            for (int k = 0; k < D / 16; k++) {
+                const int at = (k / 4), in = (k % 4) * 2;
+                wgmma_ss<BN, 0>(s, desc_q + (u64)(at * (BM * 8) + in),
+                                kd + (u64)(at * (BN * 8) + in), k > 0);
+            }
+        };
+        auto issue_pv = [&](int stage) {
+            const u64 vd = desc_v + (u64)(stage * (TILE_BYTES >> 4));
+#pragma unroll
+            for (int k = 0; k < BN / 16; k++)
+                wgmma_rs<D>(o, pr[4 * k], pr[4 * k + 1], pr[4 * k + 2], pr[4 * k + 3],
+                            vd + (u64)(k * 128), true);
+        };
+        auto pack = [&]() {
+#pragma unroll
+            for (int c = 0; c < BN / 16; c++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    pr[4 * c + i] = pack2(s[8 * c + 2 * i], s[8 * c + 2 * i + 1]);
+            }
+        };
+        auto rescale = [&]() {
+            if (!soft.scaled) return;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+                o[4 * j] *= soft.alpha[0];
+                o[4 * j + 1] *= soft.alpha[0];
+                o[4 * j + 2] *= soft.alpha[1];
+                o[4 * j + 3] *= soft.alpha[1];
+            }
+        };
+
+        // The first tile.
+#if CLASSES
+        int entry = sh->list[0];
+        const int tile0 = entry & 0x7fff;
+#else
+        const int tile0 = hi - 1;
+#endif
+#if MASK
+        prefetch_mask<BN>(p, t, rows, wg * 64, tile0, tid);
+#endif
+        bar_wait(k_full + 8 * rk.stage, rk.phase);
+        wgmma_fence();
+        issue_qk(rk.stage);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(s);
+        done_k();
+#pragma unroll
+        for (int j = 0; j < D / 2; j++) o[j] = 0.0f;
+        modify<BN>(s, p, rows, tile0, true);
+        softmax<BN>(s, soft, sc, true);
+        soft.scaled = false;
+        pack();
+
+        // Issues QK^T of `tile` and PV of the tile before it, and does the softmax of `tile`.
+        auto step = [&](int tile, auto masked) {
+            bar_wait(k_full + 8 * rk.stage, rk.phase);
+            wgmma_fence();
+            issue_qk(rk.stage);
+            wgmma_commit();
+            bar_wait(v_full + 8 * rv.stage, rv.phase);
+            wgmma_fence();
+            issue_pv(rv.stage);
+            wgmma_commit();
+#if MASK
+            if (masked.value) prefetch_mask<BN>(p, t, rows, wg * 64, tile, tid);
+#endif
+            wgmma_wait<1>();
+            pin(s);
+            done_k();
+            modify<BN>(s, p, rows, tile, masked.value);
+            softmax<BN>(s, soft, sc, careful);
+            pin(s);
+            after(soft.l[0] + soft.l[1]);
+            wgmma_wait<0>();
+            pin(s);
+            pin(o);
+            done_v();
+            pack();
+            rescale();
+            settle(soft, sc);
+        };
+#if CLASSES
+        for (int i = 1; i < n; i++) {
+            entry = sh->list[i];
+            if (entry & 0x8000) step(entry & 0x7fff, Yes());
+            else step(entry, No());
+        }
+#elif MASK
+        for (int tile = hi - 2; tile >= lo; tile--) step(tile, Yes());
+#else
+        int tile = hi - 2;
+        // Tiles from free_hi on hide keys from some row; so do those before free_lo.
+#if RIGHT
+        const int free_hi = (t.m0 + wg * 64 + t.q_off + p.right + 1) / BN;
+        for (; tile >= max(lo, free_hi); tile--) step(tile, Yes());
+#endif
+#if LEFT
+        const int past = min(t.m0 + wg * 64 + 64, t.sq) - 1 + t.q_off - p.left;
+        const int free_lo = max(lo, past <= 0 ? 0 : (past + BN - 1) / BN);
+#else
+        const int free_lo = lo;
+#endif
+#pragma unroll 1
+        for (; tile >= free_lo; tile--) step(tile, No());
+#if LEFT
+        for (; tile >= lo; tile--) step(tile, Yes());
+#endif
+#endif
+        bar_wait(v_full + 8 * rv.stage, rv.phase);
+        wgmma_fence();
+        issue_pv(rv.stage);
+        wgmma_commit();
+
+        // Worked out again, lest all of it be kept in registers through the loops.
+        int same = index;
+        asm volatile("" : "+r"(same));
+        const Tile e = tile_of(p, same);
+        const Rows ends = rows_of(p, e, row_in, col_in);
+        float inv[2];
+        finish(inv, soft, p, e, ends, sc);
+        wgmma_wait<0>();
+        pin(o);
+        done_v();
+        // What grew by a factor after the last weights.
+        if (soft.scaled) {
+            inv[0] *= soft.alpha[0];
+            inv[1] *= soft.alpha[1];
+        }
+        if (SPECULATE && !careful &&
+            __any_sync(~0u, !(soft.l[0] < 1.0e38f) || !(soft.l[1] < 1.0e38f)) && lane == 0)
+            *(volatile u32*)&sh->redo = 1;
+#if !CLASSES
+        bounds(p, e, e.m0 + wg * 64, 64, lo, hi);
+        skip(lo - e.lo);
+#endif
+
+        // O takes Q's place: every warp of this group has read its rows of Q.
+        named_sync(8 + wg, 128);
+        {
+            const int r = (tid >> 5) * 16 + (lane & 15); // of the group's 64
+            const u32 at = own_q + r * 128;
+#pragma unroll
+            for (int c = 0; c < D / 16; c++) {
+                const int chunk = (c & 3) * 2 + (lane >> 4);
+                stmatrix4(at + (c / 4) * BM * 128 + ((chunk ^ (r & 7)) << 4),
+                          pack2(o[8 * c] * inv[0], o[8 * c + 1] * inv[0]),
+                          pack2(o[8 * c + 2] * inv[1], o[8 * c + 3] * inv[1]),
+                          pack2(o[8 * c + 4] * inv[0], o[8 * c + 5] * inv[0]),
+                          pack2(o[8 * c + 6] * inv[1], o[8 * c + 7] * inv[1]));
+            }
+        }
+#if VARLEN
+        named_sync(8 + wg, 128);
+        u16* o_rows = p.o + (i64)e.h * p.o_strides[1] + (i64)e.q_start * p.o_strides[2];
+        for (int i = tid; i < 64 * (D / 8); i += 128) {
+            const int r = i / (D / 8), c = i % (D / 8);
+            if (e.m0 + wg * 64 + r < e.sq)
+                *(uint4*)(o_rows + (i64)(e.m0 + wg * 64 + r) * p.o_strides[2] + c * 8) =
+                    *(const uint4*)(raw + wg * 64 * 128 + (c / 8) * BM * 128 + r * 128 +
+                                    (((c & 7) ^ (r & 7)) << 4));
+        }
+        named_sync(8 + wg, 128);
+        if (tid == 0) bar_arrive(q_empty + 8 * wg);
+#else
+        fence_async_smem();
+        named_sync(8 + wg, 128);
+        if (tid == 0) {
+            if (e.m0 + wg * 64 < e.sq) {
+#pragma unroll
+                for (int c = 0; c < PANELS; c++)
+                    tma_store(&map_o, own_q + c * BM * 128, c * 64, e.m0 + wg * 64, e.h, e.b);
+            }
+            tma_store_wait_read();
+            bar_arrive(q_empty + 8 * wg);
+        }
+#endif
+    }
+}

@@ -1,0 +1,375 @@
+// Attention forward for Hopper at head dim 512. The host puts hopper_ptx.cu and hopper_core.cu
+// before this text.
+//
+// A cluster of two CTAs takes 128 query rows, 64 each, and reads every key tile once: each CTA
+// issues every other copy, to both. In a CTA the first consumer warpgroup computes the scores, the
+// softmax and columns 0 to 255 of O; the second computes columns 256 to 511 from weights that the
+// first puts in shared memory. A tile of K is eight slots of 8 KB, 64 keys x 64
+// columns each; a tile of V eight slots of 16 keys x 256 columns, left and right half in turn. A slot
+// is filled again as soon as both CTAs have read it.
+//
+// Shared memory: Q [8][64][64] (later O), K, V, the weights [PBUF][64][64], barriers.
+
+#define THREADS 384
+#define SLOT_BYTES 8192
+#define SLOTS 16 // K 0 to 7, V 8 to 15
+#define Q_BYTES 65536
+#define P_BYTES 8192
+#ifndef PBUF
+#define PBUF 2
+#endif
+#ifndef LAG // panels of QK^T in flight when one is released
+#define LAG 1
+#endif
+#ifndef DEFER // the second group starts on a tile once the first has issued the next one's QK^T
+#define DEFER 0
+#endif
+
+// Named barriers.
+#define BAR_FULL 1  // and + 1: weights are there
+#define BAR_FREE 3  // and + 1: weights were read
+#define BAR_DONE 5  // all scores are done, the last factors are there
+#define BAR_STORE 6 // and + 1: within a group
+
+struct Shared {
+    u64 q_full;
+    u64 full[SLOTS], empty[SLOTS];
+    float alpha[PBUF][64];
+    float inv[64];
+#if CLASSES
+    u64 list_full;
+    int list_len;
+    u16 list[LIST_CAP];
+#endif
+};
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
+    attention(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
+              const __grid_constant__ TensorMap map_v, const __grid_constant__ TensorMap map_o,
+              const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) u8 raw[];
+    const u32 sm_q = smem_u32(raw), ring = sm_q + Q_BYTES, sm_p = ring + SLOTS * SLOT_BYTES;
+    Shared* sh = (Shared*)(raw + Q_BYTES + SLOTS * SLOT_BYTES + PBUF * P_BYTES);
+    const u32 q_full = smem_u32(&sh->q_full);
+    const u32 full = smem_u32(sh->full), empty = smem_u32(sh->empty);
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    const int rank = blockIdx.x & 1;
+
+    if (threadIdx.x == 0) {
+        prefetch_map(&map_q);
+        prefetch_map(&map_k);
+        prefetch_map(&map_v);
+        prefetch_map(&map_o);
+        bar_init(q_full, 1);
+        for (int s = 0; s < SLOTS; s++) {
+            bar_init(full + 8 * s, 1);
+            bar_init(empty + 8 * s, 8); // four warps of either CTA
+        }
+#if CLASSES
+        bar_init(smem_u32(&sh->list_full), 1);
+#endif
+        bar_init_fence();
+    }
+    cluster_sync();
+
+    const Tile t = tile_of(p, blockIdx.x / 2);
+    const int m0 = t.m0 + rank * 64;
+    int n = t.hi - t.lo;
+
+    if (group == 0) {
+        // ---- producer ----
+        regs_give<40>();
+        if (threadIdx.x < 32) {
+#if CLASSES
+            n = list_tiles(sh->list, p, t, threadIdx.x);
+            if (threadIdx.x == 0) sh->list_len = n;
+            __syncwarp();
+            if (threadIdx.x == 0) bar_arrive(smem_u32(&sh->list_full));
+#define TILE_AT(i) (sh->list[i] & 0x7fff)
+#else
+#define TILE_AT(i) (t.hi - 1 - (i))
+#endif
+            if (threadIdx.x == 0 && n > 0) {
+                const int head = t.h / p.kv_group, batch = VARLEN ? 0 : t.b;
+                // Slot s for the tile of parity `phase`; the CTA whose turn it is issues the copy.
+                auto arm = [&](int s, u32 phase) {
+                    bar_wait(empty + 8 * s, phase ^ 1);
+                    bar_expect(full + 8 * s, SLOT_BYTES);
+                    return (s & 1) == rank;
+                };
+                auto load_k = [&](int i) {
+                    const int row = t.k_start + TILE_AT(i) * BN;
+                    for (int c = 0; c < 8; c++) {
+                        if (arm(c, i & 1))
+                            tma_load_multicast(ring + c * SLOT_BYTES, &map_k, full + 8 * c, c * 64,
+                                               row, head, batch, 3);
+                    }
+                };
+                // Rows 16 (c / 2) on of the left half (c even) or the right.
+                auto load_v = [&](int i) {
+                    const int row = t.k_start + TILE_AT(i) * BN;
+                    for (int c = 0; c < 8; c++) {
+                        if (arm(8 + c, i & 1))
+                            tma_load5_multicast(ring + (8 + c) * SLOT_BYTES, &map_v,
+                                                full + 8 * (8 + c), 0, row + (c / 2) * 16,
+                                                (c & 1) * 4, head, batch, 3);
+                    }
+                };
+                bar_expect(q_full, Q_BYTES);
+                for (int c = 0; c < 8; c++)
+                    tma_load(sm_q + c * 8192, &map_q, q_full, c * 64, t.q_start + m0, t.h, batch);
+                load_k(0);
+                for (int i = 0; i < n; i++) {
+                    if (i + 1 < n) load_k(i + 1);
+                    load_v(i);
+                }
+            }
+            __syncwarp();
+        }
+        cluster_sync();
+        return;
+    }
+
+    regs_take<232>();
+    const int tid = threadIdx.x - 128 * group;
+    const int lane = tid & 31, warp = tid >> 5;
+    const bool signal = lane < 2; // a lane for each CTA
+#if CLASSES
+    bar_wait(smem_u32(&sh->list_full), 0);
+    n = sh->list_len;
+#endif
+    auto release = [&](int s) {
+        if (signal) bar_arrive_cluster(empty + 8 * s, lane);
+    };
+    // V: 2,048 bytes to the next 64 columns.
+    const u64 desc_k = smem_desc(ring, 16), desc_v = smem_desc(ring + 8 * SLOT_BYTES, 2048);
+    float o[128];
+#pragma unroll
+    for (int j = 0; j < 128; j++) o[j] = 0.0f;
+    auto rescale = [&](float a, float b) {
+        if (!__any_sync(~0u, a != 1.0f || b != 1.0f)) return;
+#pragma unroll
+        for (int j = 0; j < 32; j++) {
+            o[4 * j] *= a;
+            o[4 * j + 1] *= a;
+            o[4 * j + 2] *= b;
+            o[4 * j + 3] *= b;
+        }
+    };
+    float inv[2];
+
+    if (n > 0 && group == 1) {
+        // ---- scores, softmax, the left half ----
+        const u64 desc_q = smem_desc(sm_q, 16);
+        const Rows rows = rows_of(p, t, rank * 64 + warp * 16 + (lane >> 2), 2 * (lane & 3));
+        const float sc = score_unit(p);
+        float s[32];
+        Soft soft = soft_start();
+        u32 pr[16];
+
+        // QK^T of tile i; all slots but the last are released.
+        auto issue_qk = [&](int i) {
+            // Opaque, lest 64 descriptors be kept from tile to tile.
+            u64 qd = desc_q, kd = desc_k;
+            asm volatile("" : "+l"(qd), "+l"(kd));
+#pragma unroll
+            for (int c = 0; c < 8; c++) {
+                bar_wait(full + 8 * c, i & 1);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    wgmma_ss<64, 0>(s, qd + (u64)(c * 512 + 2 * k), kd + (u64)(c * 512 + 2 * k),
+                                    c + k > 0);
+                wgmma_commit();
+                if (c >= LAG) {
+                    wgmma_wait<LAG>();
+                    release(c - LAG);
+                }
+            }
+        };
+        // Weights and factors of tile i for the second group.
+        auto hand_over = [&](int i) {
+            const int b = i & (PBUF - 1);
+            named_sync(BAR_FREE + b, 256);
+            const int r = warp * 16 + (lane & 15);
+            const u32 at = sm_p + b * P_BYTES + r * 128;
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                stmatrix4(at + (((2 * c + (lane >> 4)) ^ (r & 7)) << 4), pr[4 * c], pr[4 * c + 1],
+                          pr[4 * c + 2], pr[4 * c + 3]);
+            if ((lane & 3) == 0) {
+                sh->alpha[b][warp * 16 + (lane >> 2)] = soft.alpha[0];
+                sh->alpha[b][warp * 16 + (lane >> 2) + 8] = soft.alpha[1];
+            }
+            fence_async_smem();
+        };
+        auto pack = [&]() {
+#pragma unroll
+            for (int c = 0; c < 16; c++) pr[c] = pack2(s[2 * c], s[2 * c + 1]);
+        };
+        auto scores = [&](int i) {
+#if CLASSES
+            const int entry = sh->list[i];
+            const int tile = entry & 0x7fff;
+            const bool masked = entry & 0x8000;
+#else
+            const int tile = t.hi - 1 - i;
+#if MASK
+            const bool masked = true;
+#else
+            bool masked = (tile + 1) * BN > t.sk;
+#if RIGHT
+            masked |= (tile + 1) * BN - 1 > m0 + t.q_off + p.right;
+#endif
+#if LEFT
+            masked |= tile * BN < min(m0 + 64, t.sq) - 1 + t.q_off - p.left;
+#endif
+#endif
+#endif
+            if (masked) modify<64>(s, p, rows, tile, true);
+            else modify<64>(s, p, rows, tile, false);
+            softmax<64>(s, soft, sc, true);
+        };
+        auto issue_pv = [&](int i) {
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                bar_wait(full + 8 * (8 + 2 * c), i & 1);
+                wgmma_fence();
+                wgmma_rs<256>(o, pr[4 * c], pr[4 * c + 1], pr[4 * c + 2], pr[4 * c + 3],
+                              desc_v + (u64)(c * 1024), true);
+                wgmma_commit();
+            }
+        };
+        auto release_v = [&]() {
+#pragma unroll
+            for (int c = 0; c < 4; c++) release(8 + 2 * c);
+        };
+        auto release_k = [&]() {
+#pragma unroll
+            for (int c = 8 - LAG; c < 8; c++) release(c);
+        };
+
+        bar_wait(q_full, 0);
+        issue_qk(0);
+        wgmma_wait<0>();
+        pin(s);
+        release_k();
+        scores(0);
+        soft.scaled = false;
+        pack();
+        hand_over(0);
+#if !DEFER
+        named_arrive(BAR_FULL, 256);
+#endif
+#pragma unroll 1
+        for (int i = 1; i < n; i++) {
+            issue_qk(i);
+#if DEFER
+            named_arrive(BAR_FULL + ((i - 1) & (PBUF - 1)), 256);
+#endif
+            issue_pv(i - 1);
+            wgmma_wait<4>();
+            pin(s);
+            release_k();
+            scores(i);
+            pin(s);
+            after(soft.l[0] + soft.l[1]);
+            wgmma_wait<0>();
+            pin(s);
+            pin(o);
+            release_v();
+            pack();
+            hand_over(i);
+#if !DEFER
+            named_arrive(BAR_FULL + (i & (PBUF - 1)), 256);
+#endif
+            rescale(soft.alpha[0], soft.alpha[1]);
+            soft.scaled = false;
+        }
+#if DEFER
+        named_arrive(BAR_FULL + ((n - 1) & (PBUF - 1)), 256);
+#endif
+        issue_pv(n - 1);
+        finish(inv, soft, p, t, rows, sc);
+        if ((lane & 3) == 0) {
+            sh->inv[warp * 16 + (lane >> 2)] = inv[0];
+            sh->inv[warp * 16 + (lane >> 2) + 8] = inv[1];
+        }
+        named_arrive(BAR_DONE, 256);
+        wgmma_wait<0>();
+        pin(o);
+        release_v();
+    } else if (n > 0) {
+        // ---- the right half ----
+        for (int b = 0; b < PBUF; b++) named_arrive(BAR_FREE + b, 256);
+        const u64 desc_p = smem_desc(sm_p, 16);
+        const int r = warp * 16 + (lane >> 2);
+#pragma unroll 1
+        for (int i = 0; i < n; i++) {
+            const int b = i & (PBUF - 1);
+            named_sync(BAR_FULL + b, 256);
+            if (i > 0) rescale(sh->alpha[b][r], sh->alpha[b][r + 8]);
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                bar_wait(full + 8 * (9 + 2 * c), i & 1);
+                wgmma_fence();
+                wgmma_ss<256, 1>(o, desc_p + (u64)(b * (P_BYTES >> 4) + 2 * c),
+                                 desc_v + (u64)(c * 1024 + 512), true);
+                wgmma_commit();
+                if (c > 0) {
+                    wgmma_wait<1>();
+                    release(7 + 2 * c);
+                }
+            }
+            wgmma_wait<0>();
+            pin(o);
+            release(15);
+            // The next tile but PBUF - 1 takes these weights' place, if there is one.
+            named_arrive(BAR_FREE + b, 256);
+        }
+        named_sync(BAR_DONE, 256);
+        inv[0] = sh->inv[r];
+        inv[1] = sh->inv[r + 8];
+    }
+
+    if (n <= 0) {
+        if (group == 1) write_unseen(p, t, m0, 64, tid);
+    } else {
+        // O takes Q's place: panels 0 to 3 are the first group's, 4 to 7 the second's.
+        const int half = group - 1;
+        const u32 own = sm_q + half * 4 * 8192;
+        const int r = warp * 16 + (lane & 15);
+        named_sync(BAR_STORE + half, 128);
+#pragma unroll
+        for (int c = 0; c < 16; c++) {
+            const int chunk = (c & 3) * 2 + (lane >> 4);
+            stmatrix4(own + (c / 4) * 8192 + r * 128 + ((chunk ^ (r & 7)) << 4),
+                      pack2(o[8 * c] * inv[0], o[8 * c + 1] * inv[0]),
+                      pack2(o[8 * c + 2] * inv[1], o[8 * c + 3] * inv[1]),
+                      pack2(o[8 * c + 4] * inv[0], o[8 * c + 5] * inv[0]),
+                      pack2(o[8 * c + 6] * inv[1], o[8 * c + 7] * inv[1]));
+        }
+        fence_async_smem();
+        named_sync(BAR_STORE + half, 128);
+#if VARLEN
+        u16* o_rows = p.o + (i64)t.h * p.o_strides[1] + (i64)t.q_start * p.o_strides[2];
+        for (int i = tid; i < 64 * 32; i += 128) {
+            const int row = i / 32, c = i % 32;
+            if (m0 + row < t.sq)
+                *(uint4*)(o_rows + (i64)(m0 + row) * p.o_strides[2] + half * 256 + c * 8) =
+                    *(const uint4*)(raw + half * 4 * 8192 + (c / 8) * 8192 + row * 128 +
+                                    (((c & 7) ^ (row & 7)) << 4));
+        }
+#else
+        if (tid == 0 && m0 < t.sq) {
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                tma_store(&map_o, own + c * 8192, half * 256 + c * 64, m0, t.h, t.b);
+            tma_store_wait_read();
+        }
+#endif
+    }
+    // A CTA's shared memory must outlive the other's copies and arrivals.
+    __syncwarp();
+    cluster_sync();
+}

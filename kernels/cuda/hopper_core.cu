@@ -1,0 +1,447 @@
+// What the Hopper attention kernels share: options, parameters, tiles, masks and the softmax.
+// Goes between hopper_ptx.cu and a kernel's own text.
+
+// What the host defines: D head dim, BN keys a tile, WGS consumer warpgroups, STAGES,
+// REGS_PRODUCER, REGS_CONSUMER; F16; and what follows, each off by default.
+#ifndef RIGHT // keys after a row's position + right are hidden
+#define RIGHT 0
+#endif
+#ifndef LEFT // keys before a row's position - left are hidden
+#define LEFT 0
+#endif
+#ifndef MASK // 1 bf16, 2 f16, 3 f32: added to the scores; 4 bytes: nonzero attends
+#define MASK 0
+#endif
+#ifndef CLASSES // a byte a tile: 0 skipped, 1 masked, 2 free of mask
+#define CLASSES 0
+#endif
+#ifndef SCORE_MOD // softcap or ALiBi (or a scale that is not positive): scores are scaled first
+#define SCORE_MOD 0
+#endif
+#ifndef VARLEN // packed sequences
+#define VARLEN 0
+#endif
+#ifndef SPECULATE // take weights against the maximum so far, without a look at the new scores
+#define SPECULATE (D < 256)
+#endif
+
+#define BM (64 * WGS) // query rows of a tile; at head dim 512, of a pair of CTAs
+#define PANELS ((D + 63) / 64)
+#define LIST_CAP 1024 // key tiles that a row of classes may have
+
+struct Params {
+    int batch, heads, kv_group;      // kv_group: query heads for each key/value head
+    int sq, sk;                      // the longest, if packed
+    int q_off;                       // position of query row 0 among the keys
+    int left, right;                 // keys before and after a position that are seen
+    int tiles_m, tiles, section;     // query tiles; all tiles; heads that share the L2 cache
+    int bottom_right;                // packed: each sequence's offset is its sk - sq
+    float scale, scale_log2;         // scale * log2(e)
+    float softcap;                   // 0: none
+    float inv_scale;                 // 1 / scale
+    const float* sinks;              // [heads] or null
+    const float* slopes;             // [heads] or null (ALiBi)
+    float* lse;                      // or null
+    const void* mask;                // columns contiguous
+    const u8* classes;               // [tiles_m, ceil(sk / BN)]
+    const int* cu_q;                 // packed: [batch + 1]
+    const int* cu_k;
+    u16* o;                          // written directly where rows are packed or none is visible
+    i64 o_strides[3];                // batch, head, row; in elements
+    i64 lse_strides[2];              // batch, head
+    i64 mask_strides[3];             // batch, head, row
+};
+
+#if MASK == 1 || MASK == 2
+typedef u16 MaskElement;
+typedef u32 MaskPair;
+#elif MASK == 3
+typedef float MaskElement;
+typedef float2 MaskPair;
+#elif MASK == 4
+typedef u8 MaskElement;
+typedef u16 MaskPair;
+#endif
+
+#define NEG_INF __int_as_float(0xff800000)
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+
+struct Tile {
+    int b, h, m0;        // batch, head, first row
+    int sq, sk, q_off;   // of the sequence
+    int q_start, k_start;
+    int lo, hi;          // key tiles [lo, hi)
+};
+
+// The key tiles [lo, hi) that some of `rows` rows from `row` on sees.
+DEV void bounds(const Params& p, const Tile& t, int row, int rows, int& lo, int& hi) {
+    lo = 0;
+    hi = (t.sk + BN - 1) / BN;
+#if RIGHT
+    const int end = min(row + rows, t.sq) + t.q_off + p.right; // keys that the last row sees
+    hi = min(hi, end <= 0 ? 0 : (end + BN - 1) / BN);
+#endif
+#if LEFT
+    lo = max(0, (row + t.q_off - p.left) / BN);
+#endif
+    if (row >= t.sq || hi < lo) hi = lo;
+}
+
+DEV Tile tile_of(const Params& p, int index) {
+    Tile t;
+    int per = p.section * p.tiles_m;
+    int s = index / per, r = index - s * per;
+    int first = s * p.section;
+    int in = min(p.section, p.batch * p.heads - first);
+    int m = r / in;
+    int bh = first + (r - m * in);
+    t.b = bh / p.heads;
+    t.h = bh - t.b * p.heads;
+    t.m0 = (p.tiles_m - 1 - m) * BM;
+#if VARLEN
+    t.q_start = p.cu_q[t.b];
+    t.k_start = p.cu_k[t.b];
+    t.sq = p.cu_q[t.b + 1] - t.q_start;
+    t.sk = p.cu_k[t.b + 1] - t.k_start;
+    t.q_off = p.bottom_right ? t.sk - t.sq : p.q_off;
+#else
+    t.q_start = t.k_start = 0;
+    t.sq = p.sq;
+    t.sk = p.sk;
+    t.q_off = p.q_off;
+#endif
+    bounds(p, t, t.m0, BM, t.lo, t.hi);
+    return t;
+}
+
+struct Yes {
+    static constexpr bool value = true;
+};
+struct No {
+    static constexpr bool value = false;
+};
+
+// The two rows of scores that a thread holds: `row` and `row + 8` of the sequence, at key positions
+// `pos` and `pos + 8`, and of each tile the columns `col + 8 j` and the next.
+struct Rows {
+    int row, pos, col, sq, sk;
+    float slope, cap_in, cap_out;
+    i64 mask;
+    bool pairs; // two neighbours of the mask can be read at once
+};
+
+DEV Rows rows_of(const Params& p, const Tile& t, int row_in, int col) {
+    Rows r;
+    r.row = t.m0 + row_in;
+    r.pos = r.row + t.q_off;
+    r.col = col;
+    r.sq = t.sq;
+    r.sk = t.sk;
+#if SCORE_MOD
+    r.slope = p.slopes ? p.slopes[t.h] * LOG2E : 0.0f;
+    r.cap_in = p.softcap != 0.0f ? 2.0f * LOG2E * p.scale / p.softcap : 0.0f;
+    r.cap_out = p.softcap * LOG2E;
+#endif
+#if MASK
+    r.mask = (i64)t.b * p.mask_strides[0] + (i64)t.h * p.mask_strides[1] +
+             (i64)t.q_start * p.mask_strides[2];
+    r.pairs = (((u64)p.mask / sizeof(MaskElement) | p.mask_strides[0] | p.mask_strides[1] |
+                p.mask_strides[2]) & 1) == 0;
+#endif
+    return r;
+}
+
+// What scores are in once modify() has seen them, to log2 units.
+DEV float score_unit(const Params& p) {
+    return SCORE_MOD ? 1.0f : p.scale_log2;
+}
+
+#if MASK
+DEV float add_mask(float x, MaskElement v, const Params& p) {
+#if MASK == 4
+    return v ? x : NEG_INF;
+#else
+#if MASK == 1
+    const float f = bf16_to_f32(v);
+#elif MASK == 2
+    const float f = f16_to_f32(v);
+#else
+    const float f = v;
+#endif
+    const float unit = SCORE_MOD ? LOG2E : p.inv_scale;
+    return x + (f == NEG_INF ? f : fmaxf(f * unit, -3.0e38f));
+#endif
+}
+
+// Brings a warpgroup's rows of the mask for key tile `tile` near.
+template <int N>
+DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, int tile, int tid) {
+    const int lines = (N * (int)sizeof(MaskElement) + 127) / 128;
+    const int per = 128 / (int)sizeof(MaskElement);
+#pragma unroll
+    for (int i = 0; i < (64 * lines + 127) / 128; i++) {
+        const int at = i * 128 + tid, row = t.m0 + row0 + at / lines;
+        const int col = tile * N + at % lines * per;
+        if (row < t.sq && col < t.sk)
+            asm volatile("prefetch.global.L1 [%0];" ::"l"(
+                (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + col)));
+    }
+}
+#endif
+
+// What happens to scores before the softmax, for key tile `tile`.
+template <int N>
+DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, bool masked) {
+    const int c0 = tile * N + r.col;
+#if SCORE_MOD
+#pragma unroll
+    for (int j = 0; j < N / 2; j++) {
+        float x = s[j];
+        if (p.softcap != 0.0f) {
+            // c tanh(x scale / c) in log2 units
+            float e = exp2_fast(x * r.cap_in);
+            x = r.cap_out - 2.0f * r.cap_out * rcp_fast(e + 1.0f);
+        } else {
+            x = x * p.scale_log2;
+        }
+        if (p.slopes) {
+            int col = c0 + 8 * (j / 4) + (j & 1);
+            int pos = r.pos + ((j >> 1) & 1) * 8;
+            x -= r.slope * fabsf((float)(pos - col));
+        }
+        s[j] = x;
+    }
+#endif
+    if (!masked) return;
+#if MASK
+    const bool whole = r.pairs && tile * N + N <= r.sk;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = min(r.row + 8 * half, r.sq - 1);
+        const MaskElement* at =
+            (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + c0);
+        if (whole) {
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+                const MaskPair v = *(const MaskPair*)(at + 8 * j);
+                float& a = s[4 * j + 2 * half];
+                float& b = s[4 * j + 2 * half + 1];
+#if MASK == 3
+                a = add_mask(a, v.x, p);
+                b = add_mask(b, v.y, p);
+#else
+                a = add_mask(a, (MaskElement)v, p);
+                b = add_mask(b, (MaskElement)(v >> (8 * sizeof(MaskElement))), p);
+#endif
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+                if (c0 + 8 * j < r.sk) s[4 * j + 2 * half] = add_mask(s[4 * j + 2 * half], at[8 * j], p);
+                if (c0 + 8 * j + 1 < r.sk)
+                    s[4 * j + 2 * half + 1] = add_mask(s[4 * j + 2 * half + 1], at[8 * j + 1], p);
+            }
+        }
+    }
+#endif
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int last = r.sk - 1;
+#if RIGHT
+        last = min(last, r.pos + 8 * half + p.right);
+#endif
+        last -= c0;
+#if LEFT
+        const int first = r.pos + 8 * half - p.left - c0;
+#endif
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float& x = s[4 * j + 2 * half + e];
+                bool keep = 8 * j + e <= last;
+#if LEFT
+                keep = keep && 8 * j + e >= first;
+#endif
+                x = keep ? x : NEG_INF;
+            }
+        }
+    }
+}
+
+// The softmax of a thread's two rows so far. `ref` is what scores are measured against: near the
+// maximum, but no more than that. Weights and their sum `l` are relative to it.
+struct Soft {
+    float ref[2], l[2];
+    float alpha[2]; // what O is multiplied by before the next product is added, if `scaled`
+    float part[2];  // this tile's sums, if `grown`
+    bool scaled, grown;
+};
+
+DEV Soft soft_start() {
+    return Soft{{NEG_INF, NEG_INF}, {0.0f, 0.0f}, {1.0f, 1.0f}, {0.0f, 0.0f}, false, false};
+}
+
+// Scores of one row to weights; returns the thread's part of their sum.
+template <int N>
+DEV float weigh(float (&s)[N / 2], int half, float ref, float sc) {
+    const float off = ref * sc;
+#if MASK && MASK != 4
+    // A mask of huge finite values: the fused product would lose the difference.
+    if (__any_sync(~0u, fabsf(off) > 4096.0f)) {
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+            s[4 * j + 2 * half] = (s[4 * j + 2 * half] - ref) * sc;
+            s[4 * j + 2 * half + 1] = (s[4 * j + 2 * half + 1] - ref) * sc;
+        }
+    } else
+#endif
+    {
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+            s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], sc, -off);
+            s[4 * j + 2 * half + 1] = __fmaf_rn(s[4 * j + 2 * half + 1], sc, -off);
+        }
+    }
+    float x = 0.0f, y = 0.0f;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        s[4 * j + 2 * half] = exp2_fast(s[4 * j + 2 * half]);
+        s[4 * j + 2 * half + 1] = exp2_fast(s[4 * j + 2 * half + 1]);
+        x += s[4 * j + 2 * half];
+        y += s[4 * j + 2 * half + 1];
+    }
+    return x + y;
+}
+
+// Scores above `ref` give weights above 1. f16 holds them up to 2^16, so there the reference is
+// kept above the maximum, and what still grows past that is done again.
+#if F16
+#define HEADROOM 8.0f
+#define POISON 32768.0f
+#else
+#define HEADROOM 0.0f
+#define POISON 1.8446744e19f
+#endif
+
+// Scores to weights. Usually without a look at their maximum: they are taken against the reference
+// that there is, and where their sum then shows that they have grown much, the reference follows
+// for the tiles to come. Weights too large for that (a leap by 2^64, in f16 2^24) make the sum
+// infinite; the CTA then does its tiles again with `careful`.
+template <int N>
+DEV void softmax(float (&s)[N / 2], Soft& f, float sc, bool careful) {
+    if (!SPECULATE || careful ||
+        __any_sync(~0u, !(f.ref[0] * sc > -16384.0f) || !(f.ref[1] * sc > -16384.0f))) {
+        bool some = false;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float a = s[2 * half], b = s[2 * half + 1];
+#pragma unroll
+            for (int j = 1; j < N / 8; j++) {
+                a = fmaxf(a, s[4 * j + 2 * half]);
+                b = fmaxf(b, s[4 * j + 2 * half + 1]);
+            }
+            a = fmaxf(a, b);
+            a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
+            a = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
+            const float old = f.ref[half];
+            // O is not rescaled for less than 2^8.
+            const float now = (a - old) * sc > 8.0f - HEADROOM ? a + HEADROOM / sc : old;
+            f.ref[half] = now;
+            // Where no key was visible yet: weights are 0, not 2^(-inf + inf).
+            const float ref = now == NEG_INF ? 0.0f : now;
+            const float shrunk = exp2_fast((old - ref) * sc);
+            f.alpha[half] = (f.scaled ? f.alpha[half] : 1.0f) * shrunk;
+            f.l[half] = f.l[half] * shrunk + weigh<N>(s, half, ref, sc);
+            some |= f.alpha[half] != 1.0f;
+        }
+        f.scaled = __any_sync(~0u, some);
+        f.grown = false;
+        return;
+    }
+    f.part[0] = weigh<N>(s, 0, f.ref[0], sc);
+    f.part[1] = weigh<N>(s, 1, f.ref[1], sc);
+    f.l[0] += f.part[0];
+    f.l[1] += f.part[1];
+    f.grown = __any_sync(~0u, !(f.part[0] + f.part[1] < 4096.0f));
+}
+
+// After O took this tile's factor: where weights have grown much, the reference follows, and O and
+// the sum shrink by as much.
+DEV void settle(Soft& f, float sc) {
+    f.scaled = f.grown;
+    if (!f.grown) return;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sum = f.part[half];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        f.alpha[half] = 1.0f;
+        if (!(sum < POISON)) {
+            f.l[half] = __int_as_float(0x7f800000);
+        } else if (sum > 4096.0f) {
+            const float by = log2_fast(sum) + HEADROOM;
+            f.ref[half] += by / sc;
+            f.alpha[half] = exp2_fast(-by);
+            f.l[half] *= f.alpha[half];
+        }
+    }
+}
+
+// What O is multiplied by in the end; writes the rows' log-sum-exp.
+DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, const Rows& r,
+                float sc) {
+    float* lse = p.lse + (i64)(VARLEN ? 0 : t.b) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
+                 t.q_start;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sum = f.l[half];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        float top = f.ref[half] * sc, part = 1.0f;
+        if (p.sinks) {
+            const float sink = p.sinks[t.h] * LOG2E;
+            const float now = fmaxf(top, sink);
+            part = top == NEG_INF ? 0.0f : exp2_fast(top - now);
+            sum = sum * part + exp2_fast(sink - now);
+            top = now;
+        }
+        inv[half] = sum > 0.0f ? part / sum : 0.0f;
+        const int row = r.row + 8 * half;
+        if (p.lse && (r.col & 7) == 0 && row < t.sq)
+            lse[row] = sum > 0.0f ? (top + log2_fast(sum)) * LN2 : NEG_INF;
+    }
+}
+
+// O and log-sum-exp of `rows` rows from `row` on that see no key, by the 128 threads of a group.
+DEV void write_unseen(const Params& p, const Tile& t, int row, int rows, int tid) {
+    u16* o = p.o + (i64)(VARLEN ? 0 : t.b) * p.o_strides[0] + (i64)t.h * p.o_strides[1] +
+             (i64)t.q_start * p.o_strides[2];
+    float* lse = p.lse + (i64)(VARLEN ? 0 : t.b) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
+                 t.q_start;
+    for (int i = tid; i < rows * (D / 8); i += 128) {
+        const int r = row + i / (D / 8);
+        if (r < t.sq)
+            *(uint4*)(o + r * p.o_strides[2] + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
+    }
+    if (p.lse && tid < rows && row + tid < t.sq)
+        lse[row + tid] = p.sinks ? p.sinks[t.h] : NEG_INF;
+}
+
+#if CLASSES
+// The key tiles of `t` that are not skipped, last first, by one warp. Returns how many.
+DEV int list_tiles(u16* list, const Params& p, const Tile& t, int lane) {
+    int len = 0;
+    const u8* row = p.classes + (i64)(t.m0 / BM) * ((p.sk + BN - 1) / BN);
+    for (int at = t.hi - 1; at >= t.lo; at -= 32) {
+        const int tile = at - lane;
+        const u32 c = tile >= t.lo ? row[tile] : 0;
+        const u32 some = __ballot_sync(~0u, c != 0);
+        if (c != 0)
+            list[len + __popc(some & ((1u << lane) - 1))] = (u16)(tile | (c == 1 ? 0x8000 : 0));
+        len += __popc(some);
+    }
+    return len;
+}
+#endif
