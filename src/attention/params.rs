@@ -161,7 +161,7 @@ gpu_struct! {
 gpu_struct! {
     /// Everything that the CUDA attention kernels read besides memory. Pointers are addresses on the
     /// device; null where the problem has no such operand. Strides are in elements: batch, head, row.
-    CudaParams = "Params", CUDA_PARAMS_TEXT, 328 {
+    CudaParams = "Params", CUDA_PARAMS_TEXT, 336 {
         /// Batch size, or count of packed sequences.
         batch: i32 = "int batch" @ 0,
         /// Query heads.
@@ -178,7 +178,7 @@ gpu_struct! {
         left: i32 = "int left" @ 24,
         /// Keys seen after a query's own position, or -1 for all; 0 is causal.
         right: i32 = "int right" @ 28,
-        /// Query tiles of a sequence.
+        /// Query tiles of a sequence and a head, or the heads that share them.
         tiles_m: i32 = "int tiles_m" @ 32,
         /// All query tiles.
         tiles: i32 = "int tiles" @ 36,
@@ -243,6 +243,10 @@ gpu_struct! {
         vector: i32 = "int vector" @ 320,
         /// Batches that results are laid out in: 1 where sequences are packed.
         result_batch: i32 = "int result_batch" @ 324,
+        /// Query heads of one key/value head that share a tile's rows, or 1.
+        pack: i32 = "int pack" @ 328,
+        /// Keeps the size on 8 bytes.
+        _pad: i32 = "int pad" @ 332,
     }
 }
 

@@ -72,15 +72,14 @@ impl MlxDevice {
     /// kernel reports.
     pub fn cuda_warm_up<'a>(&self, problems: impl IntoIterator<Item = &'a Problem>) -> Result<()> {
         let cuda = backend(self.metal_device())?;
-        let mut kernels = Vec::new();
-        for problem in problems {
-            let plan = Plan::new(problem, cuda.family(), PlanOptions::default())?;
-            let kernel = (plan.variant.kernel, plan.constants);
-            if !kernels.contains(&kernel) {
-                kernels.push(kernel);
-            }
-        }
-        cuda.warm_up(&kernels)
+        let plans = problems
+            .into_iter()
+            .map(|problem| {
+                let plan = Plan::new(problem, cuda.family(), PlanOptions::default())?;
+                Ok((problem, plan.variant.kernel, plan.constants))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        cuda.warm_up(&plans)
     }
 
     /// The caller's device memory as an operand, without a copy; [`MlxBuffer::slice_view`] gives its

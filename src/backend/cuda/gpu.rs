@@ -11,6 +11,7 @@ use super::modules::{Function, Modules};
 use super::scratch::Pool;
 use super::submit::{self, Enqueued};
 use super::table::Spec;
+use crate::attention::Problem;
 use crate::attention::bindings::Constants;
 use crate::attention::variant::{self, Family};
 use crate::backend::{Backend, DeviceKind, Kernel, Limits, Memory, Pending, Step};
@@ -93,10 +94,11 @@ impl Cuda {
         &self.0
     }
 
-    /// Compiles and loads kernels, by name and constants, side by side.
-    pub(crate) fn warm_up(&self, kernels: &[(&str, Constants)]) -> Result<()> {
-        in_parallel(kernels, |(kernel, constants)| {
-            built(&self.0, kernel, constants).map(|_| ())
+    /// Compiles and loads, side by side, what these problems run, each with its kernel's name and
+    /// constants.
+    pub(crate) fn warm_up(&self, plans: &[(&Problem, &str, Constants)]) -> Result<()> {
+        in_parallel(plans, |(problem, kernel, constants)| {
+            built(&self.0, kernel, constants)?.warm_up(&self.0, problem)
         })
         .map(|_| ())
     }

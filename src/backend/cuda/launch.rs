@@ -1,7 +1,7 @@
 //! Dispatches, read back and checked, as launches on a stream.
 
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::Stream;
 use super::gpu::Gpu;
@@ -10,6 +10,7 @@ use super::modules::Function;
 use super::params::{Machine, params};
 use super::scratch::Scratch;
 use super::table::{self, Needs, Row, Spec};
+use crate::attention::Problem;
 use crate::attention::bindings::{self, Constants, coded_dtype, constant, names};
 use crate::attention::params::CudaParams;
 use crate::attention::variant;
@@ -26,17 +27,46 @@ pub(crate) type Temporary = Scratch;
 pub(super) enum Built {
     Prefill {
         needs: Needs,
-        row: &'static Row,
-        function: Arc<Function>,
+        /// The kernels that may serve it, best first, compiled when one is first taken.
+        forms: Vec<Form>,
     },
     Fill(Arc<Function>),
-    /// One form at least is needed, and which one is seen at each dispatch.
+    /// Which of two kernels is taken is seen at each dispatch.
     Classes,
     /// Compiled for the head dim of the first dispatch, and kept.
     Decode(Mutex<Option<Arc<Function>>>),
 }
 
-/// Compiles what the kernel of this name and these constants runs.
+/// A kernel that may serve a prefill.
+#[derive(Debug)]
+pub(super) struct Form {
+    row: &'static Row,
+    spec: Spec,
+    function: OnceLock<Result<Arc<Function>>>,
+}
+
+impl Form {
+    fn function(&self, gpu: &Gpu) -> Result<&Arc<Function>> {
+        self.function
+            .get_or_init(|| gpu.function(&self.spec))
+            .as_ref()
+            .map_err(Clone::clone)
+    }
+}
+
+impl Built {
+    /// Compiles what a problem will run.
+    pub(super) fn warm_up(&self, gpu: &Gpu, problem: &Problem) -> Result<()> {
+        if let Self::Prefill { forms, .. } = self
+            && let Some(form) = forms.iter().find(|form| form.row.takes(problem))
+        {
+            form.function(gpu)?;
+        }
+        Ok(())
+    }
+}
+
+/// Prepares what the kernel of this name and these constants runs.
 pub(super) fn built(gpu: &Arc<Gpu>, kernel: &str, constants: &Constants) -> Result<Built> {
     let unknown = |message: &str| MlxError::ShaderCompilationError {
         name: kernel.into(),
@@ -63,14 +93,17 @@ pub(super) fn built(gpu: &Arc<Gpu>, kernel: &str, constants: &Constants) -> Resu
                 .iter()
                 .any(|index| constants.bool(*index)),
             };
-            let row = table::attention(needs)
-                .ok_or_else(|| unknown("no CUDA kernel has this dtype and head dim"))?;
-            let function = gpu.function(&row.spec(needs))?;
-            Ok(Built::Prefill {
-                needs,
-                row,
-                function,
-            })
+            let forms: Vec<Form> = table::attention(needs, Some(gpu.context.capability))
+                .map(|row| Form {
+                    row,
+                    spec: row.spec(needs),
+                    function: OnceLock::new(),
+                })
+                .collect();
+            if forms.is_empty() {
+                return Err(unknown("no CUDA kernel has this dtype and head dim"));
+            }
+            Ok(Built::Prefill { needs, forms })
         }
     }
 }
@@ -116,11 +149,7 @@ impl Launch<'_> {
             return Err(self.fail("was built for another device"));
         };
         match built {
-            Built::Prefill {
-                needs,
-                row,
-                function,
-            } => self.prefill(*needs, row, function),
+            Built::Prefill { needs, forms } => self.prefill(*needs, forms),
             Built::Fill(function) => self.fill(function),
             Built::Classes => self.classes(),
             Built::Decode(kept) => match self.dispatch.kernel.name.as_str() {
@@ -154,7 +183,7 @@ impl Launch<'_> {
         }
     }
 
-    fn prefill(&mut self, needs: Needs, row: &'static Row, function: &Arc<Function>) -> Result<()> {
+    fn prefill(&mut self, needs: Needs, forms: &[Form]) -> Result<()> {
         let Prefill { problem, at } = Prefill::read(self.dispatch)?;
         let general =
             problem.mask().is_some() || problem.softcap().is_some() || problem.has_alibi();
@@ -162,7 +191,12 @@ impl Launch<'_> {
         if !fits || (general && !needs.general) {
             return Err(self.fail("params and constants disagree"));
         }
-        let mut p = params(&problem, &at, row, self.machine()).map_err(|e| self.fail(e))?;
+        let form = forms
+            .iter()
+            .find(|form| form.row.takes(&problem))
+            .ok_or_else(|| self.fail("no kernel takes a problem of this shape"))?;
+        let function = form.function(self.gpu)?;
+        let mut p = params(&problem, &at, form.row, self.machine()).map_err(|e| self.fail(e))?;
         self.prepare()?;
         if let Some((q, k)) = problem.cu_seqlens() {
             let cu = [q, k].concat();

@@ -49,6 +49,19 @@ fn reach(problem: &Problem) -> (i32, i32) {
     (left, right)
 }
 
+/// How many query heads of a key/value head share a tile: all, where that makes much fewer tiles.
+fn pack(problem: &Problem, row: &Row) -> usize {
+    let (group, rows) = (problem.group(), problem.shape().query_len);
+    let apart = rows.div_ceil(row.bm).saturating_mul(group);
+    let together = rows.saturating_mul(group).div_ceil(row.bm);
+    let fewer = i32::try_from(rows.saturating_mul(group)).is_ok() && together * 3 <= apart * 2;
+    if row.packs() && group > 1 && fewer {
+        group
+    } else {
+        1
+    }
+}
+
 /// How many parts the keys are cut into, so that few queries over many keys keep the GPU busy: none
 /// where there is a tile for most processors.
 fn splits(row: &Row, tiles: usize, key_len: usize, reach: (i32, i32), machine: Machine) -> usize {
@@ -60,12 +73,11 @@ fn splits(row: &Row, tiles: usize, key_len: usize, reach: (i32, i32), machine: M
         _ => key_len,
     };
     let key_tiles = seen.div_ceil(row.bn);
-    if tiles * 2 > machine.processors || key_tiles < 8 {
+    let busy = machine.processors * row.blocks;
+    if tiles * 2 > busy || key_tiles < 8 {
         return 1;
     }
-    (2 * machine.processors / tiles.max(1))
-        .clamp(1, key_tiles / 4)
-        .min(128)
+    (busy / tiles.max(1)).clamp(1, key_tiles / 4).min(128)
 }
 
 /// The parameters, but for scratch memory: `cu_q`, `cu_k` and `partials` are left null.
@@ -79,8 +91,9 @@ pub(super) fn params(
     let (left, right) = reach(problem);
     let packed = problem.cu_seqlens().is_some();
     let visibility = problem.visibility(shape.query_len, shape.key_len);
-    let tiles_m = shape.query_len.div_ceil(row.bm);
-    let heads = shape.batch.checked_mul(shape.heads);
+    let pack = pack(problem, row);
+    let tiles_m = (shape.query_len * pack).div_ceil(row.bm);
+    let heads = shape.batch.checked_mul(shape.heads / pack);
     let tiles = heads
         .and_then(|n| n.checked_mul(tiles_m))
         .filter(|n| i32::try_from(*n).is_ok())
@@ -99,8 +112,8 @@ pub(super) fn params(
         .max(1);
     let section = (machine.l2_bytes / 2 / keys_bytes)
         .max(1)
-        .saturating_mul(problem.group())
-        .min(shape.batch * shape.heads);
+        .saturating_mul(problem.group() / pack)
+        .min(shape.batch * (shape.heads / pack));
 
     let size = problem.dtype().size_of();
     let of = |role| problem.strides(role);
@@ -154,5 +167,7 @@ pub(super) fn params(
         mask_type: mask.map_or(0, |m| type_code(m.dtype)),
         vector: i32::from(vector) | i32::from(on(4, size, at.o, of(Role::Output))) << 1,
         result_batch: if packed { 1 } else { int(shape.batch) },
+        pack: int(pack),
+        _pad: 0,
     })
 }

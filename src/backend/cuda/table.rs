@@ -2,6 +2,7 @@
 //! row of it.
 
 use super::sources;
+use crate::attention::Problem;
 use crate::attention::variant::HEAD_DIMS;
 use crate::dtype::DType;
 
@@ -32,48 +33,78 @@ enum Text {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Row {
     text: Text,
+    /// Oldest and newest GPUs.
+    gpus: (Capability, Capability),
     /// Element types of Q.
     dtypes: &'static [DType],
-    /// Smallest and largest head dim.
-    dims: (usize, usize),
+    /// Head dims.
+    dims: &'static [usize],
+    /// Most query rows of all heads of one key/value head.
+    rows: usize,
     /// Query rows of a tile.
     pub(super) bm: usize,
     /// Keys of a tile.
     pub(super) bn: usize,
     /// Warps down the rows of a tile, and across.
     warps: (usize, usize),
+    /// Threadblocks that keep a processor busy.
+    pub(super) blocks: usize,
 }
 
-const fn portable(dims: (usize, usize), bm: usize, bn: usize, warps: (usize, usize)) -> Row {
+const ANY: (Capability, Capability) = (Capability::OLDEST, Capability(u32::MAX, 0));
+
+const fn portable(dims: &'static [usize], bm: usize, bn: usize, across: usize) -> Row {
     Row {
         text: Text::Portable,
+        gpus: ANY,
         dtypes: &[DType::BF16, DType::F16],
         dims,
+        rows: usize::MAX,
         bm,
         bn,
-        warps,
+        warps: (bm / 16, across),
+        blocks: 1,
     }
 }
 
-const fn fma(dims: (usize, usize), bm: usize, bn: usize) -> Row {
+/// For decode: a tile is one warp's rows, and warps share its keys.
+const fn short(dims: &'static [usize], across: usize) -> Row {
+    Row {
+        rows: 16,
+        blocks: 4,
+        ..portable(dims, 16, 64, across)
+    }
+}
+
+const fn fma(dims: &'static [usize], bm: usize, bn: usize) -> Row {
     Row {
         text: Text::Fma,
+        gpus: ANY,
         dtypes: &[DType::F32],
         dims,
+        rows: usize::MAX,
         bm,
         bn,
         warps: (4, 1),
+        blocks: 2,
     }
 }
 
-/// Every attention kernel; of those that fit, the first is taken.
+/// Every attention kernel; of those that fit, the first is taken. The last that serves a dtype and
+/// head dim serves it whatever the shape.
 const ATTENTION: &[Row] = &[
-    portable((32, 128), 128, 64, (8, 1)),
-    portable((192, 192), 64, 32, (4, 1)),
-    portable((256, 256), 64, 32, (4, 2)),
-    portable((512, 512), 32, 32, (2, 4)),
-    fma((32, 256), 32, 32),
-    fma((512, 512), 16, 16),
+    short(&[32, 96], 2),
+    short(&[64, 128, 192], 4),
+    Row {
+        bn: 32,
+        ..short(&[256, 512], 4)
+    },
+    portable(&[32, 64, 80, 96, 128], 128, 64, 1),
+    portable(&[192], 64, 32, 1),
+    portable(&[256], 64, 32, 2),
+    portable(&[512], 32, 32, 4),
+    fma(&[32, 64, 80, 96, 128, 192, 256], 32, 32),
+    fma(&[512], 16, 16),
 ];
 
 /// What a problem needs of an attention kernel.
@@ -108,14 +139,29 @@ impl Spec {
     }
 }
 
-/// The row that serves `needs`.
-pub(super) fn attention(needs: Needs) -> Option<&'static Row> {
-    ATTENTION.iter().find(|row| {
-        row.dtypes.contains(&needs.dtype) && (row.dims.0..=row.dims.1).contains(&needs.head_dim)
+/// The rows that serve `needs` on a GPU, best first.
+pub(super) fn attention(
+    needs: Needs,
+    gpu: Option<Capability>,
+) -> impl Iterator<Item = &'static Row> {
+    ATTENTION.iter().filter(move |row| {
+        row.dtypes.contains(&needs.dtype)
+            && row.dims.contains(&needs.head_dim)
+            && gpu.is_none_or(|gpu| (row.gpus.0..=row.gpus.1).contains(&gpu))
     })
 }
 
 impl Row {
+    /// Whether it serves a problem of this shape, given that it serves what the problem needs.
+    pub(super) fn takes(&self, problem: &Problem) -> bool {
+        problem.shape().query_len.saturating_mul(problem.group()) <= self.rows
+    }
+
+    /// Whether the heads of one key/value head can share a tile.
+    pub(super) fn packs(&self) -> bool {
+        self.text == Text::Portable
+    }
+
     pub(super) fn spec(&self, needs: Needs) -> Spec {
         let d = needs.head_dim;
         let mut macros = vec![
@@ -123,6 +169,7 @@ impl Row {
             ("BM", self.bm as i64),
             ("BN", self.bn as i64),
             ("GENERAL", i64::from(needs.general)),
+            ("PACK", i64::from(self.packs())),
         ];
         let parts = match self.text {
             Text::Portable => {
@@ -240,7 +287,7 @@ pub(crate) fn every_spec() -> Vec<Spec> {
                     head_dim,
                     general,
                 };
-                all.extend(attention(needs).map(|row| row.spec(needs)));
+                all.extend(attention(needs, None).map(|row| row.spec(needs)));
             }
         }
         for dtype in [DType::BF16, DType::F16, DType::F32] {
@@ -265,28 +312,55 @@ mod tests {
     #[test]
     fn every_dtype_and_head_dim_has_a_kernel_that_fits_any_gpu() {
         let all = every_spec();
-        assert_eq!(all.len(), 3 + 8 * (4 * 2 + 3 + 2));
         assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len());
         for spec in all {
             assert!(spec.shared as usize <= SHARED_BYTES, "{}", spec.name());
             assert!(spec.threads <= 1024 && spec.threads.is_multiple_of(32));
+        }
+        for (dtype, head_dim) in [DType::BF16, DType::F16, DType::F32]
+            .into_iter()
+            .flat_map(|t| HEAD_DIMS.map(|d| (t, d)))
+        {
+            let needs = Needs {
+                dtype,
+                kv_dtype: dtype,
+                head_dim,
+                general: true,
+            };
+            let last = attention(needs, Some(Capability::OLDEST)).last().unwrap();
+            assert_eq!(last.rows, usize::MAX, "{needs:?}");
         }
     }
 
     #[test]
     fn tiles_hold_whole_class_tiles_or_are_parts_of_one() {
         for row in ATTENTION {
-            for d in HEAD_DIMS
-                .into_iter()
-                .filter(|d| (row.dims.0..=row.dims.1).contains(d))
-            {
+            for d in row.dims.iter().copied() {
                 let class = crate::attention::variant::class_tile(d);
-                assert!(row.bm.is_multiple_of(class.bq), "{row:?} {d}");
+                assert!(
+                    row.bm.is_multiple_of(class.bq) || class.bq.is_multiple_of(row.bm),
+                    "{row:?} {d}"
+                );
                 assert!(
                     row.bn.is_multiple_of(class.bk) || class.bk.is_multiple_of(row.bn),
                     "{row:?} {d}"
                 );
             }
+        }
+    }
+
+    #[test]
+    fn warps_share_a_tile_in_parts_that_the_instructions_take() {
+        for row in ATTENTION.iter().filter(|row| row.text == Text::Portable) {
+            assert_eq!(row.bm, 16 * row.warps.0);
+            let keys = row.bn / row.warps.1;
+            assert!(keys == 8 || keys.is_multiple_of(16), "{row:?}");
+            assert!(
+                row.dims
+                    .iter()
+                    .all(|d| (d / row.warps.1).is_multiple_of(16)),
+                "{row:?}"
+            );
         }
     }
 
