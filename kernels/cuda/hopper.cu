@@ -10,6 +10,12 @@
 // 128-byte swizzle; columns past D are zero.
 
 #define THREADS (128 * (WGS + 1))
+#if CLASSES && defined(QBUF)
+#undef QBUF // the list of tiles is not doubled
+#endif
+#ifndef QBUF // tiles of Q, so that a CTA with several loads the next one early
+#define QBUF 1
+#endif
 
 struct Ring {
     int stage;
@@ -26,7 +32,7 @@ struct Ring {
 #define Q_BYTES (PANELS * BM * 128)
 
 struct Shared {
-    u64 q_full[WGS], q_empty[WGS], verdict;
+    u64 q_full[QBUF * WGS], q_empty[QBUF * WGS], verdict;
     u32 redo; // some weights overflowed
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 #if CLASSES
@@ -41,8 +47,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
               const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) u8 raw[];
     const u32 base = smem_u32(raw);
-    const u32 sm_q = base, sm_k = base + Q_BYTES, sm_v = sm_k + STAGES * TILE_BYTES;
-    Shared* sh = (Shared*)(raw + Q_BYTES + 2 * STAGES * TILE_BYTES);
+    const u32 sm_q = base, sm_k = base + QBUF * Q_BYTES, sm_v = sm_k + STAGES * TILE_BYTES;
+    Shared* sh = (Shared*)(raw + QBUF * Q_BYTES + 2 * STAGES * TILE_BYTES);
     const u32 q_full = smem_u32(sh->q_full), q_empty = smem_u32(sh->q_empty);
     const u32 verdict = smem_u32(&sh->verdict);
     const u32 k_full = smem_u32(sh->k_full), k_empty = smem_u32(sh->k_empty);
@@ -52,7 +58,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     auto redo = [&]() {
         if (!SPECULATE) return false;
         bar_wait(verdict, 0);
-        return *(volatile u32*)&sh->redo != 0;
+        // One lane's reading, so that the compiler knows that a warp stays together.
+        return __shfl_sync(~0u, *(volatile u32*)&sh->redo, 0) != 0;
     };
 
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -61,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         prefetch_map(&map_k);
         prefetch_map(&map_v);
         prefetch_map(&map_o);
-        for (int w = 0; w < WGS; w++) {
+        for (int w = 0; w < QBUF * WGS; w++) {
             bar_init(q_full + 8 * w, 1);
             bar_init(q_empty + 8 * w, 1);
         }
@@ -83,14 +90,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (threadIdx.x < 32) {
             const int lane = threadIdx.x;
             Ring rk = {0, 1}, rv = {0, 1};
+            int qb = 0; // the buffer of Q
             u32 q_phase = 1;
-            bool careful = false;
-            for (int index = blockIdx.x;; index += gridDim.x) {
-                if (index >= p.tiles) {
-                    if (careful || !redo()) break;
-                    careful = true;
-                    index = blockIdx.x;
+            auto next_q = [&]() {
+                if (++qb == QBUF) {
+                    qb = 0;
+                    q_phase ^= 1;
                 }
+            };
+            for (int run = 0; run < (SPECULATE ? 2 : 1); run++) {
+                if (run > 0 && !redo()) break;
+            for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
                 const Tile t = tile_of(p, index);
                 const int kv_head = t.h / p.kv_group;
                 const int kv_batch = VARLEN ? 0 : t.b;
@@ -103,15 +113,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                  kv_head, kv_batch);
                 };
                 auto load_q = [&](int w) {
-                    bar_expect(q_full + 8 * w, PANELS * 8192);
+                    const u32 full = q_full + 8 * (qb * WGS + w);
+                    bar_expect(full, PANELS * 8192);
 #pragma unroll 1
                     for (int c = 0; c < PANELS; c++)
-                        tma_load(sm_q + c * BM * 128 + w * 8192, &map_q, q_full + 8 * w, c * 64,
-                                 t.q_start + t.m0 + w * 64, t.h, kv_batch);
+                        tma_load(sm_q + qb * Q_BYTES + c * BM * 128 + w * 8192, &map_q, full,
+                                 c * 64, t.q_start + t.m0 + w * 64, t.h, kv_batch);
                 };
 #if CLASSES
                 for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * w, q_phase);
-                q_phase ^= 1;
                 const int len = list_tiles(sh->list, p, t, lane);
                 if (lane == 0) sh->list_len = len;
                 __syncwarp();
@@ -121,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     if (n > 0) load_q(w);
                     else bar_arrive(q_full + 8 * w);
                 }
+                next_q();
 #define TILE_AT(i) (sh->list[i] & 0x7fff)
 #else
 #define TILE_AT(i) (t.hi - 1 - (i))
@@ -137,10 +148,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         if (i == 0) {
 #pragma unroll 1
                             for (int w = 0; w < WGS; w++) {
-                                bar_wait(q_empty + 8 * w, q_phase);
+                                bar_wait(q_empty + 8 * (qb * WGS + w), q_phase);
                                 load_q(w);
                             }
-                            q_phase ^= 1;
+                            next_q();
                         }
 #endif
                         if (i > 0) {
@@ -153,6 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
                 __syncwarp();
             }
+            }
         }
         return;
     }
@@ -163,16 +175,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int tid = threadIdx.x - 128 * group;
     const int lane = tid & 31;
     const bool signal = lane == 0;
-    const u32 own_q = sm_q + wg * 64 * 128;
-    const u64 desc_q = smem_desc(own_q, 16);
     const u64 desc_k = smem_desc(sm_k, 16);
     const u64 desc_v = smem_desc(sm_v, BN * 128);
     const int row_in = wg * 64 + (tid >> 5) * 16 + (lane >> 2); // and + 8
     const int col_in = 2 * (lane & 3);
     const float sc = score_unit(p);
     Ring rk = {0, 0}, rv = {0, 0};
+    int qb = 0;
     u32 q_phase = 0;
-    bool careful = false;
+    // Q of the next tile is there; its place.
+    auto wait_q = [&]() {
+        bar_wait(q_full + 8 * (qb * WGS + wg), q_phase);
+    };
+    auto done_q = [&]() {
+        if (tid == 0) bar_arrive(q_empty + 8 * (qb * WGS + wg));
+        if (++qb == QBUF) {
+            qb = 0;
+            q_phase ^= 1;
+        }
+    };
     auto done_k = [&]() {
         if (signal) bar_arrive(k_empty + 8 * rk.stage);
         rk.next();
@@ -191,28 +212,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     };
 
-    for (int index = blockIdx.x;; index += gridDim.x) {
-        if (index >= p.tiles) {
-            if (careful) break;
-            named_sync(8 + wg, 128);
-            if (tid == 0) bar_arrive(verdict);
-            if (!redo()) break;
-            careful = true;
-            index = blockIdx.x;
-        }
+    for (int run = 0; run < (SPECULATE ? 2 : 1); run++) {
+    const bool careful = run > 0;
+    if (careful) {
+        named_sync(8 + wg, 128);
+        if (tid == 0) bar_arrive(verdict);
+        if (!redo()) break;
+    }
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
         const Tile t = tile_of(p, index);
         int n = t.hi - t.lo;
 #if CLASSES
-        bar_wait(q_full + 8 * wg, q_phase);
-        q_phase ^= 1;
+        wait_q();
         n = sh->list_len;
         int lo = 0, hi = n;
 #else
         int lo, hi;
         bounds(p, t, t.m0 + wg * 64, 64, lo, hi);
         if (n > 0) {
-            bar_wait(q_full + 8 * wg, q_phase);
-            q_phase ^= 1;
+            wait_q();
             skip(t.hi - max(hi, t.lo));
         }
 #endif
@@ -221,9 +239,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (n > 0) {
                 if (hi > t.lo) skip(hi - t.lo);
             }
-            if ((n > 0 || CLASSES) && tid == 0) bar_arrive(q_empty + 8 * wg);
+            if (n > 0 || CLASSES) done_q();
             continue;
         }
+
 
         float o[D / 2];
         float s[BN / 2];
@@ -231,6 +250,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Soft soft = soft_start();
         const Rows rows = rows_of(p, t, row_in, col_in);
 
+        const u32 own_q = sm_q + qb * Q_BYTES + wg * 64 * 128;
+        const u64 desc_q = smem_desc(own_q, 16);
         auto issue_qk = [&](int stage) {
             const u64 kd = desc_k + (u64)(stage * (TILE_BYTES >> 4));
 #pragma unroll
@@ -365,9 +386,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             inv[0] *= soft.alpha[0];
             inv[1] *= soft.alpha[1];
         }
-        if (SPECULATE && !careful &&
-            __any_sync(~0u, !(soft.l[0] < 1.0e38f) || !(soft.l[1] < 1.0e38f)) && lane == 0)
-            *(volatile u32*)&sh->redo = 1;
+        // A predicated store, not a branch: past a branch that ptxas takes to part a warp, it keeps no
+        // descriptor in uniform registers.
+        if (SPECULATE)
+            store_if(!(soft.l[0] < 1.0e38f) || !(soft.l[1] < 1.0e38f), smem_u32(&sh->redo), 1);
 #if !CLASSES
         bounds(p, e, e.m0 + wg * 64, 64, lo, hi);
         skip(lo - e.lo);
@@ -376,11 +398,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         // O takes Q's place: every warp of this group has read its rows of Q.
         named_sync(8 + wg, 128);
         {
-            const int r = (tid >> 5) * 16 + (lane & 15); // of the group's 64
+            int me = tid;
+            asm volatile("" : "+r"(me));
+            const int r = (me >> 5) * 16 + (me & 15); // of the group's 64
             const u32 at = own_q + r * 128;
 #pragma unroll
             for (int c = 0; c < D / 16; c++) {
-                const int chunk = (c & 3) * 2 + (lane >> 4);
+                const int chunk = (c & 3) * 2 + ((me >> 4) & 1);
                 stmatrix4(at + (c / 4) * BM * 128 + ((chunk ^ (r & 7)) << 4),
                           pack2(o[8 * c] * inv[0], o[8 * c + 1] * inv[0]),
                           pack2(o[8 * c + 2] * inv[1], o[8 * c + 3] * inv[1]),
@@ -395,11 +419,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const int r = i / (D / 8), c = i % (D / 8);
             if (e.m0 + wg * 64 + r < e.sq)
                 *(uint4*)(o_rows + (i64)(e.m0 + wg * 64 + r) * p.o_strides[2] + c * 8) =
-                    *(const uint4*)(raw + wg * 64 * 128 + (c / 8) * BM * 128 + r * 128 +
+                    *(const uint4*)(raw + qb * Q_BYTES + wg * 64 * 128 + (c / 8) * BM * 128 + r * 128 +
                                     (((c & 7) ^ (r & 7)) << 4));
         }
         named_sync(8 + wg, 128);
-        if (tid == 0) bar_arrive(q_empty + 8 * wg);
 #else
         fence_async_smem();
         named_sync(8 + wg, 128);
@@ -410,8 +433,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     tma_store(&map_o, own_q + c * BM * 128, c * 64, e.m0 + wg * 64, e.h, e.b);
             }
             tma_store_wait_read();
-            bar_arrive(q_empty + 8 * wg);
         }
 #endif
+        done_q();
+    }
     }
 }

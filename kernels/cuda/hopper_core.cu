@@ -22,7 +22,7 @@
 #define VARLEN 0
 #endif
 #ifndef SPECULATE // take weights against the maximum so far, without a look at the new scores
-#define SPECULATE (D < 256)
+#define SPECULATE (D <= 256)
 #endif
 
 #define BM (64 * WGS) // query rows of a tile; at head dim 512, of a pair of CTAs

@@ -81,6 +81,13 @@ DEV void named_arrive(u32 id, u32 threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+DEV void store_if(bool condition, u32 at, u32 value) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.shared.u32 [%1], %2;\n}" ::"r"(
+                     (u32)condition),
+                 "r"(at), "r"(value)
+                 : "memory");
+}
+
 // ---- bulk tensor copies --------------------------------------------------------------------
 
 DEV void tma_load(u32 dst, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
