@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         for (int r = 0; r < ROWS; r++) {
             float highest = m[r];
 #pragma unroll
-            for (int j = 0; j < KEYS; j++) s[r][j] = __fmul_rn(s[r][j], p.scale);
+            for (int j = 0; j < KEYS; j++) s[r][j] = scaled(s[r][j], p);
 #if GENERAL
             int rows[KEYS], keys[KEYS];
 #pragma unroll

@@ -170,7 +170,7 @@ DEV float add_mask(float x, MaskElement v, const Params& p) {
     const float f = v;
 #endif
     const float unit = SCORE_MOD ? LOG2E : p.inv_scale;
-    return x + (f == NEG_INF ? f : fmaxf(f * unit, -3.0e38f));
+    return x + (f == NEG_INF ? f : fminf(fmaxf(f * unit, -3.0e38f), 3.0e38f));
 #endif
 }
 
@@ -400,10 +400,10 @@ DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, 
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         float top = f.ref[half] * sc, part = 1.0f;
-        if (p.sinks) {
+        if (p.sinks && sum > 0.0f) {
             const float sink = p.sinks[t.h] * LOG2E;
             const float now = fmaxf(top, sink);
-            part = top == NEG_INF ? 0.0f : exp2_fast(top - now);
+            part = exp2_fast(top - now);
             sum = sum * part + exp2_fast(sink - now);
             top = now;
         }
@@ -426,7 +426,7 @@ DEV void write_unseen(const Params& p, const Tile& t, int row, int rows, int tid
             *(uint4*)(o + r * p.o_strides[2] + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
     }
     if (p.lse && tid < rows && row + tid < t.sq)
-        lse[row + tid] = p.sinks ? p.sinks[t.h] : NEG_INF;
+        lse[row + tid] = NEG_INF;
 }
 
 #if CLASSES

@@ -1,5 +1,8 @@
 // What happens to a score between Q K^T and the softmax, besides its scale.
 
+// Never fused, so that all forms agree.
+DEV float scaled(float s, const Params& p) { return at_most_finite(__fmul_rn(s, p.scale)); }
+
 #if GENERAL
 // Adds the mask's cell to each score. A row past the last or a key past the last has no cell.
 template <int TYPE, int N> DEV void add_mask(float (&s)[N], const Params& p, const Tile& t, const int (&rows)[N], const int (&keys)[N]) {

@@ -152,11 +152,13 @@ pub struct Image {
 /// Compiles every kernel for `arch` (such as `sm_80`), on all cores, and never from the disk.
 ///
 /// # Errors
-/// `DeviceUnavailable` where no NVRTC is found, `ShaderCompilationError` where a kernel does not
-/// compile.
+/// `InvalidArgument` for a name that is none, `DeviceUnavailable` where no NVRTC is found,
+/// `ShaderCompilationError` where a kernel does not compile.
 pub fn compile_images(arch: &str) -> Result<Vec<Image>> {
+    let gpu = cuda::Capability::of_arch(arch)
+        .ok_or_else(|| MlxError::expected("arch", "a name such as `sm_80`", arch))?;
     let nvrtc = Nvrtc::find(None)?;
-    cuda::in_parallel(&cuda::every_spec(), |spec| {
+    cuda::in_parallel(&cuda::every_spec(gpu), |spec| {
         let compiled = cuda::compile(&nvrtc, spec, arch, false)?;
         Ok(Image {
             name: spec.name(),

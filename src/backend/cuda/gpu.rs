@@ -5,12 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::compile::in_parallel;
 use super::driver::{Context, Event, Stream, unavailable};
+use super::fit::Machine;
 use super::launch::{Built, built};
 use super::memory::CudaMemory;
 use super::modules::{Function, Modules};
 use super::scratch::Pool;
+use super::spec::Spec;
 use super::submit::{self, Enqueued};
-use super::table::Spec;
 use crate::attention::Problem;
 use crate::attention::bindings::Constants;
 use crate::attention::variant::{self, Family};
@@ -47,6 +48,13 @@ impl Gpu {
         let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
         if events.len() < 64 {
             events.push(event);
+        }
+    }
+
+    pub(super) fn machine(&self) -> Machine {
+        Machine {
+            processors: self.context.processors as usize,
+            l2_bytes: self.context.l2_bytes,
         }
     }
 

@@ -5,6 +5,7 @@ use crate::attention::params;
 
 const COMMON: &str = include_str!("../../../kernels/cuda/common.cu");
 const TILES: &str = include_str!("../../../kernels/cuda/tiles.cu");
+const HOPPER_CORE: &str = include_str!("../../../kernels/cuda/hopper_core.cu");
 const SCORES: &str = include_str!("../../../kernels/cuda/scores.cu");
 
 /// Attention in 16 bits, for compute capability 8.0 and later.
@@ -14,6 +15,20 @@ pub(super) const PORTABLE: &[&str] = &[
     TILES,
     SCORES,
     include_str!("../../../kernels/cuda/portable.cu"),
+];
+
+/// Attention in 16 bits for Hopper, with its own primitives.
+pub(super) const HOPPER: &[&str] = &[
+    include_str!("../../../kernels/cuda/hopper_ptx.cu"),
+    HOPPER_CORE,
+    include_str!("../../../kernels/cuda/hopper.cu"),
+];
+
+/// The same at head dim 512.
+pub(super) const HOPPER_WIDE: &[&str] = &[
+    include_str!("../../../kernels/cuda/hopper_ptx.cu"),
+    HOPPER_CORE,
+    include_str!("../../../kernels/cuda/hopper512.cu"),
 ];
 
 /// Attention in f32.
