@@ -10,9 +10,6 @@
 // 128-byte swizzle; columns past D are zero.
 
 #define THREADS (128 * (WGS + 1))
-#if CLASSES && defined(QBUF)
-#undef QBUF // the list of tiles is not doubled
-#endif
 #ifndef QBUF // tiles of Q, so that a CTA with several loads the next one early
 #define QBUF 1
 #endif
@@ -36,8 +33,9 @@ struct Shared {
     u32 redo; // some weights overflowed
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 #if CLASSES
-    int list_len;
-    u16 list[LIST_CAP]; // tile | 0x8000 if masked
+    u64 listed[QBUF];
+    int list_len[QBUF];
+    u16 list[QBUF][LIST_CAP]; // tile | 0x8000 if masked
 #endif
 };
 
@@ -51,6 +49,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Shared* sh = (Shared*)(raw + QBUF * Q_BYTES + 2 * STAGES * TILE_BYTES);
     const u32 q_full = smem_u32(sh->q_full), q_empty = smem_u32(sh->q_empty);
     const u32 verdict = smem_u32(&sh->verdict);
+#if CLASSES
+    const u32 listed = smem_u32(sh->listed);
+#endif
     const u32 k_full = smem_u32(sh->k_full), k_empty = smem_u32(sh->k_empty);
     const u32 v_full = smem_u32(sh->v_full), v_empty = smem_u32(sh->v_empty);
 
@@ -72,6 +73,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             bar_init(q_full + 8 * w, 1);
             bar_init(q_empty + 8 * w, 1);
         }
+#if CLASSES
+        for (int b = 0; b < QBUF; b++) bar_init(listed + 8 * b, 1);
+#endif
         bar_init(verdict, WGS);
         sh->redo = 0;
         for (int s = 0; s < STAGES; s++) {
@@ -87,24 +91,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (group == 0) {
         // ---- producer ----
         regs_give<REGS_PRODUCER>();
-        if (threadIdx.x < 32) {
-            const int lane = threadIdx.x;
-            Ring rk = {0, 1}, rv = {0, 1};
-            int qb = 0; // the buffer of Q
-            u32 q_phase = 1;
-            auto next_q = [&]() {
-                if (++qb == QBUF) {
-                    qb = 0;
-                    q_phase ^= 1;
-                }
-            };
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
+        if (warp > CLASSES) return;
+        int qb = 0; // the buffer of Q
+        u32 q_phase = 1;
+        auto next_q = [&]() {
+            if (++qb == QBUF) {
+                qb = 0;
+                q_phase ^= 1;
+            }
+        };
+#if CLASSES
+        // The second warp is a tile ahead, with which key tiles there are to do.
+        if (warp == 1) {
             for (int run = 0; run < (SPECULATE ? 2 : 1); run++) {
                 if (run > 0 && !redo()) break;
+                for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+                    const Tile t = tile_of(p, index);
+                    for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * (qb * WGS + w), q_phase);
+                    const int len = list_tiles(sh->list[qb], p, t, lane);
+                    if (lane == 0) sh->list_len[qb] = len;
+                    __syncwarp();
+                    if (lane == 0) bar_arrive(listed + 8 * qb);
+                    next_q();
+                }
+            }
+            return;
+        }
+#endif
+        Ring rk = {0, 1}, rv = {0, 1};
+        for (int run = 0; run < (SPECULATE ? 2 : 1); run++) {
+            if (run > 0 && !redo()) break;
             for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
                 const Tile t = tile_of(p, index);
                 const int kv_head = t.h / p.kv_group;
                 const int kv_batch = VARLEN ? 0 : t.b;
                 int n = t.hi - t.lo;
+#if CLASSES
+                bar_wait(listed + 8 * qb, q_phase ^ 1);
+                n = sh->list_len[qb];
+#define TILE_AT(i) (sh->list[qb][i] & 0x7fff)
+#else
+#define TILE_AT(i) (t.hi - 1 - (i))
+#endif
                 auto load = [&](const TensorMap* map, u32 dst, u32 full, int tile) {
                     bar_expect(full, TILE_BYTES);
 #pragma unroll 1
@@ -114,28 +143,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 };
                 auto load_q = [&](int w) {
                     const u32 full = q_full + 8 * (qb * WGS + w);
+                    bar_wait(q_empty + 8 * (qb * WGS + w), q_phase);
                     bar_expect(full, PANELS * 8192);
 #pragma unroll 1
                     for (int c = 0; c < PANELS; c++)
                         tma_load(sm_q + qb * Q_BYTES + c * BM * 128 + w * 8192, &map_q, full,
                                  c * 64, t.q_start + t.m0 + w * 64, t.h, kv_batch);
                 };
-#if CLASSES
-                for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * w, q_phase);
-                const int len = list_tiles(sh->list, p, t, lane);
-                if (lane == 0) sh->list_len = len;
-                __syncwarp();
-                n = len;
-#pragma unroll 1
-                for (int w = 0; w < WGS && lane == 0; w++) {
-                    if (n > 0) load_q(w);
-                    else bar_arrive(q_full + 8 * w);
-                }
-                next_q();
-#define TILE_AT(i) (sh->list[i] & 0x7fff)
-#else
-#define TILE_AT(i) (t.hi - 1 - (i))
-#endif
                 if (lane == 0) {
                     for (int i = 0; i <= n && n > 0; i++) {
                         if (i < n) {
@@ -144,16 +158,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                  TILE_AT(i));
                             rk.next();
                         }
-#if !CLASSES
                         if (i == 0) {
 #pragma unroll 1
-                            for (int w = 0; w < WGS; w++) {
-                                bar_wait(q_empty + 8 * (qb * WGS + w), q_phase);
-                                load_q(w);
-                            }
-                            next_q();
+                            for (int w = 0; w < WGS; w++) load_q(w);
                         }
-#endif
                         if (i > 0) {
                             bar_wait(v_empty + 8 * rv.stage, rv.phase);
                             load(&map_v, sm_v + rv.stage * TILE_BYTES, v_full + 8 * rv.stage,
@@ -161,9 +169,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                             rv.next();
                         }
                     }
+                    // Nothing to do: that too is told.
+                    for (int w = 0; w < WGS && CLASSES && n == 0; w++)
+                        bar_arrive(q_full + 8 * (qb * WGS + w));
                 }
                 __syncwarp();
-            }
+                if (n > 0 || CLASSES) next_q();
             }
         }
         return;
@@ -224,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int n = t.hi - t.lo;
 #if CLASSES
         wait_q();
-        n = sh->list_len;
+        n = sh->list_len[qb];
         int lo = 0, hi = n;
 #else
         int lo, hi;
@@ -245,14 +256,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
 
         float o[D / 2];
-        float s[BN / 2];
         u32 pr[BN / 4];
         Soft soft = soft_start();
         const Rows rows = rows_of(p, t, row_in, col_in);
 
         const u32 own_q = sm_q + qb * Q_BYTES + wg * 64 * 128;
         const u64 desc_q = smem_desc(own_q, 16);
-        auto issue_qk = [&](int stage) {
+        auto issue_qk = [&](float (&s)[BN / 2], int stage) {
             const u64 kd = desc_k + (u64)(stage * (TILE_BYTES >> 4));
 #pragma unroll
             for (int k = 0; k < D / 16; k++) {
@@ -268,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 wgmma_rs<D>(o, pr[4 * k], pr[4 * k + 1], pr[4 * k + 2], pr[4 * k + 3],
                             vd + (u64)(k * 128), true);
         };
-        auto pack = [&]() {
+        auto pack = [&](const float (&s)[BN / 2]) {
 #pragma unroll
             for (int c = 0; c < BN / 16; c++) {
 #pragma unroll
@@ -286,10 +296,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 o[4 * j + 3] *= soft.alpha[1];
             }
         };
+#pragma unroll
+        for (int j = 0; j < D / 2; j++) o[j] = 0.0f;
 
+        float s[BN / 2];
         // The first tile.
 #if CLASSES
-        int entry = sh->list[0];
+        int entry = sh->list[qb][0];
         const int tile0 = entry & 0x7fff;
 #else
         const int tile0 = hi - 1;
@@ -299,35 +312,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
         bar_wait(k_full + 8 * rk.stage, rk.phase);
         wgmma_fence();
-        issue_qk(rk.stage);
+        issue_qk(s, rk.stage);
         wgmma_commit();
         wgmma_wait<0>();
         pin(s);
         done_k();
-#pragma unroll
-        for (int j = 0; j < D / 2; j++) o[j] = 0.0f;
         modify<BN>(s, p, rows, tile0, true);
         softmax<BN>(s, soft, sc, true);
         soft.scaled = false;
-        pack();
+        pack(s);
 
         // Issues QK^T of `tile` and PV of the tile before it, and does the softmax of `tile`.
         auto step = [&](int tile, auto masked) {
             bar_wait(k_full + 8 * rk.stage, rk.phase);
             wgmma_fence();
-            issue_qk(rk.stage);
+            issue_qk(s, rk.stage);
             wgmma_commit();
             bar_wait(v_full + 8 * rv.stage, rv.phase);
             wgmma_fence();
             issue_pv(rv.stage);
             wgmma_commit();
 #if MASK
-            if (masked.value) prefetch_mask<BN>(p, t, rows, wg * 64, tile, tid);
+            if (masked) prefetch_mask<BN>(p, t, rows, wg * 64, tile, tid);
 #endif
             wgmma_wait<1>();
             pin(s);
             done_k();
-            modify<BN>(s, p, rows, tile, masked.value);
+            if (masked) modify<BN>(s, p, rows, tile, true);
+            else modify<BN>(s, p, rows, tile, false);
             softmax<BN>(s, soft, sc, careful);
             pin(s);
             after(soft.l[0] + soft.l[1]);
@@ -335,15 +347,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             pin(s);
             pin(o);
             done_v();
-            pack();
+            pack(s);
             rescale();
             settle(soft, sc);
         };
 #if CLASSES
         for (int i = 1; i < n; i++) {
-            entry = sh->list[i];
-            if (entry & 0x8000) step(entry & 0x7fff, Yes());
-            else step(entry, No());
+            entry = sh->list[qb][i];
+            step(entry & 0x7fff, (entry & 0x8000) != 0);
         }
 #elif MASK
         for (int tile = hi - 2; tile >= lo; tile--) step(tile, Yes());

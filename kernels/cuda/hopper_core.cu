@@ -12,7 +12,7 @@
 #ifndef MASK // 1 bf16, 2 f16, 3 f32: added to the scores; 4 bytes: nonzero attends
 #define MASK 0
 #endif
-#ifndef CLASSES // a byte a tile: 0 skipped, 1 masked, 2 free of mask
+#ifndef CLASSES // a byte for CLASS_ROWS x CLASS_KEYS scores: 0 all hidden, 2 free of mask, 1 else
 #define CLASSES 0
 #endif
 #ifndef SCORE_MOD // softcap or ALiBi (or a scale that is not positive): scores are scaled first
@@ -27,7 +27,9 @@
 
 #define BM (64 * WGS) // query rows of a tile; at head dim 512, of a pair of CTAs
 #define PANELS ((D + 63) / 64)
-#define LIST_CAP 1024 // key tiles that a row of classes may have
+#define CLASS_ROWS (D >= 512 ? 8 : 32)
+#define CLASS_KEYS (D >= 512 ? 64 : 16)
+#define LIST_CAP 1024 // key tiles that a problem with classes may have
 
 struct Params {
     int batch, heads, kv_group;      // kv_group: query heads for each key/value head
@@ -43,13 +45,14 @@ struct Params {
     const float* slopes;             // [heads] or null (ALiBi)
     float* lse;                      // or null
     const void* mask;                // columns contiguous
-    const u8* classes;               // [tiles_m, ceil(sk / BN)]
+    const u8* classes;               // [ceil(sq / CLASS_ROWS), classes_stride]
     const int* cu_q;                 // packed: [batch + 1]
     const int* cu_k;
     u16* o;                          // written directly where rows are packed or none is visible
     i64 o_strides[3];                // batch, head, row; in elements
     i64 lse_strides[2];              // batch, head
     i64 mask_strides[3];             // batch, head, row
+    i64 classes_stride;              // from row to row
 };
 
 #if MASK == 1 || MASK == 2
@@ -115,12 +118,13 @@ DEV Tile tile_of(const Params& p, int index) {
     return t;
 }
 
-struct Yes {
-    static constexpr bool value = true;
+// A bool known when compiling.
+template <bool B>
+struct Is {
+    DEV_MEMBER constexpr operator bool() const { return B; }
 };
-struct No {
-    static constexpr bool value = false;
-};
+typedef Is<true> Yes;
+typedef Is<false> No;
 
 // The two rows of scores that a thread holds: `row` and `row + 8` of the sequence, at key positions
 // `pos` and `pos + 8`, and of each tile the columns `col + 8 j` and the next.
@@ -430,16 +434,52 @@ DEV void write_unseen(const Params& p, const Tile& t, int row, int rows, int tid
 }
 
 #if CLASSES
+// What the class tiles of query tile `t` and key tile `tile` say: bit 0, some key is visible to some
+// row; bit 1, some may be hidden.
+DEV u32 class_of(const Params& p, const Tile& t, int tile) {
+    const int across = BN / CLASS_KEYS, last_row = (min(t.m0 + BM, t.sq) - 1) / CLASS_ROWS;
+    const int keys = min(across, (t.sk + CLASS_KEYS - 1) / CLASS_KEYS - tile * across);
+    const u8* at = p.classes + tile * across;
+    bool part = (tile + 1) * BN > t.sk;
+#if RIGHT
+    part |= (tile + 1) * BN - 1 > t.m0 + t.q_off + p.right;
+#endif
+#if LEFT
+    part |= tile * BN < min(t.m0 + BM, t.sq) - 1 + t.q_off - p.left;
+#endif
+    u32 seen = 0; // a bit for each class
+    if (across % 4 == 0 && keys == across && (((u64)at | p.classes_stride) & 3) == 0) {
+        u32 zero = 0, one = 0; // bits of the words, and of their difference from all free
+#pragma unroll
+        for (int r = 0; r < BM / CLASS_ROWS; r++) {
+            const u8* row = at + min(t.m0 / CLASS_ROWS + r, last_row) * p.classes_stride;
+#pragma unroll
+            for (int c = 0; c < across / 4; c++) {
+                const u32 x = ((const u32*)row)[c];
+                zero |= x;
+                one |= x ^ 0x02020202u;
+            }
+        }
+        return (zero ? 1 : 0) | (one || part ? 2 : 0);
+    }
+#pragma unroll 1
+    for (int r = t.m0 / CLASS_ROWS; r <= min((t.m0 + BM - 1) / CLASS_ROWS, last_row); r++) {
+        for (int c = 0; c < across; c++) {
+            if (c < keys) seen |= 1u << at[r * p.classes_stride + c];
+        }
+    }
+    return (seen & ~1u ? 1 : 0) | (seen & ~4u || part ? 2 : 0);
+}
+
 // The key tiles of `t` that are not skipped, last first, by one warp. Returns how many.
 DEV int list_tiles(u16* list, const Params& p, const Tile& t, int lane) {
     int len = 0;
-    const u8* row = p.classes + (i64)(t.m0 / BM) * ((p.sk + BN - 1) / BN);
     for (int at = t.hi - 1; at >= t.lo; at -= 32) {
         const int tile = at - lane;
-        const u32 c = tile >= t.lo ? row[tile] : 0;
-        const u32 some = __ballot_sync(~0u, c != 0);
-        if (c != 0)
-            list[len + __popc(some & ((1u << lane) - 1))] = (u16)(tile | (c == 1 ? 0x8000 : 0));
+        const u32 c = tile >= t.lo ? class_of(p, t, tile) : 0;
+        const u32 some = __ballot_sync(~0u, c & 1);
+        if (c & 1)
+            list[len + __popc(some & ((1u << lane) - 1))] = (u16)(tile | (c & 2 ? 0x8000 : 0));
         len += __popc(some);
     }
     return len;

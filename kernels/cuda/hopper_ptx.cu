@@ -157,27 +157,6 @@ DEV float exp2_fast(float x) {
     return y;
 }
 
-// 2^x on the FMA pipe, for x in [-126, 126] (less gives 2^-126): relative error 7.5e-5, for f16
-// 2.6e-6.
-DEV float exp2_poly(float x) {
-    x = fmaxf(x, -126.0f);
-    const float t = x + 12582912.0f;
-    const float f = x - (t - 12582912.0f);
-#if F16
-    float y = 0.00957010f;
-    y = __fmaf_rn(y, f, 0.05591786f);
-    y = __fmaf_rn(y, f, 0.24024745f);
-    y = __fmaf_rn(y, f, 0.69312182f);
-    y = __fmaf_rn(y, f, 0.99999926f);
-#else
-    float y = 0.05517166f;
-    y = __fmaf_rn(y, f, 0.24261113f);
-    y = __fmaf_rn(y, f, 0.69326098f);
-    y = __fmaf_rn(y, f, 0.99992807f);
-#endif
-    return __uint_as_float(__float_as_uint(y) + (__float_as_uint(t) << 23));
-}
-
 DEV float log2_fast(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
