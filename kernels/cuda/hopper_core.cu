@@ -433,6 +433,19 @@ DEV void write_unseen(const Params& p, const Tile& t, int row, int rows, int tid
         lse[row + tid] = NEG_INF;
 }
 
+#if VARLEN
+// Makes zeros of rows [first, ROWS) of V, by the 128 threads of a group: where they are another
+// sequence's, their weights are 0, but 0 times what another may hold need not be.
+template <int WIDTH, int ROWS>
+DEV void clear_rows(u8* panels, int first, int tid) {
+    first = max(first, 0);
+    for (int i = tid; i < WIDTH * (ROWS - first) * 8; i += 128) {
+        const int row = first + i / 8 % (ROWS - first), panel = i / 8 / (ROWS - first);
+        *(uint4*)(panels + (panel * ROWS + row) * 128 + i % 8 * 16) = make_uint4(0, 0, 0, 0);
+    }
+}
+#endif
+
 #if CLASSES
 // What the class tiles of query tile `t` and key tile `tile` say: bit 0, some key is visible to some
 // row; bit 1, some may be hidden.

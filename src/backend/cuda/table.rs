@@ -188,8 +188,7 @@ const fn hopper(
 /// portable ones.
 const BOUNDS: u8 = RIGHT | LEFT;
 const NO_MASK: u8 = BOUNDS | SCORES | PACKED;
-const MASKED: u8 = BOUNDS | SCORES | MASK;
-const CLASSED: u8 = MASKED | CLASSES;
+const CLASSED: u8 = BOUNDS | SCORES | MASK | CLASSES;
 
 /// Every attention kernel; of those that fit, the first is taken. The last that serves a dtype and
 /// head dim serves it whatever the shape.
@@ -200,16 +199,20 @@ const ATTENTION: &[Row] = &[
     hopper(&[32, 64], 192, 128, (32, 160), &[BOUNDS]),
     hopper(&[80, 96], 128, 176, (40, 232), &[0]),
     hopper(&[192], 128, 112, (24, 240), &[RIGHT]),
+    hopper(&[32, 64, 80, 96], 128, 128, (40, 232), &[NO_MASK, CLASSED]),
+    hopper(&[128], 128, 128, (40, 232), &[NO_MASK, CLASSED & !SCORES]),
+    hopper(&[128], 128, 112, (40, 232), &[CLASSED]),
     hopper(
-        &[32, 64, 80, 96, 128],
+        &[192],
         128,
-        128,
-        (40, 232),
-        &[NO_MASK, MASKED],
+        96,
+        (24, 240),
+        &[BOUNDS | PACKED, BOUNDS | MASK],
     ),
-    hopper(&[32, 64, 80, 96, 128], 128, 128, (56, 224), &[CLASSED]),
-    hopper(&[192], 128, 96, (24, 240), &[NO_MASK, CLASSED]),
-    hopper(&[256], 128, 64, (40, 232), &[NO_MASK, CLASSED]),
+    hopper(&[192], 128, 96, (40, 232), &[CLASSED & !SCORES]),
+    hopper(&[192], 128, 80, (40, 232), &[NO_MASK, CLASSED]),
+    hopper(&[256], 128, 64, (40, 232), &[BOUNDS | SCORES, CLASSED]),
+    hopper(&[256], 128, 48, (40, 232), &[NO_MASK]),
     Row {
         text: Text::HopperWide,
         ..hopper(&[512], 128, 64, (40, 232), &[NO_MASK, CLASSED])
@@ -331,9 +334,9 @@ impl Row {
     /// Dynamic shared memory, laid out as the kernel's text lays it out.
     fn shared_bytes(&self, needs: Needs) -> usize {
         let (d, bm, bn) = (needs.head_dim, self.bm, self.bn);
-        // A length, and as many tiles as fit.
+        // A barrier, a length, and as many tiles as fit.
         let list = if needs.has(CLASSES) {
-            8 + 2 * MOST_LISTED
+            8 + 4 + 2 * MOST_LISTED
         } else {
             0
         };
@@ -353,9 +356,9 @@ impl Row {
             } => {
                 let row = d.next_multiple_of(64) * 2;
                 let barriers = 16 * buffers * (bm / 64) + 16 + 32 * stages;
-                (buffers * bm + 2 * stages * bn) * row + barriers + list
+                (buffers * bm + 2 * stages * bn) * row + barriers + buffers * list + 8
             }
-            Text::HopperWide => 208 * 1024 + 1200 + 8 + list,
+            Text::HopperWide => 208 * 1024 + 1200 + list + 8,
         }
     }
 }
