@@ -14,15 +14,13 @@
 #define QBUF 1
 #endif
 
+// Where one is in a ring of N slots, a power of two.
+template <int N>
 struct Ring {
-    int stage;
-    u32 phase;
-    DEV_MEMBER void next() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
+    u32 at;
+    DEV_MEMBER u32 slot() const { return at % N; }
+    DEV_MEMBER u32 phase() const { return at / N & 1; }
+    DEV_MEMBER void next() { at++; }
 };
 
 #define TILE_BYTES (PANELS * BN * 128)
@@ -34,8 +32,8 @@ struct Shared {
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 #if CLASSES
     u64 listed[QBUF];
-    int list_len[QBUF];
-    u16 list[QBUF][LIST_CAP]; // tile | 0x8000 if masked
+    int list_len[QBUF], list_from[QBUF][WGS], list_to[QBUF][WGS];
+    u16 list[QBUF][LIST_CAP];
 #endif
 };
 
@@ -61,6 +59,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         bar_wait(verdict, 0);
         // One lane's reading, so that the compiler knows that a warp stays together.
         return __shfl_sync(~0u, *(volatile u32*)&sh->redo, 0) != 0;
+    };
+
+    // A CTA's share of the tiles. Where it has several and keys after a row are hidden, tiles go two by
+    // two, lest shares differ.
+    const bool paired = RIGHT && !LEFT && gridDim.x < p.tiles;
+    const int indices = paired ? p.tiles / p.tiles_m * ((p.tiles_m + 1) / 2) : p.tiles;
+    auto index_at = [&](int turn) {
+        return (int)(blockIdx.x + (paired ? turn >> 1 : turn) * gridDim.x);
+    };
+    auto tile_at = [&](int turn) {
+        return tile_of(p, index_at(turn), paired ? 1 + (turn & 1) : 0);
     };
 
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -93,44 +102,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         regs_give<REGS_PRODUCER>();
         const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
         if (warp > CLASSES) return;
-        int qb = 0; // the buffer of Q
-        u32 q_phase = 1;
-        auto next_q = [&]() {
-            if (++qb == QBUF) {
-                qb = 0;
-                q_phase ^= 1;
-            }
-        };
+        Ring<QBUF> rq = {QBUF};
 #if CLASSES
         // The second warp is a tile ahead, with which key tiles there are to do.
         if (warp == 1) {
             for (int run = 0; run < (SPECULATE ? 2 : 1); run++) {
                 if (run > 0 && !redo()) break;
-                for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-                    const Tile t = tile_of(p, index);
-                    for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * (qb * WGS + w), q_phase);
-                    const int len = list_tiles(sh->list[qb], p, t, lane);
-                    if (lane == 0) sh->list_len[qb] = len;
+                for (int turn = 0; index_at(turn) < indices; turn++) {
+                    const Tile t = tile_at(turn);
+                    for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * (rq.slot() * WGS + w), rq.phase());
+                    const int len = list_tiles(sh->list[rq.slot()], sh->list_from[rq.slot()], sh->list_to[rq.slot()], p, t, lane);
+                    if (lane == 0) sh->list_len[rq.slot()] = len;
                     __syncwarp();
-                    if (lane == 0) bar_arrive(listed + 8 * qb);
-                    next_q();
+                    if (lane == 0) bar_arrive(listed + 8 * rq.slot());
+                    rq.next();
                 }
             }
             return;
         }
 #endif
-        Ring rk = {0, 1}, rv = {0, 1};
+        Ring<STAGES> rk = {STAGES}, rv = {STAGES}; // slots are free at first
         for (int run = 0; run < (SPECULATE ? 2 : 1); run++) {
             if (run > 0 && !redo()) break;
-            for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-                const Tile t = tile_of(p, index);
+            for (int turn = 0; index_at(turn) < indices; turn++) {
+                const Tile t = tile_at(turn);
                 const int kv_head = t.h / p.kv_group;
                 const int kv_batch = VARLEN ? 0 : t.b;
                 int n = t.hi - t.lo;
 #if CLASSES
-                bar_wait(listed + 8 * qb, q_phase ^ 1);
-                n = sh->list_len[qb];
-#define TILE_AT(i) (sh->list[qb][i] & 0x7fff)
+                bar_wait(listed + 8 * rq.slot(), rq.phase() ^ 1);
+                n = sh->list_len[rq.slot()];
+#define TILE_AT(i) (sh->list[rq.slot()][i] & 0x3ff)
 #else
 #define TILE_AT(i) (t.hi - 1 - (i))
 #endif
@@ -142,19 +144,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                  kv_head, kv_batch);
                 };
                 auto load_q = [&](int w) {
-                    const u32 full = q_full + 8 * (qb * WGS + w);
-                    bar_wait(q_empty + 8 * (qb * WGS + w), q_phase);
+                    const u32 full = q_full + 8 * (rq.slot() * WGS + w);
+                    bar_wait(q_empty + 8 * (rq.slot() * WGS + w), rq.phase());
                     bar_expect(full, PANELS * 8192);
 #pragma unroll 1
                     for (int c = 0; c < PANELS; c++)
-                        tma_load(sm_q + qb * Q_BYTES + c * BM * 128 + w * 8192, &map_q, full,
+                        tma_load(sm_q + rq.slot() * Q_BYTES + c * BM * 128 + w * 8192, &map_q, full,
                                  c * 64, t.q_start + t.m0 + w * 64, t.h, kv_batch);
                 };
                 if (lane == 0) {
                     for (int i = 0; i <= n && n > 0; i++) {
                         if (i < n) {
-                            bar_wait(k_empty + 8 * rk.stage, rk.phase);
-                            load(&map_k, sm_k + rk.stage * TILE_BYTES, k_full + 8 * rk.stage,
+                            bar_wait(k_empty + 8 * rk.slot(), rk.phase());
+                            load(&map_k, sm_k + rk.slot() * TILE_BYTES, k_full + 8 * rk.slot(),
                                  TILE_AT(i));
                             rk.next();
                         }
@@ -163,18 +165,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                             for (int w = 0; w < WGS; w++) load_q(w);
                         }
                         if (i > 0) {
-                            bar_wait(v_empty + 8 * rv.stage, rv.phase);
-                            load(&map_v, sm_v + rv.stage * TILE_BYTES, v_full + 8 * rv.stage,
+                            bar_wait(v_empty + 8 * rv.slot(), rv.phase());
+                            load(&map_v, sm_v + rv.slot() * TILE_BYTES, v_full + 8 * rv.slot(),
                                  TILE_AT(i - 1));
                             rv.next();
                         }
                     }
                     // Nothing to do: that too is told.
                     for (int w = 0; w < WGS && CLASSES && n == 0; w++)
-                        bar_arrive(q_full + 8 * (qb * WGS + w));
+                        bar_arrive(q_full + 8 * (rq.slot() * WGS + w));
                 }
                 __syncwarp();
-                if (n > 0 || CLASSES) next_q();
+                if (n > 0 || CLASSES) rq.next();
             }
         }
         return;
@@ -191,34 +193,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int row_in = wg * 64 + (tid >> 5) * 16 + (lane >> 2); // and + 8
     const int col_in = 2 * (lane & 3);
     const float sc = score_unit(p);
-    Ring rk = {0, 0}, rv = {0, 0};
-    int qb = 0;
-    u32 q_phase = 0;
-    // Q of the next tile is there; its place.
+    Ring<STAGES> rk = {0}, rv = {0};
+    Ring<QBUF> rq = {0};
+    bool storing = false; // O of the tile before may still be read from its buffer
     auto wait_q = [&]() {
-        bar_wait(q_full + 8 * (qb * WGS + wg), q_phase);
+        bar_wait(q_full + 8 * (rq.slot() * WGS + wg), rq.phase());
     };
     auto done_q = [&]() {
-        if (tid == 0) bar_arrive(q_empty + 8 * (qb * WGS + wg));
-        if (++qb == QBUF) {
-            qb = 0;
-            q_phase ^= 1;
+        if (tid == 0) bar_arrive(q_empty + 8 * (rq.slot() * WGS + wg));
+        rq.next();
+    };
+    // With a second buffer nobody waits for the copy of O until the next tile is under way.
+    auto stored = [&]() {
+        if (storing && tid == 0) {
+            tma_store_wait_read();
+            bar_arrive(q_empty + 8 * ((rq.at - 1) % QBUF * WGS + wg));
         }
+        storing = false;
     };
     auto done_k = [&]() {
-        if (signal) bar_arrive(k_empty + 8 * rk.stage);
+        if (signal) bar_arrive(k_empty + 8 * rk.slot());
         rk.next();
     };
     auto done_v = [&]() {
-        if (signal) bar_arrive(v_empty + 8 * rv.stage);
+        if (signal) bar_arrive(v_empty + 8 * rv.slot());
         rv.next();
     };
     // Lets `n` tiles pass that none of this group's rows sees.
     auto skip = [&](int n) {
         for (; n > 0; n--) {
-            bar_wait(k_full + 8 * rk.stage, rk.phase);
+            bar_wait(k_full + 8 * rk.slot(), rk.phase());
             done_k();
-            bar_wait(v_full + 8 * rv.stage, rv.phase);
+            bar_wait(v_full + 8 * rv.slot(), rv.phase());
             done_v();
         }
     };
@@ -230,13 +236,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (tid == 0) bar_arrive(verdict);
         if (!redo()) break;
     }
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-        const Tile t = tile_of(p, index);
+    for (int turn = 0; index_at(turn) < indices; turn++) {
+        const Tile t = tile_at(turn);
         int n = t.hi - t.lo;
 #if CLASSES
         wait_q();
-        n = sh->list_len[qb];
-        int lo = 0, hi = n;
+        n = sh->list_len[rq.slot()];
+        // Entries, not tiles; the first is done first.
+        const int lo = sh->list_from[rq.slot()][wg], hi = sh->list_to[rq.slot()][wg];
+        skip(hi > lo ? lo : n);
 #else
         int lo, hi;
         bounds(p, t, t.m0 + wg * 64, 64, lo, hi);
@@ -247,20 +255,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
         if (hi <= lo) {
             write_unseen(p, t, t.m0 + wg * 64, 64, tid);
-            if (n > 0) {
-                if (hi > t.lo) skip(hi - t.lo);
-            }
+            if (!CLASSES && n > 0 && hi > t.lo) skip(hi - t.lo);
+            stored();
             if (n > 0 || CLASSES) done_q();
             continue;
         }
-
 
         float o[D / 2];
         u32 pr[BN / 4];
         Soft soft = soft_start();
         const Rows rows = rows_of(p, t, row_in, col_in);
 
-        const u32 own_q = sm_q + qb * Q_BYTES + wg * 64 * 128;
+        const u32 own_q = sm_q + rq.slot() * Q_BYTES + wg * 64 * 128;
         const u64 desc_q = smem_desc(own_q, 16);
         auto issue_qk = [&](float (&s)[BN / 2], int stage) {
             const u64 kd = desc_k + (u64)(stage * (TILE_BYTES >> 4));
@@ -282,11 +288,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int foreign = hi * BN > t.sk; // rows of V in the first tile are of another sequence
 #endif
         auto wait_v = [&]() {
-            bar_wait(v_full + 8 * rv.stage, rv.phase);
+            bar_wait(v_full + 8 * rv.slot(), rv.phase());
 #if VARLEN
             if (!foreign) return;
             foreign = 0;
-            clear_rows<PANELS, BN>(raw + (sm_v - base) + rv.stage * TILE_BYTES, t.sk % BN, tid);
+            clear_rows<PANELS, BN>(raw + (sm_v - base) + rv.slot() * TILE_BYTES, t.sk % BN, tid);
             fence_async_smem();
             named_sync(8 + wg, 128);
 #endif
@@ -315,35 +321,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         float s[BN / 2];
         // The first tile.
 #if CLASSES
-        int entry = sh->list[qb][0];
-        const int tile0 = entry & 0x7fff;
+        int entry = sh->list[rq.slot()][lo];
+        const int tile0 = entry & 0x3ff;
 #else
         const int tile0 = hi - 1;
 #endif
 #if MASK
         prefetch_mask<BN>(p, t, rows, wg * 64, tile0, tid);
 #endif
-        bar_wait(k_full + 8 * rk.stage, rk.phase);
+        bar_wait(k_full + 8 * rk.slot(), rk.phase());
         wgmma_fence();
-        issue_qk(s, rk.stage);
+        issue_qk(s, rk.slot());
         wgmma_commit();
         wgmma_wait<0>();
         pin(s);
         done_k();
         modify<BN>(s, p, rows, tile0, true);
-        softmax<BN>(s, soft, sc, true);
+        softmax<BN>(s, soft, sc, tile_unit(p, true), true);
         soft.scaled = false;
         pack(s);
+        stored();
 
         // Issues QK^T of `tile` and PV of the tile before it, and does the softmax of `tile`.
         auto step = [&](int tile, auto masked) {
-            bar_wait(k_full + 8 * rk.stage, rk.phase);
+            bar_wait(k_full + 8 * rk.slot(), rk.phase());
             wgmma_fence();
-            issue_qk(s, rk.stage);
+            issue_qk(s, rk.slot());
             wgmma_commit();
             wait_v();
             wgmma_fence();
-            issue_pv(rv.stage);
+            issue_pv(rv.slot());
             wgmma_commit();
 #if MASK
             if (masked) prefetch_mask<BN>(p, t, rows, wg * 64, tile, tid);
@@ -353,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             done_k();
             if (masked) modify<BN>(s, p, rows, tile, true);
             else modify<BN>(s, p, rows, tile, false);
-            softmax<BN>(s, soft, sc, careful);
+            softmax<BN>(s, soft, sc, tile_unit(p, masked), careful);
             pin(s);
             after(soft.l[0] + soft.l[1]);
             wgmma_wait<0>();
@@ -365,9 +372,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             settle(soft, sc);
         };
 #if CLASSES
-        for (int i = 1; i < n; i++) {
-            entry = sh->list[qb][i];
-            step(entry & 0x7fff, (entry & 0x8000) != 0);
+        for (int i = lo + 1; i < hi; i++) {
+            entry = sh->list[rq.slot()][i];
+            step(entry & 0x3ff, (entry >> (10 + wg) & 1) != 0);
         }
 #elif MASK
         for (int tile = hi - 2; tile >= lo; tile--) step(tile, Yes());
@@ -392,16 +399,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
         wait_v();
         wgmma_fence();
-        issue_pv(rv.stage);
+        issue_pv(rv.slot());
         wgmma_commit();
 
         // Worked out again, lest all of it be kept in registers through the loops.
-        int same = index;
+        int same = turn;
         asm volatile("" : "+r"(same));
-        const Tile e = tile_of(p, same);
+        const Tile e = tile_at(same);
         const Rows ends = rows_of(p, e, row_in, col_in);
         float inv[2];
-        finish(inv, soft, p, e, ends, sc);
+        finish(inv, soft, p, e, ends);
         wgmma_wait<0>();
         pin(o);
         done_v();
@@ -414,7 +421,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         // descriptor in uniform registers.
         if (SPECULATE)
             store_if(!(soft.l[0] < 1.0e38f) || !(soft.l[1] < 1.0e38f), smem_u32(&sh->redo), 1);
-#if !CLASSES
+#if CLASSES
+        skip(sh->list_len[rq.slot()] - sh->list_to[rq.slot()][wg]);
+#else
         bounds(p, e, e.m0 + wg * 64, 64, lo, hi);
         skip(lo - e.lo);
 #endif
@@ -443,10 +452,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const int r = i / (D / 8), c = i % (D / 8);
             if (e.m0 + wg * 64 + r < e.sq)
                 *(uint4*)(o_rows + (i64)(e.m0 + wg * 64 + r) * p.o_strides[2] + c * 8) =
-                    *(const uint4*)(raw + qb * Q_BYTES + wg * 64 * 128 + (c / 8) * BM * 128 + r * 128 +
+                    *(const uint4*)(raw + rq.slot() * Q_BYTES + wg * 64 * 128 + (c / 8) * BM * 128 + r * 128 +
                                     (((c & 7) ^ (r & 7)) << 4));
         }
         named_sync(8 + wg, 128);
+        done_q();
 #else
         fence_async_smem();
         named_sync(8 + wg, 128);
@@ -456,10 +466,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 for (int c = 0; c < PANELS; c++)
                     tma_store(&map_o, own_q + c * BM * 128, c * 64, e.m0 + wg * 64, e.h, e.b);
             }
-            tma_store_wait_read();
+            tma_store_commit();
         }
+        storing = true;
+        rq.next();
+        if (QBUF == 1) stored();
 #endif
-        done_q();
     }
+    stored();
     }
 }

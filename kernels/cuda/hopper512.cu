@@ -21,9 +21,6 @@
 #ifndef LAG // panels of QK^T in flight when one is released
 #define LAG 1
 #endif
-#ifndef DEFER // the second group starts on a tile once the first has issued the next one's QK^T
-#define DEFER 0
-#endif
 
 // Named barriers.
 #define BAR_FULL 1  // and + 1: weights are there
@@ -38,7 +35,7 @@ struct Shared {
     float inv[64];
 #if CLASSES
     u64 list_full;
-    int list_len;
+    int list_len, list_from[2], list_to[2];
     u16 list[LIST_CAP];
 #endif
 };
@@ -81,11 +78,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         regs_give<40>();
         if (threadIdx.x < 32) {
 #if CLASSES
-            n = list_tiles(sh->list, p, t, threadIdx.x);
+            n = list_tiles(sh->list, sh->list_from, sh->list_to, p, t, threadIdx.x);
             if (threadIdx.x == 0) sh->list_len = n;
             __syncwarp();
             if (threadIdx.x == 0) bar_arrive(smem_u32(&sh->list_full));
-#define TILE_AT(i) (sh->list[i] & 0x7fff)
+#define TILE_AT(i) (sh->list[i] & 0x3ff)
 #else
 #define TILE_AT(i) (t.hi - 1 - (i))
 #endif
@@ -220,8 +217,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         auto scores = [&](int i) {
 #if CLASSES
             const int entry = sh->list[i];
-            const int tile = entry & 0x7fff;
-            const bool masked = entry & 0x8000;
+            const int tile = entry & 0x3ff;
+            const bool masked = entry >> (10 + rank) & 1;
 #else
             const int tile = t.hi - 1 - i;
 #if MASK
@@ -238,7 +235,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #endif
             if (masked) modify<64>(s, p, rows, tile, true);
             else modify<64>(s, p, rows, tile, false);
-            softmax<64>(s, soft, sc, true);
+            softmax<64>(s, soft, sc, tile_unit(p, masked), true);
         };
         auto issue_pv = [&](int i) {
 #pragma unroll
@@ -268,15 +265,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         soft.scaled = false;
         pack();
         hand_over(0);
-#if !DEFER
-        named_arrive(BAR_FULL, 256);
-#endif
 #pragma unroll 1
         for (int i = 1; i < n; i++) {
             issue_qk(i);
-#if DEFER
+            // Only now, lest its products come before these.
             named_arrive(BAR_FULL + ((i - 1) & (PBUF - 1)), 256);
-#endif
             issue_pv(i - 1);
             wgmma_wait<4>();
             pin(s);
@@ -290,17 +283,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             release_v();
             pack();
             hand_over(i);
-#if !DEFER
-            named_arrive(BAR_FULL + (i & (PBUF - 1)), 256);
-#endif
             rescale(soft.alpha[0], soft.alpha[1]);
             soft.scaled = false;
         }
-#if DEFER
         named_arrive(BAR_FULL + ((n - 1) & (PBUF - 1)), 256);
-#endif
         issue_pv(n - 1);
-        finish(inv, soft, p, t, rows, sc);
+        finish(inv, soft, p, t, rows);
         if ((lane & 3) == 0) {
             sh->inv[warp * 16 + (lane >> 2)] = inv[0];
             sh->inv[warp * 16 + (lane >> 2) + 8] = inv[1];
@@ -375,6 +363,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #pragma unroll
             for (int c = 0; c < 4; c++)
                 tma_store(&map_o, own + c * 8192, half * 256 + c * 64, m0, t.h, t.b);
+            tma_store_commit();
             tma_store_wait_read();
         }
 #endif

@@ -29,7 +29,7 @@
 #define PANELS ((D + 63) / 64)
 #define CLASS_ROWS (D >= 512 ? 8 : 32)
 #define CLASS_KEYS (D >= 512 ? 64 : 16)
-#define LIST_CAP 1024 // key tiles that a problem with classes may have
+#define LIST_CAP 1024 // key tiles that a problem with classes may have, so that 10 bits number them
 
 struct Params {
     int batch, heads, kv_group;      // kv_group: query heads for each key/value head
@@ -91,9 +91,12 @@ DEV void bounds(const Params& p, const Tile& t, int row, int rows, int& lo, int&
     if (row >= t.sq || hi < lo) hi = lo;
 }
 
-DEV Tile tile_of(const Params& p, int index) {
+// The tile at `index`, where heads of a section go together and a head's last rows come first. With
+// `half` 1 or 2 an index stands for two tiles of one head, which together are as long as any other
+// such two: the longer, or the shorter, if there is one.
+DEV Tile tile_of(const Params& p, int index, int half = 0) {
     Tile t;
-    int per = p.section * p.tiles_m;
+    int per = p.section * (half ? (p.tiles_m + 1) / 2 : p.tiles_m);
     int s = index / per, r = index - s * per;
     int first = s * p.section;
     int in = min(p.section, p.batch * p.heads - first);
@@ -101,7 +104,7 @@ DEV Tile tile_of(const Params& p, int index) {
     int bh = first + (r - m * in);
     t.b = bh / p.heads;
     t.h = bh - t.b * p.heads;
-    t.m0 = (p.tiles_m - 1 - m) * BM;
+    t.m0 = (half == 2 ? 2 * m + 1 == p.tiles_m ? p.tiles_m : m : p.tiles_m - 1 - m) * BM;
 #if VARLEN
     t.q_start = p.cu_q[t.b];
     t.k_start = p.cu_k[t.b];
@@ -132,7 +135,6 @@ struct Rows {
     int row, pos, col, sq, sk;
     float slope, cap_in, cap_out;
     i64 mask;
-    bool pairs; // two neighbours of the mask can be read at once
 };
 
 DEV Rows rows_of(const Params& p, const Tile& t, int row_in, int col) {
@@ -150,19 +152,36 @@ DEV Rows rows_of(const Params& p, const Tile& t, int row_in, int col) {
 #if MASK
     r.mask = (i64)t.b * p.mask_strides[0] + (i64)t.h * p.mask_strides[1] +
              (i64)t.q_start * p.mask_strides[2];
-    r.pairs = (((u64)p.mask / sizeof(MaskElement) | p.mask_strides[0] | p.mask_strides[1] |
-                p.mask_strides[2]) & 1) == 0;
 #endif
     return r;
 }
 
-// What scores are in once modify() has seen them, to log2 units.
+// Scores under a mask are shrunk by a power of two, so that in their unit no number of the mask is
+// larger than it is: huge finite ones stay finite.
+#define SHRUNK (MASK && !SCORE_MOD)
+
+DEV float shrink(const Params& p) {
+    return SHRUNK ? __uint_as_float(__float_as_uint(p.scale) & 0x7f800000) : 1.0f;
+}
+
+// The unit of the softmax's reference, to log2 units.
 DEV float score_unit(const Params& p) {
-    return SCORE_MOD ? 1.0f : p.scale_log2;
+    return SCORE_MOD ? 1.0f : p.scale_log2 / shrink(p);
+}
+
+// The same, to natural units.
+DEV float natural_unit(const Params& p) {
+    return SCORE_MOD ? LN2 : SHRUNK ? __uint_as_float((__float_as_uint(p.scale) & 0x7fffff) | 0x3f800000) : p.scale;
+}
+
+// The unit of scores that modify() has seen, to that of the reference.
+DEV float tile_unit(const Params& p, bool masked) {
+    return masked ? 1.0f : shrink(p);
 }
 
 #if MASK
 DEV float add_mask(float x, MaskElement v, const Params& p) {
+    x *= shrink(p);
 #if MASK == 4
     return v ? x : NEG_INF;
 #else
@@ -173,20 +192,19 @@ DEV float add_mask(float x, MaskElement v, const Params& p) {
 #else
     const float f = v;
 #endif
-    const float unit = SCORE_MOD ? LOG2E : p.inv_scale;
-    return x + (f == NEG_INF ? f : fminf(fmaxf(f * unit, -3.0e38f), 3.0e38f));
+    if (SHRUNK) return __fmaf_rn(f, p.inv_scale * shrink(p), x);
+    return x + (f == NEG_INF ? f : fmaxf(f * LOG2E, -3.0e38f));
 #endif
 }
 
 // Brings a warpgroup's rows of the mask for key tile `tile` near.
 template <int N>
 DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, int tile, int tid) {
-    const int lines = (N * (int)sizeof(MaskElement) + 127) / 128;
-    const int per = 128 / (int)sizeof(MaskElement);
+    const u32 lines = (N * sizeof(MaskElement) + 127) / 128, per = 128 / sizeof(MaskElement);
 #pragma unroll
     for (int i = 0; i < (64 * lines + 127) / 128; i++) {
-        const int at = i * 128 + tid, row = t.m0 + row0 + at / lines;
-        const int col = tile * N + at % lines * per;
+        const u32 at = i * 128 + (u32)tid;
+        const int row = t.m0 + row0 + (int)(at / lines), col = tile * N + (int)(at % lines * per);
         if (row < t.sq && col < t.sk)
             asm volatile("prefetch.global.L1 [%0];" ::"l"(
                 (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + col)));
@@ -219,13 +237,16 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
 #endif
     if (!masked) return;
 #if MASK
-    const bool whole = r.pairs && tile * N + N <= r.sk;
+    const bool whole = tile * N + N <= r.sk;
+    // Two neighbours can be read at once.
+    const bool pairs = (((u64)p.mask / sizeof(MaskElement) | p.mask_strides[0] | p.mask_strides[1] |
+                         p.mask_strides[2]) & 1) == 0;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = min(r.row + 8 * half, r.sq - 1);
         const MaskElement* at =
             (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + c0);
-        if (whole) {
+        if (whole && pairs) {
 #pragma unroll
             for (int j = 0; j < N / 8; j++) {
                 const MaskPair v = *(const MaskPair*)(at + 8 * j);
@@ -249,6 +270,7 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
         }
     }
 #endif
+    // Most warps see all of a tile from one side or from both.
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int last = r.sk - 1;
@@ -256,21 +278,25 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
         last = min(last, r.pos + 8 * half + p.right);
 #endif
         last -= c0;
-#if LEFT
-        const int first = r.pos + 8 * half - p.left - c0;
-#endif
+        if (__any_sync(~0u, last < N - 1)) {
 #pragma unroll
-        for (int j = 0; j < N / 8; j++) {
+            for (int j = 0; j < N / 8; j++) {
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float& x = s[4 * j + 2 * half + e];
-                bool keep = 8 * j + e <= last;
-#if LEFT
-                keep = keep && 8 * j + e >= first;
-#endif
-                x = keep ? x : NEG_INF;
+                for (int e = 0; e < 2; e++)
+                    if (8 * j + e > last) s[4 * j + 2 * half + e] = NEG_INF;
             }
         }
+#if LEFT
+        const int first = r.pos + 8 * half - p.left - c0;
+        if (__any_sync(~0u, first > 0)) {
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (8 * j + e < first) s[4 * j + 2 * half + e] = NEG_INF;
+            }
+        }
+#endif
     }
 }
 
@@ -287,25 +313,25 @@ DEV Soft soft_start() {
     return Soft{{NEG_INF, NEG_INF}, {0.0f, 0.0f}, {1.0f, 1.0f}, {0.0f, 0.0f}, false, false};
 }
 
-// Scores of one row to weights; returns the thread's part of their sum.
+// Scores of one row, in `unit`, to weights; returns the thread's part of their sum.
 template <int N>
-DEV float weigh(float (&s)[N / 2], int half, float ref, float sc) {
-    const float off = ref * sc;
+DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit) {
+    const float off = ref * sc, by = sc * unit;
 #if MASK && MASK != 4
     // A mask of huge finite values: the fused product would lose the difference.
     if (__any_sync(~0u, fabsf(off) > 4096.0f)) {
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
-            s[4 * j + 2 * half] = (s[4 * j + 2 * half] - ref) * sc;
-            s[4 * j + 2 * half + 1] = (s[4 * j + 2 * half + 1] - ref) * sc;
+            s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], unit, -ref) * sc;
+            s[4 * j + 2 * half + 1] = __fmaf_rn(s[4 * j + 2 * half + 1], unit, -ref) * sc;
         }
     } else
 #endif
     {
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
-            s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], sc, -off);
-            s[4 * j + 2 * half + 1] = __fmaf_rn(s[4 * j + 2 * half + 1], sc, -off);
+            s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], by, -off);
+            s[4 * j + 2 * half + 1] = __fmaf_rn(s[4 * j + 2 * half + 1], by, -off);
         }
     }
     float x = 0.0f, y = 0.0f;
@@ -334,7 +360,7 @@ DEV float weigh(float (&s)[N / 2], int half, float ref, float sc) {
 // for the tiles to come. Weights too large for that (a leap by 2^64, in f16 2^24) make the sum
 // infinite; the CTA then does its tiles again with `careful`.
 template <int N>
-DEV void softmax(float (&s)[N / 2], Soft& f, float sc, bool careful) {
+DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool careful) {
     if (!SPECULATE || careful ||
         __any_sync(~0u, !(f.ref[0] * sc > -16384.0f) || !(f.ref[1] * sc > -16384.0f))) {
         bool some = false;
@@ -349,23 +375,25 @@ DEV void softmax(float (&s)[N / 2], Soft& f, float sc, bool careful) {
             a = fmaxf(a, b);
             a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
             a = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
+            a *= unit;
             const float old = f.ref[half];
             // O is not rescaled for less than 2^8.
-            const float now = (a - old) * sc > 8.0f - HEADROOM ? a + HEADROOM / sc : old;
+            const float above = HEADROOM > 0.0f ? HEADROOM / sc : 0.0f;
+            const float now = (a - old) * sc > 8.0f - HEADROOM ? a + above : old;
             f.ref[half] = now;
             // Where no key was visible yet: weights are 0, not 2^(-inf + inf).
             const float ref = now == NEG_INF ? 0.0f : now;
             const float shrunk = exp2_fast((old - ref) * sc);
             f.alpha[half] = (f.scaled ? f.alpha[half] : 1.0f) * shrunk;
-            f.l[half] = f.l[half] * shrunk + weigh<N>(s, half, ref, sc);
+            f.l[half] = f.l[half] * shrunk + weigh<N>(s, half, ref, sc, unit);
             some |= f.alpha[half] != 1.0f;
         }
         f.scaled = __any_sync(~0u, some);
         f.grown = false;
         return;
     }
-    f.part[0] = weigh<N>(s, 0, f.ref[0], sc);
-    f.part[1] = weigh<N>(s, 1, f.ref[1], sc);
+    f.part[0] = weigh<N>(s, 0, f.ref[0], sc, unit);
+    f.part[1] = weigh<N>(s, 1, f.ref[1], sc, unit);
     f.l[0] += f.part[0];
     f.l[1] += f.part[1];
     f.grown = __any_sync(~0u, !(f.part[0] + f.part[1] < 4096.0f));
@@ -394,8 +422,7 @@ DEV void settle(Soft& f, float sc) {
 }
 
 // What O is multiplied by in the end; writes the rows' log-sum-exp.
-DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, const Rows& r,
-                float sc) {
+DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, const Rows& r) {
     float* lse = p.lse + (i64)(VARLEN ? 0 : t.b) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
                  t.q_start;
 #pragma unroll
@@ -403,18 +430,20 @@ DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, 
         float sum = f.l[half];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        float top = f.ref[half] * sc, part = 1.0f;
+        // In natural units, that of a mask's largest numbers is finite.
+        float top = f.ref[half] == NEG_INF ? NEG_INF : fmaxf(f.ref[half] * natural_unit(p), -3.4028235e38f);
+        float part = 1.0f;
         if (p.sinks && sum > 0.0f) {
-            const float sink = p.sinks[t.h] * LOG2E;
+            const float sink = p.sinks[t.h];
             const float now = fmaxf(top, sink);
-            part = exp2_fast(top - now);
-            sum = sum * part + exp2_fast(sink - now);
+            part = exp2_fast((top - now) * LOG2E);
+            sum = sum * part + exp2_fast((sink - now) * LOG2E);
             top = now;
         }
         inv[half] = sum > 0.0f ? part / sum : 0.0f;
         const int row = r.row + 8 * half;
         if (p.lse && (r.col & 7) == 0 && row < t.sq)
-            lse[row] = sum > 0.0f ? (top + log2_fast(sum)) * LN2 : NEG_INF;
+            lse[row] = sum > 0.0f ? top + log2_fast(sum) * LN2 : NEG_INF;
     }
 }
 
@@ -447,52 +476,70 @@ DEV void clear_rows(u8* panels, int first, int tid) {
 #endif
 
 #if CLASSES
-// What the class tiles of query tile `t` and key tile `tile` say: bit 0, some key is visible to some
-// row; bit 1, some may be hidden.
+// What the class tiles of query tile `t` and key tile `tile` say of each 64 rows w: bit w, some key is
+// visible to some row; bit 8 + w, some is hidden or biased.
 DEV u32 class_of(const Params& p, const Tile& t, int tile) {
-    const int across = BN / CLASS_KEYS, last_row = (min(t.m0 + BM, t.sq) - 1) / CLASS_ROWS;
+    const int across = BN / CLASS_KEYS, down = 64 / CLASS_ROWS;
     const int keys = min(across, (t.sk + CLASS_KEYS - 1) / CLASS_KEYS - tile * across);
     const u8* at = p.classes + tile * across;
-    bool part = (tile + 1) * BN > t.sk;
+    const bool words = across % 4 == 0 && keys == across && (((u64)at | p.classes_stride) & 3) == 0;
+    u32 out = 0;
+#pragma unroll
+    for (int w = 0; w < BM / 64; w++) {
+        const int row0 = t.m0 + 64 * w;
+        u32 zero = 0, two = 0; // bits of the classes, and of their difference from 2
+        bool part = (tile + 1) * BN > t.sk;
 #if RIGHT
-    part |= (tile + 1) * BN - 1 > t.m0 + t.q_off + p.right;
+        part |= (tile + 1) * BN - 1 > row0 + t.q_off + p.right;
 #endif
 #if LEFT
-    part |= tile * BN < min(t.m0 + BM, t.sq) - 1 + t.q_off - p.left;
+        part |= tile * BN < min(row0 + 64, t.sq) - 1 + t.q_off - p.left;
 #endif
-    u32 seen = 0; // a bit for each class
-    if (across % 4 == 0 && keys == across && (((u64)at | p.classes_stride) & 3) == 0) {
-        u32 zero = 0, one = 0; // bits of the words, and of their difference from all free
+#pragma unroll(D >= 512 ? 1 : down)
+        for (int r = 0; r < down; r++) {
+            const int row = row0 / CLASS_ROWS + r;
+            if (row * CLASS_ROWS >= t.sq) break;
+            const u8* cells = at + row * p.classes_stride;
+            if (words) {
 #pragma unroll
-        for (int r = 0; r < BM / CLASS_ROWS; r++) {
-            const u8* row = at + min(t.m0 / CLASS_ROWS + r, last_row) * p.classes_stride;
-#pragma unroll
-            for (int c = 0; c < across / 4; c++) {
-                const u32 x = ((const u32*)row)[c];
-                zero |= x;
-                one |= x ^ 0x02020202u;
+                for (int c = 0; c < across / 4; c++) {
+                    const u32 x = ((const u32*)cells)[c];
+                    zero |= x;
+                    two |= x ^ 0x02020202u;
+                }
+            } else {
+                for (int c = 0; c < keys; c++) {
+                    zero |= cells[c];
+                    two |= cells[c] ^ 2;
+                }
             }
         }
-        return (zero ? 1 : 0) | (one || part ? 2 : 0);
+        if (zero) out |= (two || part ? 0x101 : 1) << w;
+        else out |= 0x100 << w;
     }
-#pragma unroll 1
-    for (int r = t.m0 / CLASS_ROWS; r <= min((t.m0 + BM - 1) / CLASS_ROWS, last_row); r++) {
-        for (int c = 0; c < across; c++) {
-            if (c < keys) seen |= 1u << at[r * p.classes_stride + c];
-        }
-    }
-    return (seen & ~1u ? 1 : 0) | (seen & ~4u || part ? 2 : 0);
+    return out;
 }
 
-// The key tiles of `t` that are not skipped, last first, by one warp. Returns how many.
-DEV int list_tiles(u16* list, const Params& p, const Tile& t, int lane) {
+// The key tiles of `t` that are not skipped, last first, by one warp: `list` has tile | 0x400 << w if
+// something is hidden from the 64 rows w, which see no more than entries [from[w], to[w]). Returns how
+// many.
+DEV int list_tiles(u16* list, int* from, int* to, const Params& p, const Tile& t, int lane) {
     int len = 0;
+    if (lane < BM / 64) from[lane] = to[lane] = 0;
+    __syncwarp();
     for (int at = t.hi - 1; at >= t.lo; at -= 32) {
         const int tile = at - lane;
         const u32 c = tile >= t.lo ? class_of(p, t, tile) : 0;
-        const u32 some = __ballot_sync(~0u, c & 1);
-        if (c & 1)
-            list[len + __popc(some & ((1u << lane) - 1))] = (u16)(tile | (c & 2 ? 0x8000 : 0));
+        const u32 some = __ballot_sync(~0u, c & 0xff);
+        if (c & 0xff) list[len + __popc(some & ((1u << lane) - 1))] = (u16)(tile | c >> 8 << 10);
+#pragma unroll
+        for (int w = 0; w < BM / 64; w++) {
+            const u32 seen = __ballot_sync(~0u, c >> w & 1);
+            if (seen && lane == 0) {
+                if (to[w] == 0) from[w] = len + __popc(some & ((seen & -seen) - 1));
+                to[w] = len + __popc(some & (~0u >> __clz(seen)));
+            }
+        }
         len += __popc(some);
     }
     return len;

@@ -126,8 +126,12 @@ DEV void tma_store(const TensorMap* map, u32 src, int c0, int c1, int c2, int c3
         : "memory");
 }
 
+DEV void tma_store_commit() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
 DEV void tma_store_wait_read() {
-    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 DEV void prefetch_map(const TensorMap* map) {

@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(128) classify_wide(const u16* mask,
     Flags flags = {true, true};
     if (whole) {
         const u16* cells = mask + row0 * p.row_stride + key;
-#pragma unroll 8
+#pragma unroll 16
         for (int row = 0; row < rows; row++) {
             const uint4 x = *(const uint4*)(cells + row * p.row_stride);
             const u32 pairs[4] = {x.x, x.y, x.z, x.w};
