@@ -6,8 +6,23 @@
 // tile's QK^T, then this tile's PV, and does the next tile's softmax while PV runs. Key tiles go
 // from the last to the first, so that masked tiles of a causal problem come first.
 //
-// Shared memory: Q [PANELS][BM][64] (later O), K [STAGES][PANELS][BN][64], V likewise, all in the
-// 128-byte swizzle; columns past D are zero.
+// Shared memory: Q [QBUF][PANELS][BM][64] (later O), K [STAGES][PANELS][BN][64], V likewise, all in the
+// 128-byte swizzle; columns past D are zero; then struct Shared.
+//
+// What the host gives:
+// - macros: D, BN (a multiple of 16), WGS, STAGES and QBUF (powers of two), REGS_PRODUCER,
+//   REGS_CONSUMER, and hopper_core.cu's options;
+// - arguments: four tensor maps by value and Params. A map has dims (D, rows, heads, batch), strides of
+//   the same, 16-bit elements, the 128-byte swizzle, 0 where nothing is, and a box of 64 columns and
+//   64 rows for Q and O, BN rows for K and V. Packed sequences: rows of all in one, batch 1, O unused;
+// - threads: 128 (WGS + 1). Grid: Params.tiles, or fewer CTAs (as many as there are processors), each
+//   with a share of the tiles. Params.tiles = tiles_m x batch x heads, tiles_m = ceil(sq / BM);
+// - Params.section: heads that go together. K and V of that many fit well in the L2 cache; 1 where every
+//   row sees every key;
+// - left, right: 2^30 where nothing bounds them. q_off, left and right fit in 31 bits together;
+// - dynamic shared bytes, from 1,024 on: 128 PANELS (QBUF BM + 2 STAGES BN) + 16 QBUF WGS + 16 +
+//   32 STAGES, and with CLASSES 8 + QBUF (12 + 8 WGS + 2 LIST_CAP) more.
+// scripts/gpu-bench has the same in Python, with the tiles that each head dim and its options take.
 
 #define THREADS (128 * (WGS + 1))
 #ifndef QBUF // tiles of Q, so that a CTA with several loads the next one early
@@ -62,8 +77,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     };
 
     // A CTA's share of the tiles. Where it has several and keys after a row are hidden, tiles go two by
-    // two, lest shares differ.
-    const bool paired = RIGHT && !LEFT && gridDim.x < p.tiles;
+    // two, lest shares differ; but for short tiles, of which there are many.
+    const bool paired = RIGHT && !LEFT && D > 64 && gridDim.x < p.tiles;
     const int indices = paired ? p.tiles / p.tiles_m * ((p.tiles_m + 1) / 2) : p.tiles;
     auto index_at = [&](int turn) {
         return (int)(blockIdx.x + (paired ? turn >> 1 : turn) * gridDim.x);
@@ -110,11 +125,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (run > 0 && !redo()) break;
                 for (int turn = 0; index_at(turn) < indices; turn++) {
                     const Tile t = tile_at(turn);
-                    for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * (rq.slot() * WGS + w), rq.phase());
-                    const int len = list_tiles(sh->list[rq.slot()], sh->list_from[rq.slot()], sh->list_to[rq.slot()], p, t, lane);
-                    if (lane == 0) sh->list_len[rq.slot()] = len;
+                    const u32 b = rq.slot();
+                    for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * (b * WGS + w), rq.phase());
+                    const int len = list_tiles(sh->list[b], sh->list_from[b], sh->list_to[b], p, t, lane);
+                    if (lane == 0) sh->list_len[b] = len;
                     __syncwarp();
-                    if (lane == 0) bar_arrive(listed + 8 * rq.slot());
+                    if (lane == 0) bar_arrive(listed + 8 * b);
                     rq.next();
                 }
             }
@@ -248,14 +264,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #else
         int lo, hi;
         bounds(p, t, t.m0 + wg * 64, 64, lo, hi);
-        if (n > 0) {
-            wait_q();
-            skip(t.hi - max(hi, t.lo));
-        }
+        if (n > 0) wait_q();
+        skip(hi > lo ? t.hi - hi : n);
 #endif
         if (hi <= lo) {
             write_unseen(p, t, t.m0 + wg * 64, 64, tid);
-            if (!CLASSES && n > 0 && hi > t.lo) skip(hi - t.lo);
             stored();
             if (n > 0 || CLASSES) done_q();
             continue;

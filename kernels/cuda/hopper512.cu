@@ -4,11 +4,16 @@
 // A cluster of two CTAs takes 128 query rows, 64 each, and reads every key tile once: each CTA
 // issues every other copy, to both. In a CTA the first consumer warpgroup computes the scores, the
 // softmax and columns 0 to 255 of O; the second computes columns 256 to 511 from weights that the
-// first puts in shared memory. A tile of K is eight slots of 8 KB, 64 keys x 64
-// columns each; a tile of V eight slots of 16 keys x 256 columns, left and right half in turn. A slot
-// is filled again as soon as both CTAs have read it.
+// first puts in shared memory. A tile of K is eight slots of 8 KB, 64 keys x 64 columns each; a tile
+// of V eight slots of 16 keys x 256 columns, left and right half in turn. A slot is filled again as
+// soon as both CTAs have read it.
 //
 // Shared memory: Q [8][64][64] (later O), K, V, the weights [PBUF][64][64], barriers.
+//
+// The host gives D = 512, BN = 64, WGS = 2 (BM = 128 is of a cluster) and options; arguments, section,
+// left and right as hopper.cu has them, but that the map of V has five dims, (64, rows, 8, heads,
+// batch), and a box of 64 columns, 16 rows and 4 of the third. Threads: 384; grid: 2 Params.tiles;
+// dynamic shared bytes: 214,192, with CLASSES 216,272.
 
 #define THREADS 384
 #define SLOT_BYTES 8192

@@ -171,7 +171,8 @@ DEV float score_unit(const Params& p) {
 
 // The same, to natural units.
 DEV float natural_unit(const Params& p) {
-    return SCORE_MOD ? LN2 : SHRUNK ? __uint_as_float((__float_as_uint(p.scale) & 0x7fffff) | 0x3f800000) : p.scale;
+    if (SCORE_MOD) return LN2;
+    return SHRUNK ? __uint_as_float((__float_as_uint(p.scale) & 0x7fffff) | 0x3f800000) : p.scale;
 }
 
 // The unit of scores that modify() has seen, to that of the reference.
