@@ -277,6 +277,7 @@ fn larger_problems_agree_with_the_cpu() {
     let Some(device) = cuda() else { return };
     let cpu = MlxDevice::cpu(CpuOptions::default()).unwrap();
     let mut wrong = Vec::new();
+    let mut all = Vec::new();
     for (n, dim) in HEAD_DIMS.into_iter().enumerate() {
         for (m, extras) in EXTRAS.into_iter().enumerate() {
             let dtype = [BF16, DType::F16][(n + m) % 2];
@@ -286,44 +287,49 @@ fn larger_problems_agree_with_the_cpu() {
                 (333, 777)
             };
             let data = Qkv::new(7 + n as u64, dtype, shape([2, 4, 2], lengths, dim));
-            let build = || {
-                let mut builder = (extras.build)(data.builder());
-                if let Some(dtype) = extras.mask {
-                    builder = builder.mask(MaskSpec::plane(dtype, lengths.1));
+            let mut builder = (extras.build)(data.builder());
+            if let Some(dtype) = extras.mask {
+                builder = builder.mask(MaskSpec::plane(dtype, lengths.1));
+            }
+            let problem = builder.tile_classes(extras.classes).build().unwrap();
+            all.push((data, problem, extras));
+        }
+    }
+    // Side by side, which one by one would take minutes.
+    device
+        .cuda_warm_up(all.iter().map(|(_, problem, _)| problem))
+        .unwrap();
+    for (data, problem, extras) in all {
+        let (dtype, dim) = (data.dtype, data.shape.head_dim);
+        let (out, lse) = run_with(&device, &data, &problem, extras);
+        let (want, want_lse) = run_with(&cpu, &data, &problem, extras);
+        let (got, want) = (download(&out), download(&want));
+        let (all, row) = (distance(&got, &want), worst_row(&got, &want, dim));
+        let bound = relative_bound(dtype);
+        let lse_off = lse.zip(want_lse).map_or(0.0, |(got, want)| {
+            let pairs = download(&got).into_iter().zip(download(&want));
+            let off = pairs.map(|(a, b)| {
+                if a == b {
+                    0.0
+                } else {
+                    f64::from((a - b).abs())
                 }
-                builder.tile_classes(extras.classes).build().unwrap()
-            };
-            let problem = build();
-            let (out, lse) = run_with(&device, &data, &problem, extras);
-            let (want, want_lse) = run_with(&cpu, &data, &problem, extras);
-            let (got, want) = (download(&out), download(&want));
-            let (all, row) = (distance(&got, &want), worst_row(&got, &want, dim));
-            let bound = relative_bound(dtype);
-            let lse_off = lse.zip(want_lse).map_or(0.0, |(got, want)| {
-                let pairs = download(&got).into_iter().zip(download(&want));
-                let off = pairs.map(|(a, b)| {
-                    if a == b {
-                        0.0
-                    } else {
-                        f64::from((a - b).abs())
-                    }
-                });
-                off.fold(
-                    0.0,
-                    |worst, x| if x > worst || x.is_nan() { x } else { worst },
-                )
             });
-            // Both are rounded, and rows differ in how much.
-            if !(all < 1.5 * bound && row < 4.0 * bound && lse_off < 2e-4) {
-                wrong.push(format!(
-                    "{} {dtype} d{dim}: {all:.1e}, a row {row:.1e}, lse {lse_off:.1e}",
-                    extras.name
-                ));
-            }
-            let again = run_with(&device, &data, &problem, extras).0;
-            if bytes(&again) != bytes(&out) {
-                wrong.push(format!("{} {dtype} d{dim}: other bits", extras.name));
-            }
+            off.fold(
+                0.0,
+                |worst, x| if x > worst || x.is_nan() { x } else { worst },
+            )
+        });
+        // Both are rounded, and rows differ in how much.
+        if !(all < 1.5 * bound && row < 4.0 * bound && lse_off < 2e-4) {
+            wrong.push(format!(
+                "{} {dtype} d{dim}: {all:.1e}, a row {row:.1e}, lse {lse_off:.1e}",
+                extras.name
+            ));
+        }
+        let again = run_with(&device, &data, &problem, extras).0;
+        if bytes(&again) != bytes(&out) {
+            wrong.push(format!("{} {dtype} d{dim}: other bits", extras.name));
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
@@ -628,6 +634,123 @@ fn many_threads_share_a_device() {
             });
         }
     });
+}
+
+/// Device memory of the driver's, freed when dropped.
+struct Raw(u64);
+
+impl Raw {
+    fn zeroed(bytes: usize) -> Self {
+        // SAFETY: the device is open and its context current; the memory has as many bytes.
+        unsafe {
+            let at = result::malloc_sync(bytes).unwrap();
+            result::memset_d8_sync(at, 0, bytes).unwrap();
+            Self(at)
+        }
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        // SAFETY: allocated once, freed once, after the last use.
+        unsafe { result::free_sync(self.0).unwrap() };
+    }
+}
+
+#[test]
+fn more_than_2_to_the_31_elements_are_reached() {
+    let Some(device) = cuda() else { return };
+    let dim = 128;
+    // The last row of a long cache, and the last of many heads.
+    for (heads, rows, keys) in [(1, 1, (1 << 24) + 1_000), (64, 200, 270_000)] {
+        let s = shape([1, heads, heads], (rows, keys), dim);
+        let elements = heads * keys * dim;
+        assert!(elements > 1 << 31);
+        // SAFETY: the device is open, so the driver is there; released below.
+        unsafe {
+            let gpu = result::device::get(0).unwrap();
+            result::ctx::set_current(result::primary_ctx::retain(gpu).unwrap()).unwrap();
+        }
+        let (k, v) = (Raw::zeroed(2 * elements), Raw::zeroed(2 * elements));
+        let key = common::to_bytes(&vec![8.0; dim], BF16);
+        let value = common::to_bytes(&common::normal(3, dim, BF16), BF16);
+        let at = 2 * (elements - dim) as u64;
+        // SAFETY: the last row of either.
+        unsafe {
+            result::memcpy_htod_sync(k.0 + at, &key).unwrap();
+            result::memcpy_htod_sync(v.0 + at, &value).unwrap();
+        }
+        // SAFETY: the memory is there until the buffers are dropped.
+        let wrap = |raw: &Raw| unsafe {
+            device
+                .cuda_wrap(raw.0, 2 * elements, BF16, vec![elements])
+                .unwrap()
+        };
+        let (kb, vb) = (wrap(&k), wrap(&v));
+        let q = upload(
+            &device,
+            &vec![1.0; heads * rows * dim],
+            BF16,
+            &[heads * rows * dim],
+        );
+        let out = output(&device, heads * rows * dim, BF16);
+        let problem = Problem::builder(BF16, s).build().unwrap();
+        attend(&device, &problem, &Operands::new(&q, &kb, &vb, &out));
+        let last = 2 * (heads * rows - 1) * dim;
+        assert!(bytes(&out)[last..] == value, "{heads} heads");
+        drop((kb, vb));
+        drop((k, v));
+        // SAFETY: retained above.
+        unsafe { result::primary_ctx::release(result::device::get(0).unwrap()).unwrap() };
+    }
+}
+
+/// A figure: seconds from nothing to the first result. `MLX_FLASH_CUDA_CACHE=off` has it compile.
+#[test]
+#[ignore = "prints a figure"]
+fn first_result() {
+    let data = Qkv::new(12, BF16, shape([1, 2, 2], (256, 256), 128));
+    let problem = data.builder().causal(true).build().unwrap();
+    let begin = std::time::Instant::now();
+    let Some(device) = cuda() else { return };
+    let opened = begin.elapsed();
+    data.run(&device, &problem);
+    let done = begin.elapsed();
+    eprintln!("first result after {done:.3?}, the device open after {opened:.3?}");
+}
+
+/// A figure: what recording a dispatch and giving it to the driver takes of the host.
+#[test]
+#[ignore = "prints a figure"]
+fn host_time_of_a_dispatch() {
+    let Some(device) = cuda() else { return };
+    for (heads, rows, keys) in [(2, 256, 256), (2, 1, 256), (8, 1, 8_192)] {
+        let data = Qkv::new(13, BF16, shape([1, heads, heads], (rows, keys), 128));
+        let problem = data.builder().build().unwrap();
+        let [q, k, v, out] = data.buffers(&device);
+        let operands = Operands::new(&q, &k, &v, &out);
+        let mut registry = KernelRegistry::new();
+        let mut encoder = device.command_encoder().unwrap();
+        let (mut recorded, mut encoded) = (Vec::new(), Vec::new());
+        let n = 100u32;
+        for _ in 0..20 {
+            let begin = std::time::Instant::now();
+            for _ in 0..n {
+                ops::attention(&mut encoder, &device, &mut registry, &problem, &operands).unwrap();
+            }
+            recorded.push(begin.elapsed() / n);
+            // SAFETY: the default stream is always there.
+            let in_flight = unsafe { encoder.encode_into_stream(std::ptr::null_mut()) }.unwrap();
+            encoded.push(begin.elapsed() / n);
+            in_flight.wait().unwrap();
+        }
+        recorded.sort();
+        encoded.sort();
+        eprintln!(
+            "{heads} heads, {rows} x {keys}: recorded in {:?}, with the launch {:?}",
+            recorded[10], encoded[10]
+        );
+    }
 }
 
 #[test]

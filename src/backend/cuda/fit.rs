@@ -22,7 +22,7 @@ const FEW_PARTS: usize = 3;
 /// yet are taken to be round.
 pub(super) fn takes(row: &Row, problem: &Problem, at: Option<&Pointers>, machine: Machine) -> bool {
     let shape = problem.shape();
-    if shape.query_len.saturating_mul(problem.group()) > row.rows {
+    if shape.query_len.saturating_mul(problem.group()) > row.rows || shape.key_len > row.keys {
         return false;
     }
     if !row.maps() {
@@ -43,6 +43,7 @@ pub(super) fn takes(row: &Row, problem: &Problem, at: Option<&Pointers>, machine
         && near(shape.key_len)
         && offset
         && listed
+        && near(tiles)
         && parts(problem, row, tiles, machine) <= FEW_PARTS
         && apart <= together.saturating_mul(2)
         && maps::fit(problem, at, row)

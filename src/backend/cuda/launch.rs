@@ -215,7 +215,10 @@ impl Launch<'_> {
             p.partials = partials.at();
             self.temporaries.push(partials);
         }
-        let blocks = p.tiles.unsigned_abs() as u64 * splits as u64 * form.row.ctas() as u64;
+        let mut blocks = p.tiles.unsigned_abs() as u64 * splits as u64 * form.row.ctas() as u64;
+        if form.row.shares(needs, problem.shape().query_len) {
+            blocks = blocks.min(machine.processors as u64);
+        }
         let mut args: Vec<*mut c_void> = maps.iter_mut().flatten().map(arg).collect();
         args.push(arg(&mut p));
         // SAFETY: the kernel takes these maps and parameters, whose pointers and strides were checked

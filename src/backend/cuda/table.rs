@@ -98,11 +98,8 @@ enum Text {
         across: usize,
     },
     Fma,
-    /// A warpgroup for each 64 rows of a tile. Tiles of K and of V that are held, tiles of Q, and
-    /// registers of the producer's threads and of the others'.
+    /// A warpgroup for each 64 rows of a tile. Registers of the producer's threads and of the others'.
     Hopper {
-        stages: usize,
-        buffers: usize,
         registers: (u32, u32),
     },
     HopperWide,
@@ -122,6 +119,8 @@ pub(super) struct Row {
     features: &'static [u8],
     /// Most query rows of all heads of one key/value head.
     pub(super) rows: usize,
+    /// Most keys.
+    pub(super) keys: usize,
     /// Query rows of a tile.
     pub(super) bm: usize,
     /// Keys of a tile.
@@ -141,6 +140,7 @@ const fn portable(dims: &'static [usize], bm: usize, bn: usize, across: usize) -
         dims,
         features: &[ANY],
         rows: usize::MAX,
+        keys: usize::MAX,
         bm,
         bn,
         blocks: 1,
@@ -173,11 +173,7 @@ const fn hopper(
     features: &'static [u8],
 ) -> Row {
     Row {
-        text: Text::Hopper {
-            stages: 2,
-            buffers: 1,
-            registers,
-        },
+        text: Text::Hopper { registers },
         gpus: (Capability::HOPPER, Capability::HOPPER),
         features,
         ..portable(dims, bm, bn, 1)
@@ -196,7 +192,12 @@ const ATTENTION: &[Row] = &[
     short(&[32, 96], 64, 2),
     short(&[64, 128, 192], 64, 4),
     short(&[256, 512], 32, 4),
-    hopper(&[32, 64], 192, 128, (32, 160), &[BOUNDS]),
+    Row {
+        keys: 2048,
+        ..hopper(&[32, 64], 256, 64, (32, 112), &[0])
+    },
+    hopper(&[32, 64], 192, 128, (32, 160), &[RIGHT]),
+    hopper(&[32, 64], 256, 64, (32, 112), &[CLASSED & !SCORES]),
     hopper(&[80, 96], 128, 176, (40, 232), &[0]),
     hopper(&[192], 128, 112, (24, 240), &[RIGHT]),
     hopper(&[32, 64, 80, 96], 128, 128, (40, 232), &[NO_MASK, CLASSED]),
@@ -234,7 +235,7 @@ pub(super) fn attention(needs: Needs, gpu: Capability) -> impl Iterator<Item = &
             && row.dims.contains(&needs.head_dim)
             && (row.gpus.0..=row.gpus.1).contains(&gpu)
             && row.features.iter().any(|set| needs.features & !set == 0)
-            && claims.insert((row.maps(), row.rows))
+            && claims.insert((row.maps(), row.rows, row.keys))
     })
 }
 
@@ -274,14 +275,10 @@ impl Row {
                 macros.push(("KV_F16", i64::from(needs.kv_dtype == DType::F16)));
                 (sources::FMA, 128)
             }
-            Text::Hopper {
-                stages,
-                buffers,
-                registers,
-            } => {
+            Text::Hopper { registers } => {
                 macros.extend(self.hopper(needs));
-                macros.push(("STAGES", stages as i64));
-                macros.push(("QBUF", buffers as i64));
+                macros.push(("STAGES", stages(needs) as i64));
+                macros.push(("QBUF", self.buffers(needs) as i64));
                 macros.push(("REGS_PRODUCER", registers.0.into()));
                 macros.push(("REGS_CONSUMER", registers.1.into()));
                 (sources::HOPPER, 128 + 2 * self.bm)
@@ -334,12 +331,6 @@ impl Row {
     /// Dynamic shared memory, laid out as the kernel's text lays it out.
     fn shared_bytes(&self, needs: Needs) -> usize {
         let (d, bm, bn) = (needs.head_dim, self.bm, self.bn);
-        // A barrier, a length, and as many tiles as fit.
-        let list = if needs.has(CLASSES) {
-            8 + 4 + 2 * MOST_LISTED
-        } else {
-            0
-        };
         match self.text {
             Text::Portable { across } => {
                 let row = 2 * d + if d.is_multiple_of(64) { 0 } else { 16 };
@@ -351,17 +342,49 @@ impl Row {
                 (bm + 2 * bn) * row + shares
             }
             Text::Fma => 4 * ((bm + bn) * (d + 4) + bm * (bn + 4)),
-            Text::Hopper {
-                stages, buffers, ..
-            } => {
-                let row = d.next_multiple_of(64) * 2;
-                let barriers = 16 * buffers * (bm / 64) + 16 + 32 * stages;
-                (buffers * bm + 2 * stages * bn) * row + barriers + buffers * list + 8
-            }
-            Text::HopperWide => 208 * 1024 + 1200 + list + 8,
+            Text::Hopper { .. } => self.hopper_bytes(needs, self.buffers(needs)),
+            Text::HopperWide => 208 * 1024 + 1200 + self.list_bytes(needs) + 8,
         }
     }
+
+    fn hopper_bytes(&self, needs: Needs, buffers: usize) -> usize {
+        let row = needs.head_dim.next_multiple_of(64) * 2;
+        let held = buffers * self.bm + 2 * stages(needs) * self.bn;
+        let barriers = 16 * buffers * (self.bm / 64) + 16 + 32 * stages(needs);
+        held * row + barriers + buffers * self.list_bytes(needs) + 8
+    }
+
+    /// Tiles of Q that a Hopper kernel holds: the next one too, where there is room for it.
+    fn buffers(&self, needs: Needs) -> usize {
+        let fits = self.hopper_bytes(needs, 2) <= HOPPER_SHARED_BYTES;
+        if needs.head_dim <= 128 && fits { 2 } else { 1 }
+    }
+
+    /// With tile classes: a barrier, a length, as many tiles as fit, and where each 64 rows' begin and
+    /// end.
+    fn list_bytes(&self, needs: Needs) -> usize {
+        if needs.has(CLASSES) {
+            12 + 2 * MOST_LISTED + self.bm / 8
+        } else {
+            0
+        }
+    }
+
+    /// Whether each processor has one threadblock with a share of the tiles, not each tile its own.
+    pub(super) fn shares(&self, needs: Needs, query_len: usize) -> bool {
+        let causal = needs.features == RIGHT;
+        matches!(self.text, Text::Hopper { .. })
+            && (!causal || (needs.head_dim <= 128 && query_len <= 4096))
+    }
 }
+
+/// Tiles of K and of V that a Hopper kernel holds.
+fn stages(needs: Needs) -> usize {
+    if needs.head_dim <= 64 { 4 } else { 2 }
+}
+
+/// What Hopper gives a threadblock.
+const HOPPER_SHARED_BYTES: usize = 227 * 1024;
 
 /// Key tiles that a Hopper kernel can list where there are tile classes.
 pub(super) const MOST_LISTED: usize = 1024;
@@ -416,9 +439,8 @@ pub(super) fn every_row(gpu: Capability) -> impl Iterator<Item = &'static Row> {
 mod tests {
     use super::*;
 
-    /// Shared memory that every GPU of compute capability 8.0 and later gives a threadblock, and
-    /// what Hopper gives.
-    const SHARED_BYTES: (usize, usize) = (99 * 1024, 227 * 1024);
+    /// Shared memory that every GPU of compute capability 8.0 and later gives a threadblock.
+    const SHARED_BYTES: usize = 99 * 1024;
 
     fn needs(dtype: DType, head_dim: usize, features: u8) -> Needs {
         Needs {
@@ -433,10 +455,10 @@ mod tests {
     #[test]
     fn every_dtype_and_head_dim_has_a_kernel_that_fits_any_gpu() {
         for (gpu, most) in [
-            (Capability::OLDEST, SHARED_BYTES.0),
-            (Capability(8, 6), SHARED_BYTES.0),
-            (Capability::HOPPER, SHARED_BYTES.1),
-            (Capability(12, 0), SHARED_BYTES.0),
+            (Capability::OLDEST, SHARED_BYTES),
+            (Capability(8, 6), SHARED_BYTES),
+            (Capability::HOPPER, HOPPER_SHARED_BYTES),
+            (Capability(12, 0), SHARED_BYTES),
         ] {
             for spec in every_spec(gpu) {
                 assert!(spec.shared as usize <= most, "{}", spec.name());
