@@ -190,7 +190,7 @@ impl Launch<'_> {
         let function = form.function(self.gpu)?;
         let mut p = params(&problem, &at, form.row, machine).map_err(|e| self.fail(e))?;
         let mut maps = if form.row.maps() {
-            maps::maps(&problem, &at, form.row)?
+            Some(maps::maps(&problem, &at, form.row)?)
         } else {
             None
         };

@@ -10,7 +10,7 @@ use super::table::Row;
 use crate::attention::{Problem, Role, Strides};
 use crate::backend::checked::Pointers;
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{MlxError, Result};
 
 /// Maps of Q, K, V and O, in the kernels' order.
 pub(super) type Maps = [sys::CUtensorMap; 4];
@@ -20,15 +20,16 @@ const PANEL: usize = 64;
 
 /// Lengths of up to five dimensions, the innermost first; steps of all but that, in elements; and
 /// the part that a copy brings.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 struct View {
-    lengths: Vec<usize>,
-    steps: Vec<usize>,
-    part: Vec<usize>,
+    rank: usize,
+    lengths: [usize; 5],
+    steps: [usize; 4],
+    part: [u32; 5],
 }
 
 impl View {
-    fn new(problem: &Problem, role: Role, rows: usize, row: &Row) -> Option<Self> {
+    fn new(problem: &Problem, role: Role, rows: u32, row: &Row) -> Option<Self> {
         let (shape, strides) = (problem.shape(), problem.strides(role)?);
         let of_query = matches!(role, Role::Query | Role::Output);
         let (heads, len) = match (of_query, problem.cu_seqlens()) {
@@ -36,39 +37,37 @@ impl View {
             (false, None) => (shape.kv_heads, shape.key_len),
             (false, Some((_, keys))) => (shape.kv_heads, *keys.last()? as usize),
         };
-        let batch = if problem.cu_seqlens().is_some() {
-            1
-        } else {
-            shape.batch
+        let batch = match problem.cu_seqlens() {
+            Some(_) => 1,
+            None => shape.batch,
         };
         let Strides {
             seq,
             head,
             batch: step,
         } = strides;
-        let (mut lengths, mut steps, mut part) = (
-            vec![shape.head_dim, len, heads, batch],
-            vec![seq, head, step],
-            vec![PANEL, rows, 1, 1],
-        );
-        if row.halves() && role == Role::Value {
-            lengths[0] = PANEL;
-            lengths.insert(2, shape.head_dim / PANEL);
-            steps.insert(1, PANEL);
-            part.insert(2, 4);
-            part[1] = 16;
-        }
+        let mut view = if row.halves() && role == Role::Value {
+            Self {
+                rank: 5,
+                lengths: [PANEL, len, shape.head_dim / PANEL, heads, batch],
+                steps: [seq, PANEL, head, step],
+                part: [PANEL as u32, 16, 4, 1, 1],
+            }
+        } else {
+            Self {
+                rank: 4,
+                lengths: [shape.head_dim, len, heads, batch, 1],
+                steps: [seq, head, step, PANEL],
+                part: [PANEL as u32, rows, 1, 1, 1],
+            }
+        };
         // Where there is nothing to step to, any step does.
-        for (step, length) in steps.iter_mut().zip(&lengths[1..]) {
+        for (step, length) in view.steps.iter_mut().zip(&view.lengths[1..]) {
             if *length == 1 {
                 *step = PANEL;
             }
         }
-        Some(Self {
-            lengths,
-            steps,
-            part,
-        })
+        Some(view)
     }
 
     /// Whether the hardware takes it.
@@ -83,9 +82,8 @@ impl View {
             DType::BF16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         };
-        let lengths: Vec<u64> = self.lengths.iter().map(|n| *n as u64).collect();
-        let steps: Vec<u64> = self.steps.iter().map(|n| 2 * *n as u64).collect();
-        let part: Vec<u32> = self.part.iter().map(|n| *n as u32).collect();
+        let lengths = self.lengths.map(|n| n as u64);
+        let steps = self.steps.map(|n| 2 * n as u64);
         let ones = [1u32; 5];
         let mut map = MaybeUninit::<sys::CUtensorMap>::zeroed();
         // SAFETY: the arrays have a value for each dimension, the steps one fewer; the driver writes
@@ -94,11 +92,11 @@ impl View {
             sys::cuTensorMapEncodeTiled(
                 map.as_mut_ptr(),
                 dtype,
-                lengths.len() as u32,
+                self.rank as u32,
                 at.cast_mut().cast::<c_void>(),
                 lengths.as_ptr(),
                 steps.as_ptr(),
-                part.as_ptr(),
+                self.part.as_ptr(),
                 ones.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
@@ -114,12 +112,12 @@ impl View {
 }
 
 /// The operands that are mapped, their addresses, and the rows that a copy brings.
-fn operands(at: Option<&Pointers>, row: &Row) -> [(Role, *const u8, usize); 4] {
+fn operands(at: Option<&Pointers>, row: &Row) -> [(Role, *const u8, u32); 4] {
     let at = |of: fn(&Pointers) -> *const u8| at.map_or(std::ptr::null(), of);
     [
         (Role::Query, at(|at| at.q), 64),
-        (Role::Key, at(|at| at.k), row.bn),
-        (Role::Value, at(|at| at.v), row.bn),
+        (Role::Key, at(|at| at.k), row.bn as u32),
+        (Role::Value, at(|at| at.v), row.bn as u32),
         (Role::Output, at(|at| at.o.cast_const()), 64),
     ]
 }
@@ -133,13 +131,12 @@ pub(super) fn fit(problem: &Problem, at: Option<&Pointers>, row: &Row) -> bool {
 }
 
 /// The maps of a problem for which [`fit`] holds.
-pub(super) fn maps(problem: &Problem, at: &Pointers, row: &Row) -> Result<Option<Maps>> {
-    let mut maps = Vec::with_capacity(4);
-    for (role, at, rows) in operands(Some(at), row) {
-        let Some(view) = View::new(problem, role, rows, row) else {
-            return Ok(None);
-        };
-        maps.push(view.encode(problem.dtype(), at)?);
-    }
-    Ok(Maps::try_from(maps).ok())
+pub(super) fn maps(problem: &Problem, at: &Pointers, row: &Row) -> Result<Maps> {
+    let map = |(role, at, rows): (Role, *const u8, u32)| {
+        View::new(problem, role, rows, row)
+            .ok_or_else(|| MlxError::expected(role.name(), "an operand", "none"))?
+            .encode(problem.dtype(), at)
+    };
+    let [q, k, v, o] = operands(Some(at), row).map(map);
+    Ok([q?, k?, v?, o?])
 }

@@ -1,12 +1,15 @@
 //! What is compiled: a text, its macros, and what a launch of it takes.
 
+use std::hash::{Hash, Hasher};
+
 use super::sources;
 use crate::attention::variant::HEAD_DIMS;
 use crate::dtype::DType;
 
 /// A kernel to compile: text, macros, entry point and what a launch of it takes.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone)]
 pub(crate) struct Spec {
+    /// One of the lists in `sources`, told from others by its address: texts are long.
     pub(super) parts: &'static [&'static str],
     pub(super) macros: Vec<(&'static str, i64)>,
     pub(super) entry: &'static str,
@@ -14,9 +17,15 @@ pub(crate) struct Spec {
     pub(super) shared: u32,
     /// Numbers too small for full precision count as zero.
     pub(super) flush: bool,
+    /// Most bytes that the compiler may spill.
+    pub(crate) spills: u32,
 }
 
 impl Spec {
+    fn key(&self) -> (*const &'static str, &[(&'static str, i64)], &'static str) {
+        (self.parts.as_ptr(), &self.macros, self.entry)
+    }
+
     /// Text, macros and entry point, for messages.
     pub(crate) fn name(&self) -> String {
         let macros: Vec<String> = self
@@ -25,6 +34,20 @@ impl Spec {
             .map(|(n, v)| format!("{n}={v}"))
             .collect();
         format!("{}({})", self.entry, macros.join(" "))
+    }
+}
+
+impl PartialEq for Spec {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for Spec {}
+
+impl Hash for Spec {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.key().hash(state);
     }
 }
 
@@ -51,6 +74,7 @@ fn spec(
         threads,
         shared: 0,
         flush: false,
+        spills: 0,
     }
 }
 

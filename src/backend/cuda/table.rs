@@ -127,6 +127,8 @@ pub(super) struct Row {
     pub(super) bn: usize,
     /// Threadblocks that keep a processor busy.
     pub(super) blocks: usize,
+    /// Most bytes that may be spilled: none, but where smaller tiles would cost more.
+    spills: u32,
 }
 
 const HALVES: &[DType] = &[DType::BF16, DType::F16];
@@ -144,6 +146,7 @@ const fn portable(dims: &'static [usize], bm: usize, bn: usize, across: usize) -
         bm,
         bn,
         blocks: 1,
+        spills: 0,
     }
 }
 
@@ -197,12 +200,24 @@ const ATTENTION: &[Row] = &[
         ..hopper(&[32, 64], 256, 64, (32, 112), &[0])
     },
     hopper(&[32, 64], 192, 128, (32, 160), &[RIGHT]),
-    hopper(&[32, 64], 256, 64, (32, 112), &[CLASSED & !SCORES]),
+    hopper(&[32, 64], 256, 64, (32, 112), &[BOUNDS]),
+    Row {
+        spills: 32,
+        ..hopper(&[32, 64], 256, 64, (32, 112), &[CLASSED & !SCORES])
+    },
+    hopper(&[32, 64], 128, 128, (40, 232), &[NO_MASK, CLASSED]),
     hopper(&[80, 96], 128, 176, (40, 232), &[0]),
-    hopper(&[192], 128, 112, (24, 240), &[RIGHT]),
-    hopper(&[32, 64, 80, 96], 128, 128, (40, 232), &[NO_MASK, CLASSED]),
+    hopper(
+        &[80, 96],
+        128,
+        128,
+        (40, 232),
+        &[NO_MASK, CLASSED & !SCORES],
+    ),
+    hopper(&[80, 96], 128, 112, (40, 232), &[CLASSED]),
     hopper(&[128], 128, 128, (40, 232), &[NO_MASK, CLASSED & !SCORES]),
-    hopper(&[128], 128, 112, (40, 232), &[CLASSED]),
+    hopper(&[128], 128, 96, (40, 232), &[CLASSED]),
+    hopper(&[192], 128, 112, (24, 240), &[RIGHT]),
     hopper(
         &[192],
         128,
@@ -216,6 +231,7 @@ const ATTENTION: &[Row] = &[
     hopper(&[256], 128, 48, (40, 232), &[NO_MASK]),
     Row {
         text: Text::HopperWide,
+        spills: 32,
         ..hopper(&[512], 128, 64, (40, 232), &[NO_MASK, CLASSED])
     },
     portable(&[32, 64, 80, 96, 128], 128, 64, 1),
@@ -295,6 +311,7 @@ impl Row {
             threads: threads as u32,
             shared: self.shared_bytes(needs) as u32,
             flush: self.maps(),
+            spills: self.spills,
         }
     }
 
