@@ -2,7 +2,7 @@
 // BM / 16 rows, every 8th key in Q K^T, and 4 of every 32 columns in P V. Products are summed in runs
 // of at most 32, runs one after another.
 //
-// Macros: D, BM and BN (multiples of 16), KV_F16, GENERAL.
+// Macros: D, BM and BN (multiples of 16), KV_F16, GENERAL, PACK = 0.
 
 #define THREADS 128
 #define STRIDE (D + 4) // of a row in shared memory, so that the 8 columns' reads meet no bank twice
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         for (int r = 0; r < ROWS; r++) {
             float highest = m[r];
 #pragma unroll
-            for (int j = 0; j < KEYS; j++) s[r][j] = __fmul_rn(s[r][j], p.scale);
+            for (int j = 0; j < KEYS; j++) s[r][j] = scaled(s[r][j], p);
 #if GENERAL
             int rows[KEYS], keys[KEYS];
 #pragma unroll
@@ -188,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         const Finish f = finish(m[r], sum[r], p.sinks, t.h);
         const bool partial = p.splits > 1;
         float* out = partial ? p.partials + (result_row(p, t, row) * p.splits + t.split) * (D + 2)
-                             : (float*)p.o + row_offset(p.o_strides, t.b, t.h, 0) + p.o_strides[2] * (t.q_start + row);
+                             : (float*)p.o + o_offset(p, t, row);
         const float times = !partial ? f.factor : sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
 #pragma unroll
         for (int i = 0; i < 4 * RUNS; i++) {
@@ -199,8 +199,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         if (partial) {
             out[D] = m[r];
             out[D + 1] = sum[r];
-        } else if (p.lse) {
-            p.lse[p.lse_strides[0] * t.b + p.lse_strides[1] * t.h + t.q_start + row] = f.lse;
+        } else {
+            store_lse(p, t, row, f.lse);
         }
     }
 }

@@ -297,6 +297,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 wgmma_rs<D>(o, pr[4 * k], pr[4 * k + 1], pr[4 * k + 2], pr[4 * k + 3],
                             vd + (u64)(k * 128), true);
         };
+#if VARLEN
+        int foreign = hi * BN > t.sk; // rows of V in the first tile are of another sequence
+#endif
+        auto wait_v = [&]() {
+            bar_wait(v_full + 8 * rv.slot(), rv.phase());
+#if VARLEN
+            if (!foreign) return;
+            foreign = 0;
+            clear_rows<PANELS, BN>(raw + (sm_v - base) + rv.slot() * TILE_BYTES, t.sk % BN, tid);
+            fence_async_smem();
+            named_sync(8 + wg, 128);
+#endif
+        };
         auto pack = [&](const float (&s)[BN / 2]) {
 #pragma unroll
             for (int c = 0; c < BN / 16; c++) {
@@ -348,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             wgmma_fence();
             issue_qk(s, rk.slot());
             wgmma_commit();
-            bar_wait(v_full + 8 * rv.slot(), rv.phase());
+            wait_v();
             wgmma_fence();
             issue_pv(rv.slot());
             wgmma_commit();
@@ -397,7 +410,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (; tile >= lo; tile--) step(tile, Yes());
 #endif
 #endif
-        bar_wait(v_full + 8 * rv.slot(), rv.phase());
+        wait_v();
         wgmma_fence();
         issue_pv(rv.slot());
         wgmma_commit();

@@ -159,6 +159,16 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         }
     };
     float inv[2];
+    // Of tile i's slot of V for the keys 16 c to 16 c + 15, where it is there.
+    auto wait_v = [&](int s, int c, int i) {
+        bar_wait(full + 8 * s, i & 1);
+#if VARLEN
+        if (i > 0 || t.hi * BN - t.sk <= 48 - 16 * c) return;
+        clear_rows<4, 16>(raw + Q_BYTES + s * SLOT_BYTES, t.sk - (t.hi - 1) * BN - 16 * c, tid);
+        fence_async_smem();
+        named_sync(BAR_STORE + group - 1, 128);
+#endif
+    };
 
     if (n > 0 && group == 1) {
         // ---- scores, softmax, the left half ----
@@ -235,7 +245,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         auto issue_pv = [&](int i) {
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                bar_wait(full + 8 * (8 + 2 * c), i & 1);
+                wait_v(8 + 2 * c, c, i);
                 wgmma_fence();
                 wgmma_rs<256>(o, pr[4 * c], pr[4 * c + 1], pr[4 * c + 2], pr[4 * c + 3],
                               desc_v + (u64)(c * 1024), true);
@@ -304,7 +314,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             if (i > 0) rescale(sh->alpha[b][r], sh->alpha[b][r + 8]);
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                bar_wait(full + 8 * (9 + 2 * c), i & 1);
+                wait_v(9 + 2 * c, c, i);
                 wgmma_fence();
                 wgmma_ss<256, 1>(o, desc_p + (u64)(b * (P_BYTES >> 4) + 2 * c),
                                  desc_v + (u64)(c * 1024 + 512), true);

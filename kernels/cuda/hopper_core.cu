@@ -434,10 +434,10 @@ DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, 
         // In natural units, that of a mask's largest numbers is finite.
         float top = f.ref[half] == NEG_INF ? NEG_INF : fmaxf(f.ref[half] * natural_unit(p), -3.4028235e38f);
         float part = 1.0f;
-        if (p.sinks) {
+        if (p.sinks && sum > 0.0f) {
             const float sink = p.sinks[t.h];
             const float now = fmaxf(top, sink);
-            part = top == NEG_INF ? 0.0f : exp2_fast((top - now) * LOG2E);
+            part = exp2_fast((top - now) * LOG2E);
             sum = sum * part + exp2_fast((sink - now) * LOG2E);
             top = now;
         }
@@ -460,8 +460,21 @@ DEV void write_unseen(const Params& p, const Tile& t, int row, int rows, int tid
             *(uint4*)(o + r * p.o_strides[2] + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
     }
     if (p.lse && tid < rows && row + tid < t.sq)
-        lse[row + tid] = p.sinks ? p.sinks[t.h] : NEG_INF;
+        lse[row + tid] = NEG_INF;
 }
+
+#if VARLEN
+// Makes zeros of rows [first, ROWS) of V, by the 128 threads of a group: where they are another
+// sequence's, their weights are 0, but 0 times what another may hold need not be.
+template <int WIDTH, int ROWS>
+DEV void clear_rows(u8* panels, int first, int tid) {
+    first = max(first, 0);
+    for (int i = tid; i < WIDTH * (ROWS - first) * 8; i += 128) {
+        const int row = first + i / 8 % (ROWS - first), panel = i / 8 / (ROWS - first);
+        *(uint4*)(panels + (panel * ROWS + row) * 128 + i % 8 * 16) = make_uint4(0, 0, 0, 0);
+    }
+}
+#endif
 
 #if CLASSES
 // What the class tiles of query tile `t` and key tile `tile` say of each 64 rows w: bit w, some key is

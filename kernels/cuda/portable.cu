@@ -2,7 +2,7 @@
 // (Dao 2023, FlashAttention-2). WM x WN warps; a warp has 16 rows, and with WN > 1 the warps of one
 // row share its keys in Q K^T and its columns in P V.
 //
-// Macros: D, BM = 16 * WM rows and BN keys a tile, WM, WN, BF16, GENERAL.
+// Macros: D, BM = 16 * WM rows and BN keys a tile, WM, WN, BF16, GENERAL, PACK = 1.
 
 #define THREADS (32 * WM * WN)
 // Rows of shared memory hold chunks of 16 bytes. Where 8 rows fill whole bank cycles, chunks are
@@ -79,6 +79,24 @@ template <int ROWS> DEV void load(u32 to, const u16* from, i64 stride, int first
     }
 }
 
+// As `load` for Q, whose rows may be of several heads.
+DEV void load_q(u32 to, const u16* from, const Params& p, const Tile& t, bool vector) {
+    if (p.pack == 1) return load<BM>(to, from, p.q_strides[2], t.m0, t.rows, vector);
+    for (int i = threadIdx.x; i < BM * CHUNKS; i += THREADS) {
+        const int local = i / CHUNKS, chunk = i % CHUNKS, row = t.m0 + local;
+        const bool in = row < t.rows;
+        const u16* at = from + p.q_strides[2] * (row / p.pack) + p.q_strides[1] * (row % p.pack) + 8 * chunk;
+        if (vector) {
+            copy16(chunk_at(to, local, chunk), in ? at : from, in);
+        } else {
+            for (int c = 0; c < 8; c++) {
+                const u16 x = in ? at[c] : u16(0);
+                asm volatile("st.shared.b16 [%0], %1;" ::"r"(chunk_at(to, local, chunk) + 2 * c), "h"(x) : "memory");
+            }
+        }
+    }
+}
+
 // A warp's 16 rows: two a thread, `row` and `row + 8`.
 struct State {
     float o[COLUMNS / 8][4];
@@ -100,7 +118,7 @@ template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) s[n][i] = __fmul_rn(s[n][i], p.scale); // never fused, so that all forms agree
+        for (int i = 0; i < 4; i++) s[n][i] = scaled(s[n][i], p);
 #if GENERAL
         const int rows[4] = {row, row, row + 8, row + 8};
         const int keys[4] = {key + 8 * n, key + 8 * n + 1, key + 8 * n, key + 8 * n + 1};
@@ -170,8 +188,8 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
         }
         return;
     }
-    const Finish f = finish(state.m[r], sum, p.sinks, t.h);
-    u16* out = (u16*)p.o + row_offset(p.o_strides, t.b, t.h, 0) + p.o_strides[2] * (t.q_start + row);
+    const Finish f = finish(state.m[r], sum, p.sinks, head_of(p, t, row));
+    u16* out = (u16*)p.o + o_offset(p, t, row);
     if (p.vector & 2) {
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)
@@ -183,13 +201,13 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
             out[column + 8 * n + 1] = ROUND(state.o[n][2 * r + 1] * f.factor);
         }
     }
-    if (p.lse && column == 0) p.lse[p.lse_strides[0] * t.b + p.lse_strides[1] * t.h + t.q_start + row] = f.lse;
+    if (column == 0) store_lse(p, t, row, f.lse);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) u8 raw[];
     const Tile t = tile_of(p, blockIdx.x);
-    if (t.m0 >= t.sq) return;
+    if (t.m0 >= t.rows) return;
 
     const u32 sm_q = shared_address(raw), sm_k = sm_q + BM * ROW_BYTES, sm_v = sm_k + BN * ROW_BYTES;
     [[maybe_unused]] const u32 sm_p = sm_v + BN * ROW_BYTES;
@@ -202,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     const int lane = threadIdx.x % 32, wm = threadIdx.x / 32 % WM, wn = threadIdx.x / 32 / WM;
     const int row0 = t.m0 + 16 * wm;
     // Rows past the last are not worked on where a whole warp has them alone.
-    const bool active = row0 < t.sq;
+    const bool active = row0 < t.rows;
 
     State state;
 #pragma unroll
@@ -213,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
 
     Walk walk(p, t);
     if (walk.at < walk.end) {
-        load<BM>(sm_q, q, p.q_strides[2], t.m0, t.sq, vector);
+        load_q(sm_q, q, p, t, vector);
         load<BN>(sm_k, k, p.k_strides[2], walk.at * BN, t.sk, vector);
         copies_commit();
     }
@@ -306,6 +324,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         for (int w = 0; w < WN; w++) sum += stats[w * BM + local];
 #endif
         const int row = row0 + lane / 4 + 8 * r;
-        if (row < t.sq) store_row(p, t, state, r, row, wn * COLUMNS + 2 * (lane % 4), sum);
+        if (row < t.rows) store_row(p, t, state, r, row, wn * COLUMNS + 2 * (lane % 4), sum);
     }
 }

@@ -1,14 +1,15 @@
 // What happens to a score between Q K^T and the softmax, besides its scale.
 
+// Never fused, so that all forms agree.
+DEV float scaled(float s, const Params& p) { return at_most_finite(__fmul_rn(s, p.scale)); }
+
 #if GENERAL
-// The bias of one mask element type: `f(cell)` for each score. A row past the last or a key past
-// the last has no cell.
+// Adds the mask's cell to each score. A row past the last or a key past the last has no cell.
 template <int TYPE, int N> DEV void add_mask(float (&s)[N], const Params& p, const Tile& t, const int (&rows)[N], const int (&keys)[N]) {
-    const i64 head = p.mask_strides[0] * t.b + p.mask_strides[1] * t.h;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        if (rows[i] < t.sq && keys[i] < t.sk)
-            s[i] += element<TYPE>(p.mask, head + p.mask_strides[2] * (t.q_start + rows[i]) + keys[i]);
+        const i64 row = p.mask_strides[0] * t.b + p.mask_strides[1] * head_of(p, t, rows[i]) + p.mask_strides[2] * (t.q_start + query_of(p, rows[i]));
+        if (rows[i] < t.rows && keys[i] < t.sk) s[i] += element<TYPE>(p.mask, row + keys[i]);
     }
 }
 
@@ -27,11 +28,10 @@ template <int N> DEV void bias(float (&s)[N], const Params& p, const Tile& t, bo
         }
     }
     if (p.slopes) {
-        const float slope = p.slopes[t.h];
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            const i64 distance = rows[i] + t.q_off - keys[i];
-            s[i] -= slope * float(distance < 0 ? -distance : distance);
+            const i64 distance = query_of(p, rows[i]) + t.q_off - keys[i];
+            s[i] -= p.slopes[head_of(p, t, rows[i])] * float(distance < 0 ? -distance : distance);
         }
     }
 }

@@ -1,5 +1,6 @@
 // What one threadblock of an attention kernel works on, and which key tiles it visits. BM, BN and D
-// are the kernel's.
+// are the kernel's, and PACK: whether the query heads of one key/value head may share a tile, row r
+// of it being query r / pack of head r % pack.
 
 // Class tiles: rows and keys of one class.
 #if D >= 512
@@ -11,8 +12,8 @@
 #endif
 
 struct Tile {
-    int b, h, kv_head;
-    int m0;                // first row
+    int b, h, kv_head;     // h is the first head of the rows
+    int m0, rows;          // first row; rows of all tiles
     int sq, sk;            // lengths of the sequence
     i64 q_start, k_start;  // its first rows, if packed
     i64 q_off;             // position of its row 0 among its keys
@@ -21,16 +22,19 @@ struct Tile {
     int free_lo, free_hi;  // keys that every row sees
 };
 
+DEV int query_of(const Params& p, int row) { return PACK ? row / p.pack : row; }
+DEV int head_of(const Params& p, const Tile& t, int row) { return PACK ? t.h + row % p.pack : t.h; }
+
 // Keys [first_key, end_key) are what a row sees.
 DEV int first_key(const Params& p, const Tile& t, int row) {
     if (p.left < 0) return 0;
-    i64 first = row + t.q_off - p.left;
+    const i64 first = query_of(p, row) + t.q_off - p.left;
     return first < 0 ? 0 : first > t.sk ? t.sk : int(first);
 }
 
 DEV int end_key(const Params& p, const Tile& t, int row) {
     if (p.right < 0) return t.sk;
-    i64 end = row + t.q_off + p.right + 1;
+    const i64 end = query_of(p, row) + t.q_off + p.right + 1;
     return end < 0 ? 0 : end > t.sk ? t.sk : int(end);
 }
 
@@ -41,11 +45,12 @@ DEV Tile tile_of(const Params& p, u32 block) {
     const u32 index = block / u32(p.splits);
     const u32 per = u32(p.section) * u32(p.tiles_m);
     const u32 s = index / per, r = index - s * per;
-    const u32 first = s * u32(p.section), rest = u32(p.batch) * u32(p.heads) - first;
+    const u32 heads = u32(p.heads / p.pack);
+    const u32 first = s * u32(p.section), rest = u32(p.batch) * heads - first;
     const u32 in = u32(p.section) < rest ? u32(p.section) : rest;
     const u32 m = r / in, bh = first + (r - m * in);
-    t.b = int(bh / u32(p.heads));
-    t.h = int(bh - u32(t.b) * u32(p.heads));
+    t.b = int(bh / heads);
+    t.h = int(bh - u32(t.b) * heads) * p.pack;
     t.kv_head = t.h / p.kv_group;
     t.m0 = (p.tiles_m - 1 - int(m)) * BM;
     t.sq = p.sq;
@@ -61,8 +66,9 @@ DEV Tile tile_of(const Params& p, u32 block) {
         t.b = 0;
     }
     t.lo = t.hi = t.free_lo = t.free_hi = 0;
-    if (t.m0 >= t.sq) return t;
-    const int last = (t.sq - t.m0 < BM ? t.sq : t.m0 + BM) - 1;
+    t.rows = t.sq * p.pack;
+    if (t.m0 >= t.rows) return t;
+    const int last = (t.rows - t.m0 < BM ? t.rows : t.m0 + BM) - 1;
     t.free_lo = first_key(p, t, last);
     t.free_hi = end_key(p, t, t.m0);
     t.lo = first_key(p, t, t.m0) / BN;
@@ -82,9 +88,17 @@ DEV i64 row_offset(const i64 strides[3], int b, int h, int row) {
     return strides[0] * b + strides[1] * h + strides[2] * row;
 }
 
-// The row of the log-sum-exp and of the partial results.
+// The row of the partial results.
 DEV i64 result_row(const Params& p, const Tile& t, int row) {
-    return (i64(t.b) * p.heads + t.h) * p.rows + t.q_start + row;
+    return (i64(t.b) * p.heads + head_of(p, t, row)) * p.rows + t.q_start + query_of(p, row);
+}
+
+DEV i64 o_offset(const Params& p, const Tile& t, int row) {
+    return p.o_strides[0] * t.b + p.o_strides[1] * head_of(p, t, row) + p.o_strides[2] * (t.q_start + query_of(p, row));
+}
+
+DEV void store_lse(const Params& p, const Tile& t, int row, float lse) {
+    if (p.lse) p.lse[p.lse_strides[0] * t.b + p.lse_strides[1] * head_of(p, t, row) + t.q_start + query_of(p, row)] = lse;
 }
 
 // Walks the key tiles that are not skipped. Classes are looked up for 32 tiles at once, a tile a
@@ -103,9 +117,9 @@ struct Walk {
             const int tile = from + int(threadIdx.x % 32);
             bool some = false, all_free = tile < end;
             if (tile < end) {
-                const int k0 = tile * BN, row_end = t.sq - t.m0 < BM ? t.sq : t.m0 + BM;
+                const int k0 = tile * BN, last = (t.rows - t.m0 < BM ? t.rows : t.m0 + BM) - 1;
                 const int key_end = t.sk - k0 < BN ? t.sk : k0 + BN;
-                for (int row = t.m0 / CLASS_ROWS; row * CLASS_ROWS < row_end; row++) {
+                for (int row = query_of(p, t.m0) / CLASS_ROWS; row <= query_of(p, last) / CLASS_ROWS; row++) {
                     const u8* classes = p.classes + i64(row) * p.classes_stride;
                     for (int key = k0 / CLASS_KEYS; key * CLASS_KEYS < key_end; key++) {
                         const u8 c = classes[key];

@@ -161,7 +161,8 @@ gpu_struct! {
 gpu_struct! {
     /// Everything that the CUDA attention kernels read besides memory. Pointers are addresses on the
     /// device; null where the problem has no such operand. Strides are in elements: batch, head, row.
-    CudaParams = "Params", CUDA_PARAMS_TEXT, 328 {
+    /// The Hopper kernels read the fields up to `classes_stride`.
+    CudaParams = "Params", CUDA_PARAMS_TEXT, 336 {
         /// Batch size, or count of packed sequences.
         batch: i32 = "int batch" @ 0,
         /// Query heads.
@@ -174,11 +175,12 @@ gpu_struct! {
         sk: i32 = "int sk" @ 16,
         /// Position of query row 0 among the keys.
         q_off: i32 = "int q_off" @ 20,
-        /// Keys seen before a query's own position, or -1 for all.
+        /// Keys seen before a query's own position, or -1 for all; the Hopper kernels take a bound past
+        /// all keys instead.
         left: i32 = "int left" @ 24,
         /// Keys seen after a query's own position, or -1 for all; 0 is causal.
         right: i32 = "int right" @ 28,
-        /// Query tiles of a sequence.
+        /// Query tiles of a sequence and a head, or the heads that share them.
         tiles_m: i32 = "int tiles_m" @ 32,
         /// All query tiles.
         tiles: i32 = "int tiles" @ 36,
@@ -216,25 +218,25 @@ gpu_struct! {
         lse_strides: [i64; 2] = "int64_t lse_strides[2]" @ 152,
         /// Strides of the mask; 0 broadcasts.
         mask_strides: [i64; 3] = "int64_t mask_strides[3]" @ 168,
+        /// Classes of one row of class tiles.
+        classes_stride: i64 = "int64_t classes_stride" @ 192,
         /// Q.
-        q: u64 = "const void* q" @ 192,
+        q: u64 = "const void* q" @ 200,
         /// K.
-        k: u64 = "const void* k" @ 200,
+        k: u64 = "const void* k" @ 208,
         /// V.
-        v: u64 = "const void* v" @ 208,
+        v: u64 = "const void* v" @ 216,
         /// Strides of Q.
-        q_strides: [i64; 3] = "int64_t q_strides[3]" @ 216,
+        q_strides: [i64; 3] = "int64_t q_strides[3]" @ 224,
         /// Strides of K.
-        k_strides: [i64; 3] = "int64_t k_strides[3]" @ 240,
+        k_strides: [i64; 3] = "int64_t k_strides[3]" @ 248,
         /// Strides of V.
-        v_strides: [i64; 3] = "int64_t v_strides[3]" @ 264,
+        v_strides: [i64; 3] = "int64_t v_strides[3]" @ 272,
         /// Partial results, written and joined where the keys are split: for each row and split D
         /// values, a maximum, a sum.
-        partials: u64 = "float* partials" @ 288,
+        partials: u64 = "float* partials" @ 296,
         /// Query rows of a head: the query length, or all packed rows.
-        rows: i64 = "int64_t rows" @ 296,
-        /// Classes of one row of class tiles.
-        classes_stride: i64 = "int64_t classes_stride" @ 304,
+        rows: i64 = "int64_t rows" @ 304,
         /// Splits of the keys.
         splits: i32 = "int splits" @ 312,
         /// Element type of the mask: 1 f32, 2 f16, 3 bf16, 4 bool.
@@ -243,12 +245,57 @@ gpu_struct! {
         vector: i32 = "int vector" @ 320,
         /// Batches that results are laid out in: 1 where sequences are packed.
         result_batch: i32 = "int result_batch" @ 324,
+        /// Query heads of one key/value head that share a tile's rows, or 1.
+        pack: i32 = "int pack" @ 328,
+        /// Keeps the size on 8 bytes.
+        _pad: i32 = "int pad" @ 332,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Names and sizes of the fields of a struct's text.
+    fn fields(text: &str) -> Vec<(String, usize)> {
+        let body = text.split_once("struct Params {").unwrap().1;
+        let body = body.split_once("\n}").unwrap().0;
+        let lines = body.lines().map(|line| line.split("//").next().unwrap());
+        let mut all = Vec::new();
+        for declaration in lines.collect::<String>().split(';') {
+            let Some((of, names)) = declaration
+                .trim()
+                .rsplit_once("* ")
+                .map(|(_, names)| (8, names))
+                .or_else(|| {
+                    let (kind, names) = declaration.trim().split_once(' ')?;
+                    let size = if ["int", "float"].contains(&kind) {
+                        4
+                    } else {
+                        8
+                    };
+                    Some((size, names))
+                })
+            else {
+                continue;
+            };
+            for name in names.split(',').map(str::trim) {
+                let (name, count) = name.split_once('[').unwrap_or((name, "1]"));
+                let count: usize = count.trim_end_matches(']').parse().unwrap();
+                all.push((name.to_string(), of * count));
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn hopper_kernels_read_the_first_fields() {
+        let ours = fields(CUDA_PARAMS_TEXT);
+        let theirs = fields(include_str!("../../kernels/cuda/hopper_core.cu"));
+        assert_eq!(ours.iter().map(|(_, size)| size).sum::<usize>(), 336);
+        assert!(theirs.len() > 25);
+        assert_eq!(ours[..theirs.len()], theirs);
+    }
 
     #[test]
     fn text_has_every_field_in_order() {

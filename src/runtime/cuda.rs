@@ -72,15 +72,14 @@ impl MlxDevice {
     /// kernel reports.
     pub fn cuda_warm_up<'a>(&self, problems: impl IntoIterator<Item = &'a Problem>) -> Result<()> {
         let cuda = backend(self.metal_device())?;
-        let mut kernels = Vec::new();
-        for problem in problems {
-            let plan = Plan::new(problem, cuda.family(), PlanOptions::default())?;
-            let kernel = (plan.variant.kernel, plan.constants);
-            if !kernels.contains(&kernel) {
-                kernels.push(kernel);
-            }
-        }
-        cuda.warm_up(&kernels)
+        let plans = problems
+            .into_iter()
+            .map(|problem| {
+                let plan = Plan::new(problem, cuda.family(), PlanOptions::default())?;
+                Ok((problem, plan.variant.kernel, plan.constants))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        cuda.warm_up(&plans)
     }
 
     /// The caller's device memory as an operand, without a copy; [`MlxBuffer::slice_view`] gives its
@@ -148,21 +147,26 @@ pub struct Image {
     pub cubin: Vec<u8>,
     /// What the compiler said: registers, shared memory, spills, warnings.
     pub log: String,
+    /// Most bytes that it may spill.
+    pub spills: u32,
 }
 
 /// Compiles every kernel for `arch` (such as `sm_80`), on all cores, and never from the disk.
 ///
 /// # Errors
-/// `DeviceUnavailable` where no NVRTC is found, `ShaderCompilationError` where a kernel does not
-/// compile.
+/// `InvalidArgument` for a name that is none, `DeviceUnavailable` where no NVRTC is found,
+/// `ShaderCompilationError` where a kernel does not compile.
 pub fn compile_images(arch: &str) -> Result<Vec<Image>> {
+    let gpu = cuda::Capability::of_arch(arch)
+        .ok_or_else(|| MlxError::expected("arch", "a name such as `sm_80`", arch))?;
     let nvrtc = Nvrtc::find(None)?;
-    cuda::in_parallel(&cuda::every_spec(), |spec| {
+    cuda::in_parallel(&cuda::every_spec(gpu), |spec| {
         let compiled = cuda::compile(&nvrtc, spec, arch, false)?;
         Ok(Image {
             name: spec.name(),
             cubin: compiled.cubin,
             log: compiled.log.unwrap_or_default(),
+            spills: spec.spills,
         })
     })
 }

@@ -175,12 +175,18 @@ impl Qkv {
         Problem::builder(self.dtype, self.shape)
     }
 
-    /// Q, K, V and a poisoned output, Q, K and V between NaNs.
+    /// Q, K, V and a poisoned output, Q, K and V between NaNs. They lie on no alignment, but on CUDA,
+    /// where some kernels take aligned rows alone.
     pub(crate) fn buffers(&self, device: &MlxDevice) -> [MlxBuffer; 4] {
+        let guard = if device.kind() == DeviceKind::Cuda {
+            64
+        } else {
+            41
+        };
         [
-            upload_guarded(device, &self.q, self.dtype, 41),
-            upload_guarded(device, &self.k, self.dtype, 41),
-            upload_guarded(device, &self.v, self.dtype, 41),
+            upload_guarded(device, &self.q, self.dtype, guard),
+            upload_guarded(device, &self.k, self.dtype, guard),
+            upload_guarded(device, &self.v, self.dtype, guard),
             output(device, self.q.len(), self.dtype),
         ]
     }

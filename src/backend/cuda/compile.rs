@@ -4,7 +4,8 @@ use rayon::prelude::*;
 
 use super::cache::{Cache, Hash};
 use super::nvrtc::Nvrtc;
-use super::table::{Capability, Spec};
+use super::spec::Spec;
+use super::table::Capability;
 use crate::error::{MlxError, Result};
 
 /// An image, and what the compiler said where it was asked.
@@ -24,6 +25,9 @@ fn options(spec: &Spec, arch: &str) -> Vec<String> {
         // Each text takes what it needs of what they share.
         "-diag-suppress=177".into(),
     ];
+    if spec.flush {
+        options.push("--ftz=true".into());
+    }
     options.extend(
         spec.macros
             .iter()

@@ -5,12 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::compile::in_parallel;
 use super::driver::{Context, Event, Stream, unavailable};
+use super::fit::Machine;
 use super::launch::{Built, built};
 use super::memory::CudaMemory;
 use super::modules::{Function, Modules};
 use super::scratch::Pool;
+use super::spec::Spec;
 use super::submit::{self, Enqueued};
-use super::table::Spec;
+use crate::attention::Problem;
 use crate::attention::bindings::Constants;
 use crate::attention::variant::{self, Family};
 use crate::backend::{Backend, DeviceKind, Kernel, Limits, Memory, Pending, Step};
@@ -46,6 +48,13 @@ impl Gpu {
         let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
         if events.len() < 64 {
             events.push(event);
+        }
+    }
+
+    pub(super) fn machine(&self) -> Machine {
+        Machine {
+            processors: self.context.processors as usize,
+            l2_bytes: self.context.l2_bytes,
         }
     }
 
@@ -93,10 +102,11 @@ impl Cuda {
         &self.0
     }
 
-    /// Compiles and loads kernels, by name and constants, side by side.
-    pub(crate) fn warm_up(&self, kernels: &[(&str, Constants)]) -> Result<()> {
-        in_parallel(kernels, |(kernel, constants)| {
-            built(&self.0, kernel, constants).map(|_| ())
+    /// Compiles and loads, side by side, what these problems run, each with its kernel's name and
+    /// constants.
+    pub(crate) fn warm_up(&self, plans: &[(&Problem, &str, Constants)]) -> Result<()> {
+        in_parallel(plans, |(problem, kernel, constants)| {
+            built(&self.0, kernel, constants)?.warm_up(&self.0, problem)
         })
         .map(|_| ())
     }

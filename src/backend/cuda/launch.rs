@@ -1,19 +1,23 @@
 //! Dispatches, read back and checked, as launches on a stream.
 
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::Stream;
+use super::fit::{self, Machine};
 use super::gpu::Gpu;
+use super::maps;
 use super::memory::CudaMemory;
 use super::modules::Function;
-use super::params::{Machine, params};
+use super::params::params;
 use super::scratch::Scratch;
-use super::table::{self, Needs, Row, Spec};
-use crate::attention::bindings::{self, Constants, coded_dtype, constant, names};
+use super::spec::{self, Spec};
+use super::table::{self, Needs, Row};
+use crate::attention::Problem;
+use crate::attention::bindings::{self, Constants, names};
 use crate::attention::params::CudaParams;
 use crate::attention::variant;
-use crate::backend::checked::{Classes, Fill, Partials, Prefill, Reduce};
+use crate::backend::checked::{Classes, Fill, Partials, Pointers, Prefill, Reduce};
 use crate::backend::{Arg, Dispatch, Memory, Step};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
@@ -26,51 +30,83 @@ pub(crate) type Temporary = Scratch;
 pub(super) enum Built {
     Prefill {
         needs: Needs,
-        row: &'static Row,
-        function: Arc<Function>,
+        /// The kernels that may serve it, best first, compiled when one is first taken.
+        forms: Vec<Form>,
     },
     Fill(Arc<Function>),
-    /// One form at least is needed, and which one is seen at each dispatch.
+    /// Which of two kernels is taken is seen at each dispatch.
     Classes,
     /// Compiled for the head dim of the first dispatch, and kept.
     Decode(Mutex<Option<Arc<Function>>>),
 }
 
-/// Compiles what the kernel of this name and these constants runs.
+/// A kernel that may serve a prefill.
+#[derive(Debug)]
+pub(super) struct Form {
+    row: &'static Row,
+    spec: Spec,
+    function: OnceLock<Result<Arc<Function>>>,
+}
+
+impl Form {
+    fn function(&self, gpu: &Gpu) -> Result<&Arc<Function>> {
+        self.function
+            .get_or_init(|| gpu.function(&self.spec))
+            .as_ref()
+            .map_err(Clone::clone)
+    }
+}
+
+impl Built {
+    /// Compiles what a problem will run.
+    pub(super) fn warm_up(&self, gpu: &Gpu, problem: &Problem) -> Result<()> {
+        if let Self::Prefill { forms, .. } = self
+            && let Some(form) = choose(forms, problem, None, gpu.machine())
+        {
+            form.function(gpu)?;
+        }
+        Ok(())
+    }
+}
+
+/// The first kernel that takes the problem.
+fn choose<'a>(
+    forms: &'a [Form],
+    problem: &Problem,
+    at: Option<&Pointers>,
+    machine: Machine,
+) -> Option<&'a Form> {
+    forms
+        .iter()
+        .find(|form| fit::takes(form.row, problem, at, machine))
+}
+
+/// Prepares what the kernel of this name and these constants runs.
 pub(super) fn built(gpu: &Arc<Gpu>, kernel: &str, constants: &Constants) -> Result<Built> {
     let unknown = |message: &str| MlxError::ShaderCompilationError {
         name: kernel.into(),
         message: message.into(),
     };
     match kernel {
-        names::MASK_FILL => Ok(Built::Fill(gpu.function(&table::fill())?)),
+        names::MASK_FILL => Ok(Built::Fill(gpu.function(&spec::fill())?)),
         names::BLK => Ok(Built::Classes),
         names::VEC_F32 | names::VEC_F16 | names::VEC_REDUCE => Ok(Built::Decode(Mutex::default())),
         _ => {
             let variant = variant::by_name(kernel)
                 .ok_or_else(|| unknown("the CUDA device runs this crate's own kernels only"))?;
-            let code = constants.int(constant::KV_DTYPE).unwrap_or(0);
-            let needs = Needs {
-                dtype: variant.dtype,
-                kv_dtype: coded_dtype(code, variant.dtype)
-                    .ok_or_else(|| unknown("an unknown code of K and V's dtype"))?,
-                head_dim: variant.head_dim,
-                general: [
-                    constant::HAS_MASK,
-                    constant::HAS_SOFTCAP,
-                    constant::HAS_ALIBI,
-                ]
-                .iter()
-                .any(|index| constants.bool(*index)),
-            };
-            let row = table::attention(needs)
-                .ok_or_else(|| unknown("no CUDA kernel has this dtype and head dim"))?;
-            let function = gpu.function(&row.spec(needs))?;
-            Ok(Built::Prefill {
-                needs,
-                row,
-                function,
-            })
+            let needs = Needs::of(variant, constants)
+                .ok_or_else(|| unknown("an unknown code of a dtype"))?;
+            let forms: Vec<Form> = table::attention(needs, gpu.context.capability)
+                .map(|row| Form {
+                    row,
+                    spec: row.spec(needs),
+                    function: OnceLock::new(),
+                })
+                .collect();
+            if forms.is_empty() {
+                return Err(unknown("no CUDA kernel has this dtype and head dim"));
+            }
+            Ok(Built::Prefill { needs, forms })
         }
     }
 }
@@ -116,11 +152,7 @@ impl Launch<'_> {
             return Err(self.fail("was built for another device"));
         };
         match built {
-            Built::Prefill {
-                needs,
-                row,
-                function,
-            } => self.prefill(*needs, row, function),
+            Built::Prefill { needs, forms } => self.prefill(*needs, forms),
             Built::Fill(function) => self.fill(function),
             Built::Classes => self.classes(),
             Built::Decode(kept) => match self.dispatch.kernel.name.as_str() {
@@ -147,22 +179,21 @@ impl Launch<'_> {
         Ok(())
     }
 
-    fn machine(&self) -> Machine {
-        Machine {
-            processors: self.gpu.context.processors as usize,
-            l2_bytes: self.gpu.context.l2_bytes,
-        }
-    }
-
-    fn prefill(&mut self, needs: Needs, row: &'static Row, function: &Arc<Function>) -> Result<()> {
+    fn prefill(&mut self, needs: Needs, forms: &[Form]) -> Result<()> {
         let Prefill { problem, at } = Prefill::read(self.dispatch)?;
-        let general =
-            problem.mask().is_some() || problem.softcap().is_some() || problem.has_alibi();
-        let fits = (problem.dtype(), problem.kv_dtype()) == (needs.dtype, needs.kv_dtype);
-        if !fits || (general && !needs.general) {
+        if (problem.dtype(), problem.kv_dtype()) != (needs.dtype, needs.kv_dtype) {
             return Err(self.fail("params and constants disagree"));
         }
-        let mut p = params(&problem, &at, row, self.machine()).map_err(|e| self.fail(e))?;
+        let machine = self.gpu.machine();
+        let form = choose(forms, &problem, Some(&at), machine)
+            .ok_or_else(|| self.fail("no kernel takes a problem of this shape"))?;
+        let function = form.function(self.gpu)?;
+        let mut p = params(&problem, &at, form.row, machine).map_err(|e| self.fail(e))?;
+        let mut maps = if form.row.maps() {
+            Some(maps::maps(&problem, &at, form.row)?)
+        } else {
+            None
+        };
         self.prepare()?;
         if let Some((q, k)) = problem.cu_seqlens() {
             let cu = [q, k].concat();
@@ -184,12 +215,17 @@ impl Launch<'_> {
             p.partials = partials.at();
             self.temporaries.push(partials);
         }
-        let blocks = p.tiles.unsigned_abs() as u64 * splits as u64;
-        // SAFETY: the kernel takes these parameters, whose pointers and strides were checked against
-        // the problem; the scratch memory is as large as it takes it to be and kept.
-        unsafe { function.launch(self.stream, blocks, &mut [arg(&mut p)])? };
+        let mut blocks = p.tiles.unsigned_abs() as u64 * splits as u64 * form.row.ctas() as u64;
+        if form.row.shares(needs, problem.shape().query_len) {
+            blocks = blocks.min(machine.processors as u64);
+        }
+        let mut args: Vec<*mut c_void> = maps.iter_mut().flatten().map(arg).collect();
+        args.push(arg(&mut p));
+        // SAFETY: the kernel takes these maps and parameters, whose pointers and strides were checked
+        // against the problem; the scratch memory is as large as it takes it to be and kept.
+        unsafe { function.launch(self.stream, blocks, &mut args)? };
         if splits > 1 {
-            let spec = table::combine(needs.head_dim, needs.dtype);
+            let spec = spec::combine(needs.head_dim, needs.dtype);
             let combine = self.gpu.function(&spec)?;
             self.combine(&combine, p, rows)?;
         }
@@ -241,7 +277,7 @@ impl Launch<'_> {
             arg(&mut bq),
             arg(&mut bk),
         ];
-        let function = self.gpu.function(&table::classify(wide))?;
+        let function = self.gpu.function(&spec::classify(wide))?;
         // SAFETY: the kernel's parameters; mask and classes are as large as they say.
         unsafe { function.launch(self.stream, blocks, args) }
     }
@@ -273,7 +309,7 @@ impl Launch<'_> {
         } else {
             DType::F32
         };
-        let function = self.kept(kept, &table::decode(params.head_dim as usize, kv))?;
+        let function = self.kept(kept, &spec::decode(params.head_dim as usize, kv))?;
         self.prepare()?;
         let (mut q, mut k, mut v, mut tmp) = (q, k, v, tmp.ptr());
         let blocks = u64::from(params.splits) * u64::from(params.num_heads);
@@ -296,7 +332,7 @@ impl Launch<'_> {
         if !variant::HEAD_DIMS.contains(&dim) {
             return Err(self.fail(format!("head_dim: {dim} is not served")));
         }
-        let function = self.kept(kept, &table::combine(dim, DType::F32))?;
+        let function = self.kept(kept, &spec::combine(dim, DType::F32))?;
         self.prepare()?;
         let size = |n: u32| i32::try_from(n).map_err(|_| self.fail("a size too large"));
         let p = CudaParams {

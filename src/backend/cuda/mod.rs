@@ -5,8 +5,10 @@
 mod cache;
 mod compile;
 mod driver;
+mod fit;
 mod gpu;
 mod launch;
+mod maps;
 mod memory;
 mod modules;
 mod nvrtc;
@@ -14,6 +16,7 @@ mod params;
 mod scratch;
 mod search;
 mod sources;
+mod spec;
 mod submit;
 mod table;
 
@@ -22,4 +25,4 @@ pub(crate) use gpu::Cuda;
 pub(crate) use memory::CudaMemory;
 pub(crate) use nvrtc::Nvrtc;
 pub(crate) use submit::Enqueued;
-pub(crate) use table::every_spec;
+pub(crate) use table::{Capability, every_spec};

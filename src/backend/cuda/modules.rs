@@ -9,7 +9,7 @@ use cudarc::driver::{result, sys};
 use super::compile::{arch, compile};
 use super::driver::{Context, Stream, failed};
 use super::nvrtc::Nvrtc;
-use super::table::Spec;
+use super::spec::Spec;
 use crate::error::{MlxError, Result};
 
 /// A kernel that can be launched.

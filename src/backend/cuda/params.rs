@@ -1,18 +1,13 @@
 //! A problem as the CUDA attention kernels read it.
 
-use super::table::{Row, type_code};
+use super::fit::{self, Machine};
+use super::spec::type_code;
+use super::table::Row;
 use crate::attention::params::CudaParams;
 use crate::attention::variant::class_tile;
 use crate::attention::{Problem, QueryOffset, Role, Strides};
 use crate::backend::checked::Pointers;
 use crate::error::{MlxError, Result};
-
-/// What of the GPU decides how work is cut.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Machine {
-    pub(super) processors: usize,
-    pub(super) l2_bytes: usize,
-}
 
 // Every size here passed `Problem::build`, which keeps it within i32; strides within isize.
 #[allow(clippy::cast_possible_truncation)]
@@ -35,39 +30,6 @@ fn on(bytes: usize, size: usize, address: *const u8, strides: Option<Strides>) -
         })
 }
 
-/// Keys before and after a query's own position that it sees; -1 for all.
-fn reach(problem: &Problem) -> (i32, i32) {
-    let shape = problem.shape();
-    let v = problem.visibility(shape.query_len, shape.key_len);
-    // `Problem::build` keeps windows within i32.
-    let bound = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
-    let left = v.window.map_or(-1, |w| bound(w.saturating_sub(1)));
-    let right = match (v.causal, v.window_right) {
-        (true, _) => 0,
-        (false, right) => right.map_or(-1, bound),
-    };
-    (left, right)
-}
-
-/// How many parts the keys are cut into, so that few queries over many keys keep the GPU busy: none
-/// where there is a tile for most processors.
-fn splits(row: &Row, tiles: usize, key_len: usize, reach: (i32, i32), machine: Machine) -> usize {
-    let seen = match reach {
-        (left, right) if left >= 0 && right >= 0 => {
-            let window = left as usize + right as usize + row.bm;
-            key_len.min(window)
-        }
-        _ => key_len,
-    };
-    let key_tiles = seen.div_ceil(row.bn);
-    if tiles * 2 > machine.processors || key_tiles < 8 {
-        return 1;
-    }
-    (2 * machine.processors / tiles.max(1))
-        .clamp(1, key_tiles / 4)
-        .min(128)
-}
-
 /// The parameters, but for scratch memory: `cu_q`, `cu_k` and `partials` are left null.
 pub(super) fn params(
     problem: &Problem,
@@ -76,13 +38,18 @@ pub(super) fn params(
     machine: Machine,
 ) -> Result<CudaParams> {
     let shape = problem.shape();
-    let (left, right) = reach(problem);
+    let (left, right) = fit::reach(problem);
+    // The Hopper kernels take bounds past all keys for none.
+    let bound = |n: i32| match n {
+        _ if !row.maps() => n,
+        ..0 | fit::FAR.. => fit::FAR,
+        _ => n,
+    };
     let packed = problem.cu_seqlens().is_some();
     let visibility = problem.visibility(shape.query_len, shape.key_len);
-    let tiles_m = shape.query_len.div_ceil(row.bm);
-    let heads = shape.batch.checked_mul(shape.heads);
-    let tiles = heads
-        .and_then(|n| n.checked_mul(tiles_m))
+    let pack = fit::pack(problem, row);
+    let tiles_m = (shape.query_len * pack).div_ceil(row.bm);
+    let tiles = fit::tiles(problem, row, pack)
         .filter(|n| i32::try_from(*n).is_ok())
         .ok_or_else(|| {
             MlxError::CommandBufferError(format!(
@@ -90,17 +57,24 @@ pub(super) fn params(
                 row.bm, shape.batch, shape.heads
             ))
         })?;
-    let splits = splits(row, tiles, shape.key_len, (left, right), machine);
+    let splits = fit::splits(problem, row, tiles, machine);
 
     let kv_size = problem.kv_dtype().size_of();
     let keys_bytes = shape
         .key_len
         .saturating_mul(2 * shape.head_dim * kv_size)
         .max(1);
-    let section = (machine.l2_bytes / 2 / keys_bytes)
+    // Where all rows take as long, a head after another keeps its keys in the cache by itself.
+    let even = row.maps() && (left, right) == (-1, -1) && problem.mask().is_none();
+    let fitting = if even {
+        0
+    } else {
+        machine.l2_bytes / 2 / keys_bytes
+    };
+    let section = fitting
         .max(1)
-        .saturating_mul(problem.group())
-        .min(shape.batch * shape.heads);
+        .saturating_mul(problem.group() / pack)
+        .min(shape.batch * (shape.heads / pack));
 
     let size = problem.dtype().size_of();
     let of = |role| problem.strides(role);
@@ -116,8 +90,8 @@ pub(super) fn params(
         sq: int(shape.query_len),
         sk: int(shape.key_len),
         q_off: visibility.q_offset as i32,
-        left,
-        right,
+        left: bound(left),
+        right: bound(right),
         tiles_m: int(tiles_m),
         tiles: int(tiles),
         section: int(section),
@@ -154,5 +128,7 @@ pub(super) fn params(
         mask_type: mask.map_or(0, |m| type_code(m.dtype)),
         vector: i32::from(vector) | i32::from(on(4, size, at.o, of(Role::Output))) << 1,
         result_batch: if packed { 1 } else { int(shape.batch) },
+        pack: int(pack),
+        _pad: 0,
     })
 }

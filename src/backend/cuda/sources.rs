@@ -1,14 +1,15 @@
 //! The texts of the CUDA kernels, embedded. A module's text is a list of parts: what all start with,
-//! the parameters' structs, and the kernels.
+//! the parameters' structs, and the kernels. A list is known by its address.
 
 use crate::attention::params;
 
 const COMMON: &str = include_str!("../../../kernels/cuda/common.cu");
 const TILES: &str = include_str!("../../../kernels/cuda/tiles.cu");
+const HOPPER_CORE: &str = include_str!("../../../kernels/cuda/hopper_core.cu");
 const SCORES: &str = include_str!("../../../kernels/cuda/scores.cu");
 
 /// Attention in 16 bits, for compute capability 8.0 and later.
-pub(super) const PORTABLE: &[&str] = &[
+pub(super) static PORTABLE: &[&str] = &[
     COMMON,
     params::CUDA_PARAMS_TEXT,
     TILES,
@@ -16,8 +17,22 @@ pub(super) const PORTABLE: &[&str] = &[
     include_str!("../../../kernels/cuda/portable.cu"),
 ];
 
+/// Attention in 16 bits for Hopper, with its own primitives.
+pub(super) static HOPPER: &[&str] = &[
+    include_str!("../../../kernels/cuda/hopper_ptx.cu"),
+    HOPPER_CORE,
+    include_str!("../../../kernels/cuda/hopper.cu"),
+];
+
+/// The same at head dim 512.
+pub(super) static HOPPER_WIDE: &[&str] = &[
+    include_str!("../../../kernels/cuda/hopper_ptx.cu"),
+    HOPPER_CORE,
+    include_str!("../../../kernels/cuda/hopper512.cu"),
+];
+
 /// Attention in f32.
-pub(super) const FMA: &[&str] = &[
+pub(super) static FMA: &[&str] = &[
     COMMON,
     params::CUDA_PARAMS_TEXT,
     TILES,
@@ -26,7 +41,7 @@ pub(super) const FMA: &[&str] = &[
 ];
 
 /// The join of partial results.
-pub(super) const COMBINE: &[&str] = &[
+pub(super) static COMBINE: &[&str] = &[
     COMMON,
     params::CUDA_PARAMS_TEXT,
     SCORES,
@@ -34,7 +49,7 @@ pub(super) const COMBINE: &[&str] = &[
 ];
 
 /// The mask fill and the tile classes.
-pub(super) const MASKS: &[&str] = &[
+pub(super) static MASKS: &[&str] = &[
     COMMON,
     params::MASK_FILL_PARAMS_TEXT,
     params::BLK_PARAMS_TEXT,
@@ -42,7 +57,7 @@ pub(super) const MASKS: &[&str] = &[
 ];
 
 /// Decode.
-pub(super) const DECODE: &[&str] = &[
+pub(super) static DECODE: &[&str] = &[
     COMMON,
     params::VEC_PARAMS_TEXT,
     include_str!("../../../kernels/cuda/decode.cu"),

@@ -1,8 +1,12 @@
 //! Which kernel serves what: the one table of the CUDA attention kernels, and what is compiled for a
 //! row of it.
 
+use std::collections::HashSet;
+
 use super::sources;
-use crate::attention::variant::HEAD_DIMS;
+use super::spec::Spec;
+use crate::attention::bindings::{Constants, coded_dtype, constant};
+use crate::attention::variant::{HEAD_DIMS, MaskKind, Variant};
 use crate::dtype::DType;
 
 /// A GPU's compute capability.
@@ -12,69 +16,37 @@ pub(crate) struct Capability(pub(crate) u32, pub(crate) u32);
 impl Capability {
     /// The oldest that is served.
     pub(super) const OLDEST: Self = Self(8, 0);
+    const HOPPER: Self = Self(9, 0);
+    const NEWEST: Self = Self(u32::MAX, 0);
 
     /// The compiler's name for it. Hopper's own instructions need the suffix, and images with it run
     /// nowhere else.
     pub(super) fn arch(self) -> String {
-        let suffix = if self == Self(9, 0) { "a" } else { "" };
+        let suffix = if self == Self::HOPPER { "a" } else { "" };
         format!("sm_{}{}{suffix}", self.0, self.1)
     }
-}
 
-/// Which of the texts a row compiles.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Text {
-    Portable,
-    Fma,
-}
-
-/// One row of the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Row {
-    text: Text,
-    /// Element types of Q.
-    dtypes: &'static [DType],
-    /// Smallest and largest head dim.
-    dims: (usize, usize),
-    /// Query rows of a tile.
-    pub(super) bm: usize,
-    /// Keys of a tile.
-    pub(super) bn: usize,
-    /// Warps down the rows of a tile, and across.
-    warps: (usize, usize),
-}
-
-const fn portable(dims: (usize, usize), bm: usize, bn: usize, warps: (usize, usize)) -> Row {
-    Row {
-        text: Text::Portable,
-        dtypes: &[DType::BF16, DType::F16],
-        dims,
-        bm,
-        bn,
-        warps,
+    /// The capability that a name of the compiler's, such as `sm_90a`, stands for.
+    pub(crate) fn of_arch(arch: &str) -> Option<Self> {
+        let digits = arch.strip_prefix("sm_")?.trim_end_matches(['a', 'f']);
+        let (major, minor) = digits.split_at_checked(digits.len().checked_sub(1)?)?;
+        Some(Self(major.parse().ok()?, minor.parse().ok()?))
     }
 }
 
-const fn fma(dims: (usize, usize), bm: usize, bn: usize) -> Row {
-    Row {
-        text: Text::Fma,
-        dtypes: &[DType::F32],
-        dims,
-        bm,
-        bn,
-        warps: (4, 1),
-    }
+/// What a problem may ask of an attention kernel, a bit each.
+pub(super) mod feature {
+    /// Keys after a row's position are hidden.
+    pub(crate) const RIGHT: u8 = 1;
+    /// Keys before a row's position may be hidden.
+    pub(crate) const LEFT: u8 = 2;
+    pub(crate) const MASK: u8 = 4;
+    pub(crate) const CLASSES: u8 = 8;
+    /// Softcap or ALiBi.
+    pub(crate) const SCORES: u8 = 16;
+    pub(crate) const PACKED: u8 = 32;
 }
-
-/// Every attention kernel; of those that fit, the first is taken.
-const ATTENTION: &[Row] = &[
-    portable((32, 128), 128, 64, (8, 1)),
-    portable((192, 192), 64, 32, (4, 1)),
-    portable((256, 256), 64, 32, (4, 2)),
-    portable((512, 512), 32, 32, (2, 4)),
-    fma((32, 256), 32, 32),
-    fma((512, 512), 16, 16),
-];
+use feature::{CLASSES, LEFT, MASK, PACKED, RIGHT, SCORES};
 
 /// What a problem needs of an attention kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -82,206 +54,490 @@ pub(super) struct Needs {
     pub(super) dtype: DType,
     pub(super) kv_dtype: DType,
     pub(super) head_dim: usize,
-    /// Mask, softcap or ALiBi.
-    pub(super) general: bool,
+    /// The mask's element type, where there is one.
+    pub(super) mask: Option<DType>,
+    /// Of [`feature`].
+    pub(super) features: u8,
 }
 
-/// A kernel to compile: text, macros, entry point and what a launch of it takes.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Spec {
-    pub(super) parts: &'static [&'static str],
-    pub(super) macros: Vec<(&'static str, i64)>,
-    pub(super) entry: &'static str,
-    pub(super) threads: u32,
-    pub(super) shared: u32,
-}
+impl Needs {
+    /// What a kernel of the plan needs; `None` for constants that no plan has.
+    pub(super) fn of(variant: &Variant, constants: &Constants) -> Option<Self> {
+        let dtype = |index| coded_dtype(constants.int(index).unwrap_or(0), variant.dtype);
+        let mask = match variant.mask {
+            MaskKind::Bool => DType::U8,
+            MaskKind::Additive => dtype(constant::MASK_DTYPE)?,
+        };
+        let on = |index, feature| if constants.bool(index) { feature } else { 0 };
+        let features = on(constant::DO_CAUSAL, RIGHT)
+            | on(constant::HAS_WINDOW, LEFT | RIGHT)
+            | on(constant::HAS_MASK, MASK)
+            | on(constant::HAS_BLK, CLASSES)
+            | on(constant::HAS_SOFTCAP, SCORES)
+            | on(constant::HAS_ALIBI, SCORES)
+            | on(constant::IS_VARLEN, PACKED);
+        Some(Self {
+            dtype: variant.dtype,
+            kv_dtype: dtype(constant::KV_DTYPE)?,
+            head_dim: variant.head_dim,
+            mask: (features & MASK != 0).then_some(mask),
+            features,
+        })
+    }
 
-impl Spec {
-    /// Text, macros and entry point, for messages.
-    pub(crate) fn name(&self) -> String {
-        let macros: Vec<String> = self
-            .macros
-            .iter()
-            .map(|(n, v)| format!("{n}={v}"))
-            .collect();
-        format!("{}({})", self.entry, macros.join(" "))
+    fn has(&self, features: u8) -> bool {
+        self.features & features != 0
     }
 }
 
-/// The row that serves `needs`.
-pub(super) fn attention(needs: Needs) -> Option<&'static Row> {
-    ATTENTION.iter().find(|row| {
-        row.dtypes.contains(&needs.dtype) && (row.dims.0..=row.dims.1).contains(&needs.head_dim)
+/// Which of the texts a row compiles, and what is its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Text {
+    /// `bm / 16` warps down the rows of a tile, and so many across.
+    Portable {
+        across: usize,
+    },
+    Fma,
+    /// A warpgroup for each 64 rows of a tile. Registers of the producer's threads and of the others'.
+    Hopper {
+        registers: (u32, u32),
+    },
+    HopperWide,
+}
+
+/// One row of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Row {
+    text: Text,
+    /// Oldest and newest GPUs.
+    gpus: (Capability, Capability),
+    /// Element types of Q.
+    dtypes: &'static [DType],
+    /// Head dims.
+    dims: &'static [usize],
+    /// Sets of features that it has together.
+    features: &'static [u8],
+    /// Most query rows of all heads of one key/value head.
+    pub(super) rows: usize,
+    /// Most keys.
+    pub(super) keys: usize,
+    /// Query rows of a tile.
+    pub(super) bm: usize,
+    /// Keys of a tile.
+    pub(super) bn: usize,
+    /// Threadblocks that keep a processor busy.
+    pub(super) blocks: usize,
+    /// Most bytes that may be spilled: none, but where smaller tiles would cost more.
+    spills: u32,
+}
+
+const HALVES: &[DType] = &[DType::BF16, DType::F16];
+const ANY: u8 = RIGHT | LEFT | MASK | CLASSES | SCORES | PACKED;
+
+const fn portable(dims: &'static [usize], bm: usize, bn: usize, across: usize) -> Row {
+    Row {
+        text: Text::Portable { across },
+        gpus: (Capability::OLDEST, Capability::NEWEST),
+        dtypes: HALVES,
+        dims,
+        features: &[ANY],
+        rows: usize::MAX,
+        keys: usize::MAX,
+        bm,
+        bn,
+        blocks: 1,
+        spills: 0,
+    }
+}
+
+/// For decode: a tile is one warp's rows, and warps share its keys.
+const fn short(dims: &'static [usize], bn: usize, across: usize) -> Row {
+    Row {
+        rows: 16,
+        blocks: 4,
+        ..portable(dims, 16, bn, across)
+    }
+}
+
+const fn fma(dims: &'static [usize], bm: usize, bn: usize) -> Row {
+    Row {
+        text: Text::Fma,
+        dtypes: &[DType::F32],
+        blocks: 2,
+        ..portable(dims, bm, bn, 1)
+    }
+}
+
+const fn hopper(
+    dims: &'static [usize],
+    bm: usize,
+    bn: usize,
+    registers: (u32, u32),
+    features: &'static [u8],
+) -> Row {
+    Row {
+        text: Text::Hopper { registers },
+        gpus: (Capability::HOPPER, Capability::HOPPER),
+        features,
+        ..portable(dims, bm, bn, 1)
+    }
+}
+
+/// Sets of features that the Hopper kernels are built for; masks of packed sequences are left to the
+/// portable ones.
+const BOUNDS: u8 = RIGHT | LEFT;
+const NO_MASK: u8 = BOUNDS | SCORES | PACKED;
+const CLASSED: u8 = BOUNDS | SCORES | MASK | CLASSES;
+
+/// Every attention kernel; of those that fit, the first is taken. The last that serves a dtype and
+/// head dim serves it whatever the shape.
+const ATTENTION: &[Row] = &[
+    short(&[32, 96], 64, 2),
+    short(&[64, 128, 192], 64, 4),
+    short(&[256, 512], 32, 4),
+    Row {
+        keys: 2048,
+        ..hopper(&[32, 64], 256, 64, (32, 112), &[0])
+    },
+    hopper(&[32, 64], 192, 128, (32, 160), &[RIGHT]),
+    hopper(&[32, 64], 256, 64, (32, 112), &[BOUNDS]),
+    Row {
+        spills: 32,
+        ..hopper(&[32, 64], 256, 64, (32, 112), &[CLASSED & !SCORES])
+    },
+    hopper(&[32, 64], 128, 128, (40, 232), &[NO_MASK, CLASSED]),
+    hopper(&[80, 96], 128, 176, (40, 232), &[0]),
+    hopper(
+        &[80, 96],
+        128,
+        128,
+        (40, 232),
+        &[NO_MASK, CLASSED & !SCORES],
+    ),
+    hopper(&[80, 96], 128, 112, (40, 232), &[CLASSED]),
+    hopper(&[128], 128, 128, (40, 232), &[NO_MASK, CLASSED & !SCORES]),
+    hopper(&[128], 128, 96, (40, 232), &[CLASSED]),
+    hopper(&[192], 128, 112, (24, 240), &[RIGHT]),
+    hopper(
+        &[192],
+        128,
+        96,
+        (24, 240),
+        &[BOUNDS | PACKED, BOUNDS | MASK],
+    ),
+    hopper(&[192], 128, 96, (40, 232), &[CLASSED & !SCORES]),
+    hopper(&[192], 128, 80, (40, 232), &[NO_MASK, CLASSED]),
+    hopper(&[256], 128, 64, (40, 232), &[BOUNDS | SCORES, CLASSED]),
+    hopper(&[256], 128, 48, (40, 232), &[NO_MASK]),
+    Row {
+        text: Text::HopperWide,
+        spills: 32,
+        ..hopper(&[512], 128, 64, (40, 232), &[NO_MASK, CLASSED])
+    },
+    portable(&[32, 64, 80, 96, 128], 128, 64, 1),
+    portable(&[192], 64, 32, 1),
+    portable(&[256], 64, 32, 2),
+    portable(&[512], 32, 32, 4),
+    fma(&[32, 64, 80, 96, 128, 192, 256], 32, 32),
+    fma(&[512], 16, 16),
+];
+
+/// The rows that serve `needs` on a GPU, best first. Where several have the same claim, the first
+/// stands for them.
+pub(super) fn attention(needs: Needs, gpu: Capability) -> impl Iterator<Item = &'static Row> {
+    let mut claims = HashSet::new();
+    ATTENTION.iter().filter(move |row| {
+        row.dtypes.contains(&needs.dtype)
+            && row.dims.contains(&needs.head_dim)
+            && (row.gpus.0..=row.gpus.1).contains(&gpu)
+            && row.features.iter().any(|set| needs.features & !set == 0)
+            && claims.insert((row.maps(), row.rows, row.keys))
     })
 }
 
 impl Row {
+    /// Whether the heads of one key/value head can share a tile.
+    pub(super) fn packs(&self) -> bool {
+        matches!(self.text, Text::Portable { .. })
+    }
+
+    /// Whether it reads and writes through tensor maps.
+    pub(super) fn maps(&self) -> bool {
+        matches!(self.text, Text::Hopper { .. } | Text::HopperWide)
+    }
+
+    /// Whether V comes in halves of 16 keys.
+    pub(super) fn halves(&self) -> bool {
+        self.text == Text::HopperWide
+    }
+
+    /// Threadblocks that share a tile.
+    pub(super) fn ctas(&self) -> usize {
+        if self.text == Text::HopperWide { 2 } else { 1 }
+    }
+
     pub(super) fn spec(&self, needs: Needs) -> Spec {
-        let d = needs.head_dim;
-        let mut macros = vec![
-            ("D", d as i64),
-            ("BM", self.bm as i64),
-            ("BN", self.bn as i64),
-            ("GENERAL", i64::from(needs.general)),
-        ];
-        let parts = match self.text {
-            Text::Portable => {
-                macros.push(("WM", self.warps.0 as i64));
-                macros.push(("WN", self.warps.1 as i64));
+        let mut macros = vec![("D", needs.head_dim as i64), ("BN", self.bn as i64)];
+        let (parts, threads) = match self.text {
+            Text::Portable { across } => {
+                macros.extend(self.general(needs));
+                macros.push(("WM", self.bm as i64 / 16));
+                macros.push(("WN", across as i64));
                 macros.push(("BF16", i64::from(needs.dtype == DType::BF16)));
-                sources::PORTABLE
+                (sources::PORTABLE, 2 * self.bm * across)
             }
             Text::Fma => {
+                macros.extend(self.general(needs));
                 macros.push(("KV_F16", i64::from(needs.kv_dtype == DType::F16)));
-                sources::FMA
+                (sources::FMA, 128)
+            }
+            Text::Hopper { registers } => {
+                macros.extend(self.hopper(needs));
+                macros.push(("STAGES", stages(needs) as i64));
+                macros.push(("QBUF", self.buffers(needs) as i64));
+                macros.push(("REGS_PRODUCER", registers.0.into()));
+                macros.push(("REGS_CONSUMER", registers.1.into()));
+                (sources::HOPPER, 128 + 2 * self.bm)
+            }
+            Text::HopperWide => {
+                macros.extend(self.hopper(needs));
+                (sources::HOPPER_WIDE, 384)
             }
         };
         Spec {
             parts,
             macros,
             entry: "attention",
-            threads: (32 * self.warps.0 * self.warps.1) as u32,
-            shared: self.shared_bytes(d) as u32,
+            threads: threads as u32,
+            shared: self.shared_bytes(needs) as u32,
+            flush: self.maps(),
+            spills: self.spills,
         }
     }
 
+    fn general(&self, needs: Needs) -> [(&'static str, i64); 3] {
+        [
+            ("BM", self.bm as i64),
+            ("GENERAL", i64::from(needs.has(MASK | SCORES))),
+            ("PACK", i64::from(self.packs())),
+        ]
+    }
+
+    /// Bounds that are not there cost little where there is much else, so fewer kernels are built.
+    fn hopper(&self, needs: Needs) -> [(&'static str, i64); 8] {
+        let both = needs.has(SCORES | PACKED) || needs.has(MASK) && needs.has(BOUNDS);
+        let mask = match needs.mask {
+            None => 0,
+            Some(DType::BF16) => 1,
+            Some(DType::F16) => 2,
+            Some(DType::F32) => 3,
+            Some(_) => 4,
+        };
+        [
+            ("WGS", self.bm as i64 / 64),
+            ("F16", i64::from(needs.dtype == DType::F16)),
+            ("RIGHT", i64::from(both || needs.has(BOUNDS))),
+            ("LEFT", i64::from(both || needs.has(LEFT))),
+            ("MASK", mask),
+            ("CLASSES", i64::from(needs.has(CLASSES))),
+            ("SCORE_MOD", i64::from(needs.has(SCORES))),
+            ("VARLEN", i64::from(needs.has(PACKED))),
+        ]
+    }
+
     /// Dynamic shared memory, laid out as the kernel's text lays it out.
-    fn shared_bytes(&self, d: usize) -> usize {
-        let (bm, bn) = (self.bm, self.bn);
+    fn shared_bytes(&self, needs: Needs) -> usize {
+        let (d, bm, bn) = (needs.head_dim, self.bm, self.bn);
         match self.text {
-            Text::Portable => {
+            Text::Portable { across } => {
                 let row = 2 * d + if d.is_multiple_of(64) { 0 } else { 16 };
-                let shares = if self.warps.1 > 1 {
-                    bm * (2 * bn + 16) + self.warps.1 * bm * 4
+                let shares = if across > 1 {
+                    bm * (2 * bn + 16) + across * bm * 4
                 } else {
                     0
                 };
                 (bm + 2 * bn) * row + shares
             }
             Text::Fma => 4 * ((bm + bn) * (d + 4) + bm * (bn + 4)),
+            Text::Hopper { .. } => self.hopper_bytes(needs, self.buffers(needs)),
+            Text::HopperWide => 208 * 1024 + 1200 + self.list_bytes(needs) + 8,
         }
     }
-}
 
-/// The code of an element type, as the kernels' `TYPE_` macros give it.
-pub(super) fn type_code(dtype: DType) -> i32 {
-    match dtype {
-        DType::F32 => 1,
-        DType::F16 => 2,
-        DType::BF16 => 3,
-        _ => 4,
+    fn hopper_bytes(&self, needs: Needs, buffers: usize) -> usize {
+        let row = needs.head_dim.next_multiple_of(64) * 2;
+        let held = buffers * self.bm + 2 * stages(needs) * self.bn;
+        let barriers = 16 * buffers * (self.bm / 64) + 16 + 32 * stages(needs);
+        held * row + barriers + buffers * self.list_bytes(needs) + 8
+    }
+
+    /// Tiles of Q that a Hopper kernel holds: the next one too, where there is room for it.
+    fn buffers(&self, needs: Needs) -> usize {
+        let fits = self.hopper_bytes(needs, 2) <= HOPPER_SHARED_BYTES;
+        if needs.head_dim <= 128 && fits { 2 } else { 1 }
+    }
+
+    /// With tile classes: a barrier, a length, as many tiles as fit, and where each 64 rows' begin and
+    /// end.
+    fn list_bytes(&self, needs: Needs) -> usize {
+        if needs.has(CLASSES) {
+            12 + 2 * MOST_LISTED + self.bm / 8
+        } else {
+            0
+        }
+    }
+
+    /// Whether each processor has one threadblock with a share of the tiles, not each tile its own.
+    pub(super) fn shares(&self, needs: Needs, query_len: usize) -> bool {
+        let causal = needs.features == RIGHT;
+        matches!(self.text, Text::Hopper { .. })
+            && (!causal || (needs.head_dim <= 128 && query_len <= 4096))
     }
 }
 
-/// The join of partial results.
-pub(super) fn combine(head_dim: usize, out: DType) -> Spec {
-    Spec {
-        parts: sources::COMBINE,
-        macros: vec![
-            ("D", head_dim as i64),
-            ("OUT", type_code(out).into()),
-            ("GENERAL", 0),
-        ],
-        entry: "combine",
-        threads: 128,
-        shared: 0,
-    }
+/// Tiles of K and of V that a Hopper kernel holds.
+fn stages(needs: Needs) -> usize {
+    if needs.head_dim <= 64 { 4 } else { 2 }
 }
 
-/// The partial results of decode.
-pub(super) fn decode(head_dim: usize, kv: DType) -> Spec {
-    Spec {
-        parts: sources::DECODE,
-        macros: vec![("D", head_dim as i64), ("KV", type_code(kv).into())],
-        entry: "partials",
-        threads: 32,
-        shared: 0,
-    }
-}
+/// What Hopper gives a threadblock.
+const HOPPER_SHARED_BYTES: usize = 227 * 1024;
 
-/// The mask fill.
-pub(super) fn fill() -> Spec {
-    masks("fill", 256)
-}
+/// Key tiles that a Hopper kernel can list where there are tile classes.
+pub(super) const MOST_LISTED: usize = 1024;
 
-/// The tile classes; `wide` for rows on 16 bytes and tiles of 8 to 64 keys.
-pub(super) fn classify(wide: bool) -> Spec {
-    if wide {
-        masks("classify_wide", 128)
-    } else {
-        masks("classify", 32)
-    }
-}
-
-fn masks(entry: &'static str, threads: u32) -> Spec {
-    Spec {
-        parts: sources::MASKS,
-        macros: Vec::new(),
-        entry,
-        threads,
-        shared: 0,
-    }
-}
-
-/// Everything that can be compiled.
-pub(crate) fn every_spec() -> Vec<Spec> {
-    let mut all = vec![fill(), classify(true), classify(false)];
-    for head_dim in HEAD_DIMS {
-        for (dtype, kv_dtype) in [
-            (DType::BF16, DType::BF16),
-            (DType::F16, DType::F16),
-            (DType::F32, DType::F32),
-            (DType::F32, DType::F16),
-        ] {
-            for general in [false, true] {
+/// Everything that a GPU may be asked to run.
+pub(crate) fn every_spec(gpu: Capability) -> Vec<Spec> {
+    let dtypes = [
+        (DType::BF16, DType::BF16),
+        (DType::F16, DType::F16),
+        (DType::F32, DType::F32),
+        (DType::F32, DType::F16),
+    ];
+    let masks = [DType::BF16, DType::F16, DType::F32, DType::U8].map(Some);
+    let mut all = super::spec::others();
+    for (head_dim, (dtype, kv_dtype)) in HEAD_DIMS
+        .into_iter()
+        .flat_map(|d| dtypes.map(|pair| (d, pair)))
+    {
+        for features in 0..=ANY {
+            // Only a mask in bf16 is ever classified here.
+            let masks = match (features & MASK != 0, features & CLASSES != 0) {
+                (true, true) => &masks[..1],
+                (true, false) => &masks[..],
+                (false, true) => continue,
+                (false, false) => &[None],
+            };
+            for mask in masks {
                 let needs = Needs {
                     dtype,
                     kv_dtype,
                     head_dim,
-                    general,
+                    mask: *mask,
+                    features,
                 };
-                all.extend(attention(needs).map(|row| row.spec(needs)));
+                all.extend(attention(needs, gpu).map(|row| row.spec(needs)));
             }
         }
-        for dtype in [DType::BF16, DType::F16, DType::F32] {
-            all.push(combine(head_dim, dtype));
-        }
-        for kv in [DType::F16, DType::F32] {
-            all.push(decode(head_dim, kv));
-        }
     }
+    let mut seen = HashSet::new();
+    all.retain(|spec| seen.insert(spec.clone()));
     all
+}
+
+/// The rows for a GPU.
+#[cfg(test)]
+pub(super) fn every_row(gpu: Capability) -> impl Iterator<Item = &'static Row> {
+    let serves = move |row: &&Row| (row.gpus.0..=row.gpus.1).contains(&gpu);
+    ATTENTION.iter().filter(serves)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
-
     use super::*;
 
     /// Shared memory that every GPU of compute capability 8.0 and later gives a threadblock.
     const SHARED_BYTES: usize = 99 * 1024;
 
+    fn needs(dtype: DType, head_dim: usize, features: u8) -> Needs {
+        Needs {
+            dtype,
+            kv_dtype: dtype,
+            head_dim,
+            mask: (features & MASK != 0).then_some(dtype),
+            features,
+        }
+    }
+
     #[test]
     fn every_dtype_and_head_dim_has_a_kernel_that_fits_any_gpu() {
-        let all = every_spec();
-        assert_eq!(all.len(), 3 + 8 * (4 * 2 + 3 + 2));
-        assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len());
-        for spec in all {
-            assert!(spec.shared as usize <= SHARED_BYTES, "{}", spec.name());
-            assert!(spec.threads <= 1024 && spec.threads.is_multiple_of(32));
+        for (gpu, most) in [
+            (Capability::OLDEST, SHARED_BYTES),
+            (Capability(8, 6), SHARED_BYTES),
+            (Capability::HOPPER, HOPPER_SHARED_BYTES),
+            (Capability(12, 0), SHARED_BYTES),
+        ] {
+            for spec in every_spec(gpu) {
+                assert!(spec.shared as usize <= most, "{}", spec.name());
+                assert!(spec.threads <= 1024 && spec.threads.is_multiple_of(32));
+            }
+            for (dtype, head_dim) in [DType::BF16, DType::F16, DType::F32]
+                .into_iter()
+                .flat_map(|t| HEAD_DIMS.map(|d| (t, d)))
+            {
+                let last = attention(needs(dtype, head_dim, ANY), gpu).last().unwrap();
+                assert_eq!(last.rows, usize::MAX, "{dtype} {head_dim}");
+            }
+        }
+    }
+
+    #[test]
+    fn hopper_alone_has_its_own_kernels_and_has_them_for_all_but_masks_of_packed_sequences() {
+        let own = |gpu, needs| attention(needs, gpu).any(Row::maps);
+        for (dtype, head_dim) in [DType::BF16, DType::F16]
+            .into_iter()
+            .flat_map(|t| HEAD_DIMS.map(|d| (t, d)))
+        {
+            for features in (0..=ANY).filter(|f| f & CLASSES == 0 || f & MASK != 0) {
+                let needs = needs(dtype, head_dim, features);
+                let packed_mask = needs.has(PACKED) && needs.has(MASK);
+                assert!(!own(Capability(8, 9), needs) && !own(Capability(10, 0), needs));
+                assert_eq!(own(Capability::HOPPER, needs), !packed_mask, "{needs:?}");
+            }
+        }
+        assert!(!own(Capability::HOPPER, needs(DType::F32, 64, 0)));
+    }
+
+    /// Tile classes skip tiles and change nothing else, so they may not change the tile.
+    #[test]
+    fn masks_have_the_same_keys_in_a_tile_with_classes_and_without() {
+        for (gpu, head_dim) in [Capability::OLDEST, Capability::HOPPER]
+            .into_iter()
+            .flat_map(|gpu| HEAD_DIMS.map(|d| (gpu, d)))
+        {
+            for features in 0..=BOUNDS {
+                let tiles = |features| {
+                    let rows = attention(needs(DType::BF16, head_dim, features), gpu);
+                    // The rest may differ.
+                    let mut tiles: Vec<_> = rows.map(|row| (row.rows, row.bn)).collect();
+                    tiles.dedup();
+                    tiles
+                };
+                let (with, without) = (features | MASK | CLASSES, features | MASK);
+                assert_eq!(tiles(with), tiles(without), "{head_dim} {features}");
+            }
         }
     }
 
     #[test]
     fn tiles_hold_whole_class_tiles_or_are_parts_of_one() {
         for row in ATTENTION {
-            for d in HEAD_DIMS
-                .into_iter()
-                .filter(|d| (row.dims.0..=row.dims.1).contains(d))
-            {
+            for d in row.dims.iter().copied() {
                 let class = crate::attention::variant::class_tile(d);
-                assert!(row.bm.is_multiple_of(class.bq), "{row:?} {d}");
+                assert!(
+                    row.bm.is_multiple_of(class.bq) || class.bq.is_multiple_of(row.bm),
+                    "{row:?} {d}"
+                );
                 assert!(
                     row.bn.is_multiple_of(class.bk) || class.bk.is_multiple_of(row.bn),
                     "{row:?} {d}"
@@ -291,9 +547,31 @@ mod tests {
     }
 
     #[test]
-    fn only_hopper_gets_the_suffix() {
-        assert_eq!(Capability(9, 0).arch(), "sm_90a");
-        assert_eq!(Capability(8, 6).arch(), "sm_86");
-        assert_eq!(Capability(12, 0).arch(), "sm_120");
+    fn warps_share_a_tile_in_parts_that_the_instructions_take() {
+        for row in ATTENTION {
+            let Text::Portable { across } = row.text else {
+                continue;
+            };
+            assert!(row.bm.is_multiple_of(16), "{row:?}");
+            let keys = row.bn / across;
+            assert!(keys == 8 || keys.is_multiple_of(16), "{row:?}");
+            let columns = |d: &usize| (d / across).is_multiple_of(16);
+            assert!(row.dims.iter().all(columns), "{row:?}");
+        }
+    }
+
+    #[test]
+    fn names_of_architectures_go_both_ways() {
+        for (gpu, arch) in [
+            (Capability(9, 0), "sm_90a"),
+            (Capability(8, 6), "sm_86"),
+            (Capability(12, 0), "sm_120"),
+        ] {
+            assert_eq!(gpu.arch(), arch);
+            assert_eq!(Capability::of_arch(arch), Some(gpu));
+        }
+        for none in ["", "sm_", "sm_9", "90", "sm_ab"] {
+            assert_eq!(Capability::of_arch(none), None, "{none}");
+        }
     }
 }

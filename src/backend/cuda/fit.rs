@@ -1,0 +1,221 @@
+//! Which kernels take a problem's shape and memory, and how the work is cut.
+
+use super::maps;
+use super::table::{MOST_LISTED, Row};
+use crate::attention::{Problem, QueryOffset};
+use crate::backend::checked::Pointers;
+
+/// What of the GPU decides how work is cut.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Machine {
+    pub(super) processors: usize,
+    pub(super) l2_bytes: usize,
+}
+
+/// A bound that no position is past: lengths and offsets are less for whoever asks.
+pub(super) const FAR: i32 = 1 << 30;
+
+/// Most parts that the keys would be cut into where a kernel that cannot cut them is still taken.
+const FEW_PARTS: usize = 3;
+
+/// Whether the kernel takes this problem, which it has the features for. Addresses that are not known
+/// yet are taken to be round.
+pub(super) fn takes(row: &Row, problem: &Problem, at: Option<&Pointers>, machine: Machine) -> bool {
+    let shape = problem.shape();
+    if shape.query_len.saturating_mul(problem.group()) > row.rows || shape.key_len > row.keys {
+        return false;
+    }
+    if !row.maps() {
+        return true;
+    }
+    // Scores are taken in units of the scale, which must not make them or a mask overflow.
+    let scale = (1.0 / 65_536.0..=1.0).contains(&problem.scale());
+    let near = |n: usize| n < FAR as usize / 2;
+    let offset = match problem.query_offset() {
+        QueryOffset::At(n) => n.unsigned_abs() < FAR as u64 / 2,
+        QueryOffset::BottomRight => true,
+    };
+    let listed = problem.mask().is_none() || shape.key_len.div_ceil(row.bn) <= MOST_LISTED;
+    let tiles = tiles(problem, row, 1).unwrap_or(usize::MAX);
+    let (apart, together) = shared(problem, row.bm);
+    scale
+        && near(shape.query_len)
+        && near(shape.key_len)
+        && offset
+        && listed
+        && near(tiles)
+        && parts(problem, row, tiles, machine) <= FEW_PARTS
+        && apart <= together.saturating_mul(2)
+        && maps::fit(problem, at, row)
+}
+
+/// Keys before and after a query's own position that it sees; -1 for all.
+pub(super) fn reach(problem: &Problem) -> (i32, i32) {
+    let shape = problem.shape();
+    let v = problem.visibility(shape.query_len, shape.key_len);
+    // `Problem::build` keeps windows within i32.
+    let bound = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
+    let left = v.window.map_or(-1, |w| bound(w.saturating_sub(1)));
+    let right = match (v.causal, v.window_right) {
+        (true, _) => 0,
+        (false, right) => right.map_or(-1, bound),
+    };
+    (left, right)
+}
+
+/// Tiles of the heads of one key/value head, of `bm` rows each: a tile a head, and together.
+fn shared(problem: &Problem, bm: usize) -> (usize, usize) {
+    let (group, rows) = (problem.group(), problem.shape().query_len);
+    (
+        rows.div_ceil(bm).saturating_mul(group),
+        rows.saturating_mul(group).div_ceil(bm),
+    )
+}
+
+/// How many query heads of a key/value head share a tile: all, where that makes much fewer tiles.
+pub(super) fn pack(problem: &Problem, row: &Row) -> usize {
+    let (apart, together) = shared(problem, row.bm);
+    let group = problem.group();
+    let rows = problem.shape().query_len.saturating_mul(group);
+    let fewer = i32::try_from(rows).is_ok() && together * 3 <= apart * 2;
+    if row.packs() && group > 1 && fewer {
+        group
+    } else {
+        1
+    }
+}
+
+/// Tiles of all heads, of which `pack` share each.
+pub(super) fn tiles(problem: &Problem, row: &Row, pack: usize) -> Option<usize> {
+    let shape = problem.shape();
+    let down = shape.query_len.checked_mul(pack)?.div_ceil(row.bm);
+    shape
+        .batch
+        .checked_mul(shape.heads / pack)?
+        .checked_mul(down)
+}
+
+/// How many parts the keys are cut into, so that few queries over many keys keep the GPU busy: none
+/// where there is a tile for most processors.
+pub(super) fn splits(problem: &Problem, row: &Row, tiles: usize, machine: Machine) -> usize {
+    if row.maps() {
+        1
+    } else {
+        parts(problem, row, tiles, machine)
+    }
+}
+
+fn parts(problem: &Problem, row: &Row, tiles: usize, machine: Machine) -> usize {
+    let key_len = problem.shape().key_len;
+    let seen = match reach(problem) {
+        (left, right) if left >= 0 && right >= 0 => {
+            let window = left as usize + right as usize + row.bm;
+            key_len.min(window)
+        }
+        _ => key_len,
+    };
+    let key_tiles = seen.div_ceil(row.bn);
+    let busy = machine.processors * row.blocks;
+    if tiles.saturating_mul(2) > busy || key_tiles < 8 {
+        return 1;
+    }
+    (busy / tiles.max(1)).clamp(1, key_tiles / 4).min(128)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::plan::{Plan, PlanOptions};
+    use crate::attention::variant::Family;
+    use crate::attention::{ProblemBuilder, Role, Shape, Strides};
+    use crate::backend::cuda::table::{Capability, Needs, attention, every_row};
+    use crate::dtype::DType;
+    use crate::verify::{Scope, cases};
+    use crate::{CpuOptions, MlxDevice};
+
+    const H200: Machine = Machine {
+        processors: 132,
+        l2_bytes: 60 << 20,
+    };
+
+    fn chosen(problem: &Problem, gpu: Capability) -> &'static Row {
+        let plan = Plan::new(problem, Family::Nvidia, PlanOptions::default()).unwrap();
+        let needs = Needs::of(plan.variant, &plan.constants).unwrap();
+        attention(needs, gpu)
+            .find(|row| takes(row, problem, None, H200))
+            .unwrap()
+    }
+
+    fn dense(heads: [usize; 2], query_len: usize, key_len: usize) -> Problem {
+        let shape = Shape {
+            batch: 1,
+            heads: heads[0],
+            kv_heads: heads[1],
+            query_len,
+            key_len,
+            head_dim: 128,
+        };
+        Problem::builder(DType::BF16, shape).build().unwrap()
+    }
+
+    #[test]
+    fn the_matrix_reaches_every_kernel() {
+        let cpu = MlxDevice::cpu(CpuOptions::default()).unwrap();
+        for gpu in [Capability::OLDEST, Capability(9, 0)] {
+            let problems = cases(Scope::Full, &cpu);
+            let problems = problems.iter().filter_map(|case| case.problem().ok());
+            let met: Vec<&Row> = problems.map(|problem| chosen(&problem, gpu)).collect();
+            for row in every_row(gpu) {
+                assert!(met.contains(&row), "{row:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn few_queries_over_many_keys_are_split_and_heads_of_a_group_share_tiles() {
+        let gpu = Capability(9, 0);
+        assert!(chosen(&dense([32, 32], 4096, 4096), gpu).maps());
+        assert!(chosen(&dense([8, 8], 100, 300), gpu).maps());
+        for few in [
+            dense([32, 8], 1, 4096),
+            dense([32, 8], 16, 4096),
+            dense([1, 1], 64, 100_000),
+        ] {
+            let row = chosen(&few, gpu);
+            assert!(!row.maps());
+            let pack = pack(&few, row);
+            assert_eq!(pack, few.group());
+            let tiles = tiles(&few, row, pack).unwrap();
+            assert!(splits(&few, row, tiles, H200) > 1);
+        }
+    }
+
+    #[test]
+    fn what_the_bulk_copies_cannot_take_goes_to_the_portable_kernels() {
+        let gpu = Capability(9, 0);
+        let shape = dense([2, 2], 200, 300).shape();
+        let built = |change: fn(ProblemBuilder) -> ProblemBuilder| {
+            change(Problem::builder(DType::BF16, shape))
+                .build()
+                .unwrap()
+        };
+        assert!(chosen(&built(|b| b), gpu).maps());
+        assert!(!chosen(&built(|b| b), Capability(8, 9)).maps());
+        for odd in [
+            built(|b| b.scale(-0.1)),
+            built(|b| b.scale(2.0)),
+            built(|b| b.scale(1e-9)),
+            built(|b| b.causal(true).query_offset(QueryOffset::At(1 << 30))),
+            built(|b| {
+                let strides = Strides {
+                    batch: 0,
+                    head: 300 * 132,
+                    seq: 132,
+                };
+                b.strides(Role::Key, strides)
+            }),
+        ] {
+            assert!(!chosen(&odd, gpu).maps(), "{odd:?}");
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Tensor maps: how Hopper's bulk copies see an operand.
+
+use std::ffi::c_void;
+use std::mem::MaybeUninit;
+
+use cudarc::driver::sys;
+
+use super::driver::failed;
+use super::table::Row;
+use crate::attention::{Problem, Role, Strides};
+use crate::backend::checked::Pointers;
+use crate::dtype::DType;
+use crate::error::{MlxError, Result};
+
+/// Maps of Q, K, V and O, in the kernels' order.
+pub(super) type Maps = [sys::CUtensorMap; 4];
+
+/// Columns of a copy: 128 bytes.
+const PANEL: usize = 64;
+
+/// Lengths of up to five dimensions, the innermost first; steps of all but that, in elements; and
+/// the part that a copy brings.
+#[derive(Debug)]
+struct View {
+    rank: usize,
+    lengths: [usize; 5],
+    steps: [usize; 4],
+    part: [u32; 5],
+}
+
+impl View {
+    fn new(problem: &Problem, role: Role, rows: u32, row: &Row) -> Option<Self> {
+        let (shape, strides) = (problem.shape(), problem.strides(role)?);
+        let of_query = matches!(role, Role::Query | Role::Output);
+        let (heads, len) = match (of_query, problem.cu_seqlens()) {
+            (true, _) => (shape.heads, problem.query_rows()),
+            (false, None) => (shape.kv_heads, shape.key_len),
+            (false, Some((_, keys))) => (shape.kv_heads, *keys.last()? as usize),
+        };
+        let batch = match problem.cu_seqlens() {
+            Some(_) => 1,
+            None => shape.batch,
+        };
+        let Strides {
+            seq,
+            head,
+            batch: step,
+        } = strides;
+        let mut view = if row.halves() && role == Role::Value {
+            Self {
+                rank: 5,
+                lengths: [PANEL, len, shape.head_dim / PANEL, heads, batch],
+                steps: [seq, PANEL, head, step],
+                part: [PANEL as u32, 16, 4, 1, 1],
+            }
+        } else {
+            Self {
+                rank: 4,
+                lengths: [shape.head_dim, len, heads, batch, 1],
+                steps: [seq, head, step, PANEL],
+                part: [PANEL as u32, rows, 1, 1, 1],
+            }
+        };
+        // Where there is nothing to step to, any step does.
+        for (step, length) in view.steps.iter_mut().zip(&view.lengths[1..]) {
+            if *length == 1 {
+                *step = PANEL;
+            }
+        }
+        Some(view)
+    }
+
+    /// Whether the hardware takes it.
+    fn fits(&self) -> bool {
+        let step = |n: &usize| *n > 0 && n.is_multiple_of(8) && *n < 1 << 39;
+        self.steps.iter().all(step) && self.lengths.iter().all(|n| (1..1 << 32).contains(n))
+    }
+
+    fn encode(&self, dtype: DType, at: *const u8) -> Result<sys::CUtensorMap> {
+        use sys::CUtensorMapDataType as Type;
+        let dtype = match dtype {
+            DType::BF16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        };
+        let lengths = self.lengths.map(|n| n as u64);
+        let steps = self.steps.map(|n| 2 * n as u64);
+        let ones = [1u32; 5];
+        let mut map = MaybeUninit::<sys::CUtensorMap>::zeroed();
+        // SAFETY: the arrays have a value for each dimension, the steps one fewer; the driver writes
+        // the map, which is aligned as its type says, and only looks at the address.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                map.as_mut_ptr(),
+                dtype,
+                self.rank as u32,
+                at.cast_mut().cast::<c_void>(),
+                lengths.as_ptr(),
+                steps.as_ptr(),
+                self.part.as_ptr(),
+                ones.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(failed("describing an operand"))?;
+        // SAFETY: plain bytes, zeroed and then written.
+        Ok(unsafe { map.assume_init() })
+    }
+}
+
+/// The operands that are mapped, their addresses, and the rows that a copy brings.
+fn operands(at: Option<&Pointers>, row: &Row) -> [(Role, *const u8, u32); 4] {
+    let at = |of: fn(&Pointers) -> *const u8| at.map_or(std::ptr::null(), of);
+    [
+        (Role::Query, at(|at| at.q), 64),
+        (Role::Key, at(|at| at.k), row.bn as u32),
+        (Role::Value, at(|at| at.v), row.bn as u32),
+        (Role::Output, at(|at| at.o.cast_const()), 64),
+    ]
+}
+
+/// Whether all operands can be mapped; addresses that are not known yet are taken to be.
+pub(super) fn fit(problem: &Problem, at: Option<&Pointers>, row: &Row) -> bool {
+    operands(at, row).into_iter().all(|(role, at, rows)| {
+        at.addr().is_multiple_of(16)
+            && View::new(problem, role, rows, row).is_some_and(|view| view.fits())
+    })
+}
+
+/// The maps of a problem for which [`fit`] holds.
+pub(super) fn maps(problem: &Problem, at: &Pointers, row: &Row) -> Result<Maps> {
+    let map = |(role, at, rows): (Role, *const u8, u32)| {
+        View::new(problem, role, rows, row)
+            .ok_or_else(|| MlxError::expected(role.name(), "an operand", "none"))?
+            .encode(problem.dtype(), at)
+    };
+    let [q, k, v, o] = operands(Some(at), row).map(map);
+    Ok([q?, k?, v?, o?])
+}

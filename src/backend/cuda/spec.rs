@@ -1,0 +1,119 @@
+//! What is compiled: a text, its macros, and what a launch of it takes.
+
+use std::hash::{Hash, Hasher};
+
+use super::sources;
+use crate::attention::variant::HEAD_DIMS;
+use crate::dtype::DType;
+
+/// A kernel to compile: text, macros, entry point and what a launch of it takes.
+#[derive(Debug, Clone)]
+pub(crate) struct Spec {
+    /// One of the lists in `sources`, told from others by its address: texts are long.
+    pub(super) parts: &'static [&'static str],
+    pub(super) macros: Vec<(&'static str, i64)>,
+    pub(super) entry: &'static str,
+    pub(super) threads: u32,
+    pub(super) shared: u32,
+    /// Numbers too small for full precision count as zero.
+    pub(super) flush: bool,
+    /// Most bytes that the compiler may spill.
+    pub(crate) spills: u32,
+}
+
+impl Spec {
+    fn key(&self) -> (*const &'static str, &[(&'static str, i64)], &'static str) {
+        (self.parts.as_ptr(), &self.macros, self.entry)
+    }
+
+    /// Text, macros and entry point, for messages.
+    pub(crate) fn name(&self) -> String {
+        let macros: Vec<String> = self
+            .macros
+            .iter()
+            .map(|(n, v)| format!("{n}={v}"))
+            .collect();
+        format!("{}({})", self.entry, macros.join(" "))
+    }
+}
+
+impl PartialEq for Spec {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for Spec {}
+
+impl Hash for Spec {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.key().hash(state);
+    }
+}
+
+/// The code of an element type, as the kernels' `TYPE_` macros give it.
+pub(super) fn type_code(dtype: DType) -> i32 {
+    match dtype {
+        DType::F32 => 1,
+        DType::F16 => 2,
+        DType::BF16 => 3,
+        _ => 4,
+    }
+}
+
+fn spec(
+    parts: &'static [&'static str],
+    macros: Vec<(&'static str, i64)>,
+    entry: &'static str,
+    threads: u32,
+) -> Spec {
+    Spec {
+        parts,
+        macros,
+        entry,
+        threads,
+        shared: 0,
+        flush: false,
+        spills: 0,
+    }
+}
+
+/// The join of partial results.
+pub(super) fn combine(head_dim: usize, out: DType) -> Spec {
+    let macros = vec![
+        ("D", head_dim as i64),
+        ("OUT", type_code(out).into()),
+        ("GENERAL", 0),
+    ];
+    spec(sources::COMBINE, macros, "combine", 128)
+}
+
+/// The partial results of decode.
+pub(super) fn decode(head_dim: usize, kv: DType) -> Spec {
+    let macros = vec![("D", head_dim as i64), ("KV", type_code(kv).into())];
+    spec(sources::DECODE, macros, "partials", 32)
+}
+
+/// The mask fill.
+pub(super) fn fill() -> Spec {
+    spec(sources::MASKS, Vec::new(), "fill", 256)
+}
+
+/// The tile classes; `wide` for rows on 16 bytes and tiles of 8 to 64 keys.
+pub(super) fn classify(wide: bool) -> Spec {
+    if wide {
+        spec(sources::MASKS, Vec::new(), "classify_wide", 128)
+    } else {
+        spec(sources::MASKS, Vec::new(), "classify", 32)
+    }
+}
+
+/// Every kernel but those of attention.
+pub(super) fn others() -> Vec<Spec> {
+    let mut all = vec![fill(), classify(true), classify(false)];
+    for head_dim in HEAD_DIMS {
+        all.extend([DType::BF16, DType::F16, DType::F32].map(|out| combine(head_dim, out)));
+        all.extend([DType::F16, DType::F32].map(|kv| decode(head_dim, kv)));
+    }
+    all
+}
