@@ -56,6 +56,14 @@ DEV void copy4(u32 to, const void* from, bool there) {
 DEV void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 DEV void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
+// Lets a kernel that was launched as this one's programmatic dependent start; it waits for what this
+// one writes.
+DEV void next_kernel_may_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Element types of K, V and masks, as the parameters code them.
 #define TYPE_F32 1
 #define TYPE_F16 2

@@ -121,6 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if CLASSES
         // The second warp is a tile ahead, with which key tiles there are to do.
         if (warp == 1) {
+            wait_for_kernel_before();
             for (int run = 0; run < (SPECULATE ? 2 : 1); run++) {
                 if (run > 0 && !redo()) break;
                 for (int turn = 0; index_at(turn) < indices; turn++) {
@@ -206,8 +207,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const bool signal = lane == 0;
     const u64 desc_k = smem_desc(sm_k, 16);
     const u64 desc_v = smem_desc(sm_v, BN * 128);
-    const int row_in = wg * 64 + (tid >> 5) * 16 + (lane >> 2); // and + 8
-    const int col_in = 2 * (lane & 3);
     const float sc = score_unit(p);
     Ring<STAGES> rk = {0}, rv = {0};
     Ring<QBUF> rq = {0};
@@ -253,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (!redo()) break;
     }
     for (int turn = 0; index_at(turn) < indices; turn++) {
-        const Tile t = tile_at(turn);
+        Tile t = tile_at(turn);
         int n = t.hi - t.lo;
 #if CLASSES
         wait_q();
@@ -277,7 +276,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         float o[D / 2];
         u32 pr[BN / 4];
         Soft soft = soft_start();
-        const Rows rows = rows_of(p, t, row_in, col_in);
+        const Rows kept = rows_of(p, t, wg * 64, tid);
+        auto rows = [&]() { return D <= 64 ? rows_of(p, t, wg * 64, tid) : kept; };
 
         const u32 own_q = sm_q + rq.slot() * Q_BYTES + wg * 64 * 128;
         const u64 desc_q = smem_desc(own_q, 16);
@@ -340,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int tile0 = hi - 1;
 #endif
 #if MASK
-        prefetch_mask<BN>(p, t, rows, wg * 64, tile0, tid);
+        prefetch_mask<BN>(p, t, rows(), wg * 64, tile0, tid);
 #endif
         bar_wait(k_full + 8 * rk.slot(), rk.phase());
         wgmma_fence();
@@ -349,10 +349,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         wgmma_wait<0>();
         pin(s);
         done_k();
-        modify<BN>(s, p, rows, tile0, true);
-        softmax<BN>(s, soft, sc, tile_unit(p, true), true);
+        modify<BN>(s, p, rows(), tile0, true);
+        // Above head dim 128 there are no registers for it.
+        const bool guessed = SPECULATE && D <= 128 && !careful;
+        if (guessed) guess<BN>(s, soft, sc, tile_unit(p, true));
+        softmax<BN>(s, soft, sc, tile_unit(p, true), true, !guessed);
         soft.scaled = false;
         pack(s);
+        settle(soft, sc);
         stored();
 
         // Issues QK^T of `tile` and PV of the tile before it, and does the softmax of `tile`.
@@ -366,14 +370,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             issue_pv(rv.slot());
             wgmma_commit();
 #if MASK
-            if (masked) prefetch_mask<BN>(p, t, rows, wg * 64, tile, tid);
+            if (masked) prefetch_mask<BN>(p, t, rows(), wg * 64, tile, tid);
 #endif
             wgmma_wait<1>();
             pin(s);
             done_k();
-            if (masked) modify<BN>(s, p, rows, tile, true);
-            else modify<BN>(s, p, rows, tile, false);
-            softmax<BN>(s, soft, sc, tile_unit(p, masked), careful);
+            if (masked) modify<BN>(s, p, rows(), tile, true);
+            else modify<BN>(s, p, rows(), tile, false);
+            softmax<BN>(s, soft, sc, tile_unit(p, masked), masked, careful);
             pin(s);
             after(soft.l[0] + soft.l[1]);
             wgmma_wait<0>();
@@ -385,10 +389,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             settle(soft, sc);
         };
 #if CLASSES
+        // Runs of one kind, each in a loop of its own.
+#if D > 128 // where all registers are taken, one loop needs fewer
         for (int i = lo + 1; i < hi; i++) {
             entry = sh->list[rq.slot()][i];
             step(entry & 0x3ff, (entry >> (10 + wg) & 1) != 0);
         }
+#else
+        for (int i = lo + 1; i < hi;) {
+            auto next = [&]() {
+                entry = sh->list[rq.slot()][i];
+                return (entry >> (10 + wg) & 1) != 0;
+            };
+#pragma unroll 1
+            for (; i < hi && next(); i++) step(entry & 0x3ff, Yes());
+#pragma unroll 1
+            for (; i < hi && !next(); i++) step(entry & 0x3ff, No());
+        }
+#endif
 #elif MASK
         for (int tile = hi - 2; tile >= lo; tile--) step(tile, Yes());
 #else
@@ -419,7 +437,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int same = turn;
         asm volatile("" : "+r"(same));
         const Tile e = tile_at(same);
-        const Rows ends = rows_of(p, e, row_in, col_in);
+        const Rows ends = rows_of(p, e, wg * 64, tid);
         float inv[2];
         finish(inv, soft, p, e, ends);
         wgmma_wait<0>();

@@ -83,6 +83,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         regs_give<40>();
         if (threadIdx.x < 32) {
 #if CLASSES
+            wait_for_kernel_before();
             n = list_tiles(sh->list, sh->list_from, sh->list_to, p, t, threadIdx.x);
             if (threadIdx.x == 0) sh->list_len = n;
             __syncwarp();
@@ -173,7 +174,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     if (n > 0 && group == 1) {
         // ---- scores, softmax, the left half ----
         const u64 desc_q = smem_desc(sm_q, 16);
-        const Rows rows = rows_of(p, t, rank * 64 + warp * 16 + (lane >> 2), 2 * (lane & 3));
         const float sc = score_unit(p);
         float s[32];
         Soft soft = soft_start();
@@ -238,9 +238,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #endif
 #endif
 #endif
-            if (masked) modify<64>(s, p, rows, tile, true);
-            else modify<64>(s, p, rows, tile, false);
-            softmax<64>(s, soft, sc, tile_unit(p, masked), true);
+            if (masked) modify<64>(s, p, rows_of(p, t, rank * 64, tid), tile, true);
+            else modify<64>(s, p, rows_of(p, t, rank * 64, tid), tile, false);
+            softmax<64>(s, soft, sc, tile_unit(p, masked), masked, true);
         };
         auto issue_pv = [&](int i) {
 #pragma unroll
@@ -293,7 +293,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         }
         named_arrive(BAR_FULL + ((n - 1) & (PBUF - 1)), 256);
         issue_pv(n - 1);
-        finish(inv, soft, p, t, rows);
+        finish(inv, soft, p, t, rows_of(p, t, rank * 64, tid));
         if ((lane & 3) == 0) {
             sh->inv[warp * 16 + (lane >> 2)] = inv[0];
             sh->inv[warp * 16 + (lane >> 2) + 8] = inv[1];

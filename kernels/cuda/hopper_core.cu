@@ -129,6 +129,13 @@ struct Is {
 typedef Is<true> Yes;
 typedef Is<false> No;
 
+// `x`, from which nothing that follows is worked out ahead of time and kept: where four warpgroups
+// compute, or a thread holds 256 columns of O, there are no registers for that.
+DEV int anew(int x) {
+    if (D <= 64 || D >= 512) asm volatile("" : "+r"(x));
+    return x;
+}
+
 // The two rows of scores that a thread holds: `row` and `row + 8` of the sequence, at key positions
 // `pos` and `pos + 8`, and of each tile the columns `col + 8 j` and the next.
 struct Rows {
@@ -137,11 +144,13 @@ struct Rows {
     i64 mask;
 };
 
-DEV Rows rows_of(const Params& p, const Tile& t, int row_in, int col) {
+// Those of thread `tid` of the warpgroup whose rows start at `row0` of the tile.
+DEV Rows rows_of(const Params& p, const Tile& t, int row0, int tid) {
+    tid = anew(tid);
     Rows r;
-    r.row = t.m0 + row_in;
+    r.row = t.m0 + row0 + (tid >> 5) * 16 + (tid >> 2 & 7);
     r.pos = r.row + t.q_off;
-    r.col = col;
+    r.col = 2 * (tid & 3);
     r.sq = t.sq;
     r.sk = t.sk;
 #if SCORE_MOD
@@ -201,6 +210,7 @@ DEV float add_mask(float x, MaskElement v, const Params& p) {
 // Brings a warpgroup's rows of the mask for key tile `tile` near.
 template <int N>
 DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, int tile, int tid) {
+    tid = anew(tid);
     const u32 lines = (N * sizeof(MaskElement) + 127) / 128, per = 128 / sizeof(MaskElement);
 #pragma unroll
     for (int i = 0; i < (64 * lines + 127) / 128; i++) {
@@ -316,11 +326,11 @@ DEV Soft soft_start() {
 
 // Scores of one row, in `unit`, to weights; returns the thread's part of their sum.
 template <int N>
-DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit) {
+DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit, bool masked) {
     const float off = ref * sc, by = sc * unit;
 #if MASK && MASK != 4
     // A mask of huge finite values: the fused product would lose the difference.
-    if (__any_sync(~0u, fabsf(off) > 4096.0f)) {
+    if (masked && __any_sync(~0u, fabsf(off) > 4096.0f)) {
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
             s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], unit, -ref) * sc;
@@ -356,12 +366,30 @@ DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit) {
 #define POISON 1.8446744e19f
 #endif
 
+// A reference for the first tile's scores: near their maximum, from a few columns of each row. None
+// where some row sees none of these.
+template <int N>
+DEV void guess(const float (&s)[N / 2], Soft& f, float sc, float unit) {
+    const int far = 4 * (N / 16);
+    float top[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float a = fmaxf(fmaxf(s[2 * half], s[2 * half + 1]), fmaxf(s[far + 2 * half], s[far + 2 * half + 1]));
+        a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
+        top[half] = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
+    }
+    if (__any_sync(~0u, !(top[0] > NEG_INF) || !(top[1] > NEG_INF))) return;
+    const float above = HEADROOM > 0.0f ? HEADROOM / sc : 0.0f;
+    f.ref[0] = top[0] * unit + above;
+    f.ref[1] = top[1] * unit + above;
+}
+
 // Scores to weights. Usually without a look at their maximum: they are taken against the reference
 // that there is, and where their sum then shows that they have grown much, the reference follows
 // for the tiles to come. Weights too large for that (a leap by 2^64, in f16 2^24) make the sum
 // infinite; the CTA then does its tiles again with `careful`.
 template <int N>
-DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool careful) {
+DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool masked, bool careful) {
     if (!SPECULATE || careful ||
         __any_sync(~0u, !(f.ref[0] * sc > -16384.0f) || !(f.ref[1] * sc > -16384.0f))) {
         bool some = false;
@@ -386,15 +414,15 @@ DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool careful)
             const float ref = now == NEG_INF ? 0.0f : now;
             const float shrunk = exp2_fast((old - ref) * sc);
             f.alpha[half] = (f.scaled ? f.alpha[half] : 1.0f) * shrunk;
-            f.l[half] = f.l[half] * shrunk + weigh<N>(s, half, ref, sc, unit);
+            f.l[half] = f.l[half] * shrunk + weigh<N>(s, half, ref, sc, unit, masked);
             some |= f.alpha[half] != 1.0f;
         }
         f.scaled = __any_sync(~0u, some);
         f.grown = false;
         return;
     }
-    f.part[0] = weigh<N>(s, 0, f.ref[0], sc, unit);
-    f.part[1] = weigh<N>(s, 1, f.ref[1], sc, unit);
+    f.part[0] = weigh<N>(s, 0, f.ref[0], sc, unit, masked);
+    f.part[1] = weigh<N>(s, 1, f.ref[1], sc, unit, masked);
     f.l[0] += f.part[0];
     f.l[1] += f.part[1];
     f.grown = __any_sync(~0u, !(f.part[0] + f.part[1] < 4096.0f));
@@ -450,10 +478,12 @@ DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, 
 
 // O and log-sum-exp of `rows` rows from `row` on that see no key, by the 128 threads of a group.
 DEV void write_unseen(const Params& p, const Tile& t, int row, int rows, int tid) {
+    tid = anew(tid);
     u16* o = p.o + (i64)(VARLEN ? 0 : t.b) * p.o_strides[0] + (i64)t.h * p.o_strides[1] +
              (i64)t.q_start * p.o_strides[2];
     float* lse = p.lse + (i64)(VARLEN ? 0 : t.b) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
                  t.q_start;
+#pragma unroll 1
     for (int i = tid; i < rows * (D / 8); i += 128) {
         const int r = row + i / (D / 8);
         if (r < t.sq)
@@ -498,8 +528,8 @@ DEV u32 class_of(const Params& p, const Tile& t, int tile) {
 #endif
 #pragma unroll(D >= 512 ? 1 : down)
         for (int r = 0; r < down; r++) {
-            const int row = row0 / CLASS_ROWS + r;
-            if (row * CLASS_ROWS >= t.sq) break;
+            // Past the last row that one again, so that no load waits for another.
+            const int row = min(row0 / CLASS_ROWS + r, (t.sq - 1) / CLASS_ROWS);
             const u8* cells = at + row * p.classes_stride;
             if (words) {
 #pragma unroll

@@ -143,6 +143,14 @@ DEV void fence_async_smem() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// ---- kernels one after another --------------------------------------------------------------
+
+// Waits until what the kernel before wrote can be read. It may still be running where this one was
+// launched as its programmatic dependent; nothing waits where it was not.
+DEV void wait_for_kernel_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // ---- registers and arithmetic --------------------------------------------------------------
 
 template <int N>

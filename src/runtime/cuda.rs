@@ -147,8 +147,6 @@ pub struct Image {
     pub cubin: Vec<u8>,
     /// What the compiler said: registers, shared memory, spills, warnings.
     pub log: String,
-    /// Most bytes that it may spill.
-    pub spills: u32,
 }
 
 /// Compiles every kernel for `arch` (such as `sm_80`), on all cores, and never from the disk.
@@ -166,7 +164,6 @@ pub fn compile_images(arch: &str) -> Result<Vec<Image>> {
             name: spec.name(),
             cubin: compiled.cubin,
             log: compiled.log.unwrap_or_default(),
-            spills: spec.spills,
         })
     })
 }

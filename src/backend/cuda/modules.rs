@@ -12,6 +12,15 @@ use super::nvrtc::Nvrtc;
 use super::spec::Spec;
 use crate::error::{MlxError, Result};
 
+/// When a kernel may start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    /// Once the one before it on the stream has ended.
+    Next,
+    /// While it still runs, if it lets it (CUDA programming guide, programmatic dependent launch).
+    Early,
+}
+
 /// A kernel that can be launched.
 #[derive(Debug)]
 pub(super) struct Function {
@@ -108,11 +117,13 @@ impl Function {
     ///
     /// # Safety
     /// `args` point to values of the kernel's parameter types, and what those point to on the GPU is
-    /// as large as the kernel takes it to be until it has run.
+    /// as large as the kernel takes it to be until it has run. With [`Start::Early`] the kernel waits
+    /// by itself for what the one before it writes.
     pub(super) unsafe fn launch(
         &self,
         stream: &Stream,
         blocks: u64,
+        start: Start,
         args: &mut [*mut c_void],
     ) -> Result<()> {
         let blocks = u32::try_from(blocks)
@@ -124,18 +135,36 @@ impl Function {
                     self.spec.name()
                 ))
             })?;
-        let threads = (self.spec.threads, 1, 1);
-        // SAFETY: the module is loaded; the rest is promised by the caller.
+        let mut attribute = sys::CUlaunchAttribute_st {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig_st {
+            gridDimX: blocks,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: self.spec.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.spec.shared,
+            hStream: stream.raw(),
+            attrs: &raw mut attribute,
+            numAttrs: (start == Start::Early).into(),
+        };
+        // SAFETY: the module is loaded; the configuration and the attribute that it points to outlive
+        // the call; the rest is promised by the caller.
         unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernelEx(
+                &raw const config,
                 self.raw,
-                (blocks, 1, 1),
-                threads,
-                self.spec.shared,
-                stream.raw(),
-                args,
+                args.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         }
+        .result()
         .map_err(|error| failed(&self.spec.name())(error))
     }
 }

@@ -17,8 +17,6 @@ pub(crate) struct Spec {
     pub(super) shared: u32,
     /// Numbers too small for full precision count as zero.
     pub(super) flush: bool,
-    /// Most bytes that the compiler may spill.
-    pub(crate) spills: u32,
 }
 
 impl Spec {
@@ -74,7 +72,6 @@ fn spec(
         threads,
         shared: 0,
         flush: false,
-        spills: 0,
     }
 }
 

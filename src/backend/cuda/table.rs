@@ -127,8 +127,6 @@ pub(super) struct Row {
     pub(super) bn: usize,
     /// Threadblocks that keep a processor busy.
     pub(super) blocks: usize,
-    /// Most bytes that may be spilled: none, but where smaller tiles would cost more.
-    spills: u32,
 }
 
 const HALVES: &[DType] = &[DType::BF16, DType::F16];
@@ -146,7 +144,6 @@ const fn portable(dims: &'static [usize], bm: usize, bn: usize, across: usize) -
         bm,
         bn,
         blocks: 1,
-        spills: 0,
     }
 }
 
@@ -201,10 +198,14 @@ const ATTENTION: &[Row] = &[
     },
     hopper(&[32, 64], 192, 128, (32, 160), &[RIGHT]),
     hopper(&[32, 64], 256, 64, (32, 112), &[BOUNDS]),
-    Row {
-        spills: 32,
-        ..hopper(&[32, 64], 256, 64, (32, 112), &[CLASSED & !SCORES])
-    },
+    hopper(
+        &[32, 64],
+        256,
+        64,
+        (32, 112),
+        &[BOUNDS | MASK, MASK | CLASSES],
+    ),
+    hopper(&[32, 64], 192, 64, (32, 160), &[CLASSED & !SCORES]),
     hopper(&[32, 64], 128, 128, (40, 232), &[NO_MASK, CLASSED]),
     hopper(&[80, 96], 128, 176, (40, 232), &[0]),
     hopper(
@@ -231,8 +232,6 @@ const ATTENTION: &[Row] = &[
     hopper(&[256], 128, 48, (40, 232), &[NO_MASK]),
     Row {
         text: Text::HopperWide,
-        // An f32 mask under a softcap; the others spill nothing.
-        spills: 64,
         ..hopper(&[512], 128, 64, (40, 232), &[NO_MASK, CLASSED])
     },
     portable(&[32, 64, 80, 96, 128], 128, 64, 1),
@@ -312,7 +311,6 @@ impl Row {
             threads: threads as u32,
             shared: self.shared_bytes(needs) as u32,
             flush: self.maps(),
-            spills: self.spills,
         }
     }
 
