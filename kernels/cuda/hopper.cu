@@ -20,7 +20,7 @@
 // - Params.section: heads that go together. K and V of that many fit well in the L2 cache; 1 where every
 //   row sees every key;
 // - left, right: 2^30 where nothing bounds them. q_off, left and right fit in 31 bits together;
-// - dynamic shared bytes, from 1,024 on: 128 PANELS (QBUF BM + 2 STAGES BN) + 16 QBUF WGS + 16 +
+// - dynamic shared bytes, from 1,024 on: 128 PANELS (QBUF BM + 2 STAGES BN) + 56 QBUF WGS + 16 +
 //   32 STAGES, and with CLASSES 8 + QBUF (12 + 8 WGS + 2 LIST_CAP) more.
 // scripts/gpu-bench has the same in Python, with the tiles that each head dim and its options take.
 
@@ -42,6 +42,7 @@ struct Ring {
 #define Q_BYTES (PANELS * BM * 128)
 
 struct Shared {
+    Tile tile[QBUF * WGS]; // whose rows each consumer's Q is
     u64 q_full[QBUF * WGS], q_empty[QBUF * WGS], verdict;
     u32 redo; // some weights overflowed
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
@@ -88,27 +89,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     };
 
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
-    if (threadIdx.x == 0) {
-        prefetch_map(&map_q);
-        prefetch_map(&map_k);
-        prefetch_map(&map_v);
-        prefetch_map(&map_o);
-        for (int w = 0; w < QBUF * WGS; w++) {
-            bar_init(q_full + 8 * w, 1);
-            bar_init(q_empty + 8 * w, 1);
+    if (threadIdx.x < 32) {
+        // A barrier of each kind a lane.
+        const int i = threadIdx.x;
+        if (i < QBUF * WGS) {
+            bar_init(q_full + 8 * i, 1);
+            bar_init(q_empty + 8 * i, 1);
+        }
+        if (i < STAGES) {
+            bar_init(k_full + 8 * i, 1);
+            bar_init(v_full + 8 * i, 1);
+            bar_init(k_empty + 8 * i, 4 * WGS);
+            bar_init(v_empty + 8 * i, 4 * WGS);
         }
 #if CLASSES
-        for (int b = 0; b < QBUF; b++) bar_init(listed + 8 * b, 1);
+        if (i < QBUF) bar_init(listed + 8 * i, 1);
 #endif
-        bar_init(verdict, WGS);
-        sh->redo = 0;
-        for (int s = 0; s < STAGES; s++) {
-            bar_init(k_full + 8 * s, 1);
-            bar_init(v_full + 8 * s, 1);
-            bar_init(k_empty + 8 * s, 4 * WGS);
-            bar_init(v_empty + 8 * s, 4 * WGS);
+        if (i == 0) {
+            bar_init(verdict, WGS);
+            sh->redo = 0;
         }
         bar_init_fence();
+    } else if (threadIdx.x == 32) {
+        prefetch_map(&map_k);
+        prefetch_map(&map_q);
+        prefetch_map(&map_v);
+        prefetch_map(&map_o);
     }
     __syncthreads();
 
@@ -160,9 +166,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         tma_load(dst + c * BN * 128, map, full, c * 64, t.k_start + tile * BN,
                                  kv_head, kv_batch);
                 };
+                // What a consumer is to do, and its rows of Q if there are keys.
                 auto load_q = [&](int w) {
                     const u32 full = q_full + 8 * (rq.slot() * WGS + w);
                     bar_wait(q_empty + 8 * (rq.slot() * WGS + w), rq.phase());
+                    sh->tile[rq.slot() * WGS + w] = t;
+                    if (n == 0) {
+                        bar_arrive(full);
+                        return;
+                    }
                     bar_expect(full, PANELS * 8192);
 #pragma unroll 1
                     for (int c = 0; c < PANELS; c++)
@@ -170,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                  c * 64, t.q_start + t.m0 + w * 64, t.h, kv_batch);
                 };
                 if (lane == 0) {
-                    for (int i = 0; i <= n && n > 0; i++) {
+                    for (int i = 0; i <= n; i++) {
                         if (i < n) {
                             bar_wait(k_empty + 8 * rk.slot(), rk.phase());
                             load(&map_k, sm_k + rk.slot() * TILE_BYTES, k_full + 8 * rk.slot(),
@@ -188,12 +200,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                             rv.next();
                         }
                     }
-                    // Nothing to do: that too is told.
-                    for (int w = 0; w < WGS && CLASSES && n == 0; w++)
-                        bar_arrive(q_full + 8 * (rq.slot() * WGS + w));
                 }
                 __syncwarp();
-                if (n > 0 || CLASSES) rq.next();
+                rq.next();
             }
         }
         return;
@@ -214,6 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     auto wait_q = [&]() {
         bar_wait(q_full + 8 * (rq.slot() * WGS + wg), rq.phase());
     };
+    auto told = [&]() { return tile_told(p, sh->tile[rq.slot() * WGS + wg]); };
     auto done_q = [&]() {
         if (tid == 0) bar_arrive(q_empty + 8 * (rq.slot() * WGS + wg));
         rq.next();
@@ -252,10 +262,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (!redo()) break;
     }
     for (int turn = 0; index_at(turn) < indices; turn++) {
-        Tile t = tile_at(turn);
+        wait_q();
+        const Tile t = told();
         int n = t.hi - t.lo;
 #if CLASSES
-        wait_q();
         n = sh->list_len[rq.slot()];
         // Entries, not tiles; the first is done first.
         const int lo = sh->list_from[rq.slot()][wg], hi = sh->list_to[rq.slot()][wg];
@@ -263,13 +273,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #else
         int lo, hi;
         bounds(p, t, t.m0 + wg * 64, 64, lo, hi);
-        if (n > 0) wait_q();
         skip(hi > lo ? t.hi - hi : n);
 #endif
         if (hi <= lo) {
             write_unseen(p, t, t.m0 + wg * 64, 64, tid);
             stored();
-            if (n > 0 || CLASSES) done_q();
+            named_sync(8 + wg, 128); // all have read what they were told
+            done_q();
             continue;
         }
 
@@ -433,10 +443,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         issue_pv(rv.slot());
         wgmma_commit();
 
-        // Worked out again, lest all of it be kept in registers through the loops.
-        int same = turn;
-        asm volatile("" : "+r"(same));
-        const Tile e = tile_at(same);
+        // Read again, lest all of it be kept in registers through the loops.
+        asm volatile("" ::: "memory");
+        const Tile e = told();
         const Rows ends = rows_of(p, e, wg * 64, tid);
         float inv[2];
         finish(inv, soft, p, e, ends);

@@ -121,6 +121,18 @@ DEV Tile tile_of(const Params& p, int index, int half = 0) {
     return t;
 }
 
+// A tile that another thread worked out; what all tiles have in common is where it always is.
+DEV Tile tile_told(const Params& p, const Tile& from) {
+    Tile t = from;
+#if !VARLEN
+    t.q_start = t.k_start = 0;
+    t.sq = p.sq;
+    t.sk = p.sk;
+    t.q_off = p.q_off;
+#endif
+    return t;
+}
+
 // A bool known when compiling.
 template <bool B>
 struct Is {
@@ -555,23 +567,27 @@ DEV u32 class_of(const Params& p, const Tile& t, int tile) {
 // something is hidden from the 64 rows w, which see no more than entries [from[w], to[w]). Returns how
 // many.
 DEV int list_tiles(u16* list, int* from, int* to, const Params& p, const Tile& t, int lane) {
-    int len = 0;
-    if (lane < BM / 64) from[lane] = to[lane] = 0;
-    __syncwarp();
+    int len = 0, first = 0, end = 0; // the last two of the 64 rows that are this lane's
     for (int at = t.hi - 1; at >= t.lo; at -= 32) {
         const int tile = at - lane;
         const u32 c = tile >= t.lo ? class_of(p, t, tile) : 0;
         const u32 some = __ballot_sync(~0u, c & 0xff);
         if (c & 0xff) list[len + __popc(some & ((1u << lane) - 1))] = (u16)(tile | c >> 8 << 10);
+        u32 seen = 0;
 #pragma unroll
         for (int w = 0; w < BM / 64; w++) {
-            const u32 seen = __ballot_sync(~0u, c >> w & 1);
-            if (seen && lane == 0) {
-                if (to[w] == 0) from[w] = len + __popc(some & ((seen & -seen) - 1));
-                to[w] = len + __popc(some & (~0u >> __clz(seen)));
-            }
+            const u32 of_w = __ballot_sync(~0u, c >> w & 1);
+            if (lane == w) seen = of_w;
+        }
+        if (seen) {
+            if (end == 0) first = len + __popc(some & ((seen & -seen) - 1));
+            end = len + __popc(some & (~0u >> __clz(seen)));
         }
         len += __popc(some);
+    }
+    if (lane < BM / 64) {
+        from[lane] = first;
+        to[lane] = end;
     }
     return len;
 }
