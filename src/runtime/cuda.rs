@@ -7,16 +7,18 @@
 //! of the GPU's primary context, the one that the CUDA runtime and its users share.
 
 use std::any::Any;
+use std::borrow::Cow;
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::buffer::{MlxBuffer, PendingWrite};
 use super::device::{DeviceHandle, MlxDevice, check_fits};
 use super::encoder::CommandEncoder;
 use crate::attention::Problem;
 use crate::attention::plan::{Plan, PlanOptions};
-use crate::backend::cuda::{self, Cuda, CudaMemory, Enqueued, Nvrtc};
+use crate::backend::cuda::{self, Cuda, CudaMemory, Enqueued, Images, Key, Nvrtc};
 use crate::backend::{Backend, DeviceKind};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
@@ -62,6 +64,25 @@ impl MlxDevice {
     /// `DeviceUnavailable` with the reason: no driver, no such GPU, one too old, no compiler.
     pub fn cuda(ordinal: usize) -> Result<Self> {
         Ok(Self::from_backend(Arc::new(Cuda::open_ordinal(ordinal)?)))
+    }
+
+    /// The NVIDIA GPU of this number, whose kernels are taken from `images` (a file of [`pack_images`],
+    /// as `include_bytes!` gives it) where they are there. A machine that has a driver and no NVRTC can
+    /// run those.
+    ///
+    /// # Errors
+    /// As for [`Self::cuda`], without the compiler, and `InvalidArgument` for what is no such file.
+    /// A dispatch whose kernel is not in it reports that there is no compiler.
+    ///
+    /// # Safety
+    /// [`pack_images`] wrote the bytes: the driver trusts an image's contents.
+    pub unsafe fn cuda_with_images(
+        ordinal: usize,
+        images: impl Into<Cow<'static, [u8]>>,
+    ) -> Result<Self> {
+        let images = Images::read(images.into())?;
+        let cuda = Cuda::open_with(ordinal, Some(images))?;
+        Ok(Self::from_backend(Arc::new(cuda)))
     }
 
     /// Compiles and loads what these problems will run, on all cores, so that their first dispatch
@@ -147,23 +168,40 @@ pub struct Image {
     pub cubin: Vec<u8>,
     /// What the compiler said: registers, shared memory, spills, warnings.
     pub log: String,
+    key: Key,
 }
 
-/// Compiles every kernel for `arch` (such as `sm_80`), on all cores, and never from the disk.
+/// Compiles the kernels for `arch` (such as `sm_80`) whose names `select` takes, on all cores, and
+/// never from the disk. `progress` hears how many are done, and of how many, from any thread.
 ///
 /// # Errors
 /// `InvalidArgument` for a name that is none, `DeviceUnavailable` where no NVRTC is found,
 /// `ShaderCompilationError` where a kernel does not compile.
-pub fn compile_images(arch: &str) -> Result<Vec<Image>> {
+pub fn compile_images(
+    arch: &str,
+    select: impl Fn(&str) -> bool,
+    progress: impl Fn(usize, usize) + Sync + Send,
+) -> Result<Vec<Image>> {
     let gpu = cuda::Capability::of_arch(arch)
         .ok_or_else(|| MlxError::expected("arch", "a name such as `sm_80`", arch))?;
     let nvrtc = Nvrtc::find(None)?;
-    cuda::in_parallel(&cuda::every_spec(gpu), |spec| {
+    let mut specs = cuda::every_spec(gpu);
+    specs.retain(|spec| select(&spec.name()));
+    let done = AtomicUsize::new(0);
+    cuda::in_parallel(&specs, |spec| {
         let compiled = cuda::compile(&nvrtc, spec, arch, false)?;
+        progress(done.fetch_add(1, Ordering::Relaxed) + 1, specs.len());
         Ok(Image {
             name: spec.name(),
             cubin: compiled.cubin,
             log: compiled.log.unwrap_or_default(),
+            key: cuda::key(spec, arch),
         })
     })
+}
+
+/// Images in one file, which [`MlxDevice::cuda_with_images`] and the variable `MLX_FLASH_CUDA_IMAGES`
+/// take. They are of this version of the crate: another one's kernels are not found in it.
+pub fn pack_images<'a>(images: impl IntoIterator<Item = &'a Image>) -> Vec<u8> {
+    Images::write(images.into_iter().map(|image| (image.key, &*image.cubin)))
 }

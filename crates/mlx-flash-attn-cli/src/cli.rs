@@ -25,6 +25,32 @@ pub(crate) enum Command {
     Bench(BenchArgs),
     Devices(DevicesArgs),
     Tiles(TilesArgs),
+    #[cfg(feature = "cuda")]
+    Images(ImagesArgs),
+}
+
+/// Compile CUDA kernels ahead, for machines that have a driver and no compiler.
+///
+/// Needs NVRTC and no GPU. The file is for this version of the program and of the library:
+/// MLX_FLASH_CUDA_IMAGES names it where they run, or `include_bytes!` puts it in a program.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  mlx-flash-attn images --arch sm_90a --only 'D=128 ' -o images.bin")]
+pub(crate) struct ImagesArgs {
+    /// GPUs to compile for, such as sm_80 (and 8.6, 8.9) or sm_90a; repeatable
+    #[arg(long, value_name = "ARCH", required = true)]
+    pub(crate) arch: Vec<String>,
+    /// Take kernels whose names hold this text, and those of no head dim; repeatable [default: all]
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) only: Vec<String>,
+    /// File to write; it appears whole or not at all
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Print one JSON object: images, bytes, file_bytes
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Compute attention over the tensors of a safetensors file.

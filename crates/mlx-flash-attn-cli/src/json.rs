@@ -98,3 +98,13 @@ pub(crate) struct TilesLine {
 fn in_order<S: Serializer>(pairs: &[(&str, String)], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_map(pairs.iter().map(|(name, value)| (name, value)))
 }
+
+/// The line of `images`.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Serialize)]
+pub(crate) struct ImagesLine {
+    pub(crate) images: usize,
+    /// Of the images themselves.
+    pub(crate) bytes: usize,
+    pub(crate) file_bytes: usize,
+}

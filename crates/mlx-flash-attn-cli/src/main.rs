@@ -11,6 +11,8 @@ mod cli;
 mod devices;
 mod files;
 mod grid;
+#[cfg(feature = "cuda")]
+mod images;
 mod input;
 mod json;
 mod measure;
@@ -47,6 +49,8 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::execute(args, &mut results),
         Command::Devices(args) => devices::execute(args, &mut results),
         Command::Tiles(args) => tiles::execute(args, &mut results),
+        #[cfg(feature = "cuda")]
+        Command::Images(args) => images::execute(args, &mut results),
     };
     match status.and_then(|status| results.finish().map(|()| status)) {
         Ok(status) => status.into(),

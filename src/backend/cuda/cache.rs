@@ -34,6 +34,10 @@ impl Hash {
         self
     }
 
+    pub(super) fn id(self) -> [u8; 16] {
+        self.0.to_le_bytes()
+    }
+
     pub(super) fn hex(self) -> String {
         format!("{:032x}", self.0)
     }
@@ -98,7 +102,7 @@ fn write(path: &Path, key: &str, image: &[u8]) -> std::io::Result<()> {
 }
 
 fn checksum(key: &str, image: &[u8]) -> [u8; 16] {
-    Hash::new().part(key.as_bytes()).part(image).0.to_le_bytes()
+    Hash::new().part(key.as_bytes()).part(image).id()
 }
 
 #[cfg(test)]

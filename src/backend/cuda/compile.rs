@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::cache::{Cache, Hash};
+use super::images::{Images, Key};
 use super::nvrtc::Nvrtc;
 use super::spec::Spec;
 use super::table::Capability;
@@ -62,6 +63,34 @@ pub(super) fn arch(nvrtc: &Nvrtc, gpu: Capability) -> Result<String> {
     })
 }
 
+/// Stands for a text and its options.
+fn hash(source: &str, options: &[String]) -> Hash {
+    options.iter().fold(
+        Hash::new()
+            .part(env!("CARGO_PKG_VERSION").as_bytes())
+            .part(source.as_bytes()),
+        |hash, option| hash.part(option.as_bytes()),
+    )
+}
+
+/// What the image of `spec` for `arch` is found by among images compiled ahead, whichever compiler
+/// made them.
+pub(crate) fn key(spec: &Spec, arch: &str) -> Key {
+    hash(&spec.parts.concat(), &options(spec, arch)).id()
+}
+
+/// The image of `spec` among those compiled ahead: for this GPU, or for an older one of the same major
+/// version, whose images run on it too.
+pub(super) fn ahead(images: &Images, spec: &Spec, gpu: Capability) -> Result<Option<Vec<u8>>> {
+    for minor in (0..=gpu.1).rev() {
+        let arch = Capability(gpu.0, minor).arch();
+        if let Some(image) = images.find(&key(spec, &arch))? {
+            return Ok(Some(image));
+        }
+    }
+    Ok(None)
+}
+
 /// The image of `spec` for `arch`.
 pub(crate) fn compile(nvrtc: &Nvrtc, spec: &Spec, arch: &str, cache: bool) -> Result<Compiled> {
     let source = spec.parts.concat();
@@ -69,14 +98,9 @@ pub(crate) fn compile(nvrtc: &Nvrtc, spec: &Spec, arch: &str, cache: bool) -> Re
     let cache = cache.then(Cache::from_env).flatten();
     let key = {
         let (major, minor) = nvrtc.version();
-        let hash = options.iter().fold(
-            Hash::new()
-                .part(env!("CARGO_PKG_VERSION").as_bytes())
-                .part(format!("{major}.{minor}").as_bytes())
-                .part(source.as_bytes()),
-            |hash, option| hash.part(option.as_bytes()),
-        );
-        hash.hex()
+        hash(&source, &options)
+            .part(format!("{major}.{minor}").as_bytes())
+            .hex()
     };
     if let Some(cubin) = cache.as_ref().and_then(|cache| cache.load(&key)) {
         return Ok(Compiled { cubin, log: None });

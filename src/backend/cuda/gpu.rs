@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::compile::in_parallel;
 use super::driver::{Context, Event, Stream, unavailable};
 use super::fit::Machine;
+use super::images::Images;
 use super::launch::{Built, built};
 use super::memory::CudaMemory;
 use super::modules::{Function, Modules};
@@ -80,21 +81,29 @@ impl Cuda {
         }
     }
 
-    /// A GPU by its number.
+    /// A GPU by its number, with the images that the environment names.
     pub(crate) fn open_ordinal(ordinal: usize) -> Result<Self> {
+        Self::open_with(ordinal, Images::from_env()?)
+    }
+
+    /// A GPU by its number, with images compiled ahead.
+    pub(crate) fn open_with(ordinal: usize, images: Option<Images>) -> Result<Self> {
         let context = Context::open(ordinal)?;
         let stream = Stream::create(&context)?;
         let epoch = Event::create(&context)?;
         epoch.record(&stream)?;
         let gpu = Gpu {
-            modules: Modules::default(),
+            modules: Modules::new(images),
             pool: Pool::default(),
             events: Mutex::default(),
             epoch,
             stream,
             context,
         };
-        gpu.modules.nvrtc(&gpu.context)?;
+        // With images, a compiler is needed where one is missing, and looked for then.
+        if gpu.modules.images.is_none() {
+            gpu.modules.nvrtc(&gpu.context)?;
+        }
         Ok(Self(Arc::new(gpu)))
     }
 
@@ -136,6 +145,7 @@ impl Backend for Cuda {
 
     fn details(&self) -> Vec<(&'static str, String)> {
         let c = &self.0.context;
+        let images = self.0.modules.images.as_ref();
         let compiler = match self.0.modules.nvrtc(c) {
             Ok(nvrtc) => {
                 let (major, minor) = nvrtc.version();
@@ -157,6 +167,10 @@ impl Backend for Cuda {
             ),
             ("driver", format!("CUDA {}.{}", c.driver.0, c.driver.1)),
             ("compiler", compiler),
+            (
+                "kernels compiled ahead",
+                images.map_or(0, Images::len).to_string(),
+            ),
         ]
     }
 

@@ -1,12 +1,13 @@
 //! The CUDA device: NVIDIA GPUs of compute capability 8.0 and later, through the driver alone. The
 //! kernels' text is compiled at first use by NVRTC, which is looked for where pip and the CUDA toolkit
-//! put it, and the images are kept on disk.
+//! put it, and the images are kept on disk; or they were compiled ahead and need no compiler.
 
 mod cache;
 mod compile;
 mod driver;
 mod fit;
 mod gpu;
+mod images;
 mod launch;
 mod maps;
 mod memory;
@@ -20,8 +21,9 @@ mod spec;
 mod submit;
 mod table;
 
-pub(crate) use compile::{compile, in_parallel};
+pub(crate) use compile::{compile, in_parallel, key};
 pub(crate) use gpu::Cuda;
+pub(crate) use images::{Images, Key};
 pub(crate) use memory::CudaMemory;
 pub(crate) use nvrtc::Nvrtc;
 pub(crate) use submit::Enqueued;

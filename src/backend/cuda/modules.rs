@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{result, sys};
 
-use super::compile::{arch, compile};
+use super::compile::{ahead, arch, compile};
 use super::driver::{Context, Stream, failed};
+use super::images::Images;
 use super::nvrtc::Nvrtc;
 use super::spec::Spec;
 use crate::error::{MlxError, Result};
@@ -38,8 +39,9 @@ unsafe impl Sync for Function {}
 type Slot = Arc<OnceLock<Result<Arc<Function>>>>;
 
 /// The kernels loaded so far.
-#[derive(Default)]
 pub(super) struct Modules {
+    /// Compiled ahead; looked at first.
+    pub(super) images: Option<Images>,
     nvrtc: OnceLock<Result<Nvrtc>>,
     slots: Mutex<HashMap<Spec, Slot>>,
 }
@@ -51,6 +53,14 @@ impl std::fmt::Debug for Modules {
 }
 
 impl Modules {
+    pub(super) fn new(images: Option<Images>) -> Self {
+        Self {
+            images,
+            nvrtc: OnceLock::new(),
+            slots: Mutex::default(),
+        }
+    }
+
     /// The compiler, looked for when it is first needed.
     pub(super) fn nvrtc(&self, context: &Context) -> Result<&Nvrtc> {
         self.nvrtc
@@ -73,10 +83,19 @@ impl Modules {
             .clone()
     }
 
-    fn load(&self, context: &Arc<Context>, spec: &Spec) -> Result<Function> {
+    fn image(&self, context: &Context, spec: &Spec) -> Result<Vec<u8>> {
+        if let Some(images) = &self.images
+            && let Some(image) = ahead(images, spec, context.capability)?
+        {
+            return Ok(image);
+        }
         let nvrtc = self.nvrtc(context)?;
         let arch = arch(nvrtc, context.capability)?;
-        let image = compile(nvrtc, spec, &arch, true)?;
+        Ok(compile(nvrtc, spec, &arch, true)?.cubin)
+    }
+
+    fn load(&self, context: &Arc<Context>, spec: &Spec) -> Result<Function> {
+        let cubin = self.image(context, spec)?;
         let failed = |what: &'static str| {
             let failed = failed(what);
             let name = spec.name();
@@ -86,8 +105,9 @@ impl Modules {
             }
         };
         context.enter()?;
-        // SAFETY: an image that NVRTC made, whole as its checksum says; the driver copies it.
-        let module = unsafe { result::module::load_data(image.cubin.as_ptr().cast()) }
+        // SAFETY: an image that NVRTC made, whole as its checksum says, now or ahead (whoever gave the
+        // file promised it); the driver copies it.
+        let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
             .map_err(failed("loading the image"))?;
         let mut function = Function {
             raw: std::ptr::null_mut(),

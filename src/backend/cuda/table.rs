@@ -227,7 +227,8 @@ const ATTENTION: &[Row] = &[
         &[BOUNDS | PACKED, BOUNDS | MASK],
     ),
     hopper(&[192], 128, 96, (40, 232), &[CLASSED & !SCORES]),
-    hopper(&[192], 128, 80, (40, 232), &[NO_MASK, CLASSED]),
+    hopper(&[192], 128, 80, (24, 240), &[NO_MASK]),
+    hopper(&[192], 128, 80, (40, 232), &[CLASSED]),
     hopper(&[256], 128, 64, (40, 232), &[BOUNDS | SCORES, CLASSED]),
     hopper(&[256], 128, 48, (40, 232), &[NO_MASK]),
     Row {
