@@ -132,25 +132,30 @@ pub mod other {
     pub const REDUCE_PARAMS: usize = 2;
 }
 
-/// How `kernel` uses the buffer at `index`; a kernel that is not ours may do anything.
-pub fn access(kernel: &str, index: usize) -> Access {
-    let written = match kernel {
-        names::MASK_FILL => other::FILL_OUT,
-        names::BLK => other::BLK_OUT,
-        names::VEC_F32 | names::VEC_F16 => other::VEC_TMP,
-        names::VEC_REDUCE => other::REDUCE_OUT,
+/// How `kernel` uses the buffer at each index; a kernel that is not ours may do anything.
+pub fn accesses(kernel: &str) -> impl Fn(usize) -> Access + Copy {
+    let written: &[usize] = match kernel {
+        names::MASK_FILL => &[other::FILL_OUT],
+        names::BLK => &[other::BLK_OUT],
+        names::VEC_F32 | names::VEC_F16 => &[other::VEC_TMP],
+        names::VEC_REDUCE => &[other::REDUCE_OUT],
         _ if super::variant::by_name(kernel).is_some() => {
-            let writes =
-                index == prefill::index(Role::Output) || index == prefill::index(Role::Lse);
-            return if writes { Access::Write } else { Access::Read };
+            const { &[prefill::index(Role::Output), prefill::index(Role::Lse)] }
         }
-        _ => return Access::ReadWrite,
+        _ => &[],
     };
-    if index == written {
-        Access::Write
-    } else {
-        Access::Read
+    // Every kernel of ours writes something.
+    let ours = !written.is_empty();
+    move |index| match ours {
+        false => Access::ReadWrite,
+        true if written.contains(&index) => Access::Write,
+        true => Access::Read,
     }
+}
+
+/// How `kernel` uses the buffer at `index`.
+pub fn access(kernel: &str, index: usize) -> Access {
+    accesses(kernel)(index)
 }
 
 /// Code of an operand's element type for [`constant::MASK_DTYPE`] and [`constant::KV_DTYPE`].
@@ -189,8 +194,13 @@ impl Constants {
     /// false is the same as one that is left out.
     pub fn new(bools: &[(usize, bool)], ints: &[(usize, i32)]) -> Self {
         fn sorted<T: Copy>(values: &[(usize, T)]) -> Vec<(usize, T)> {
-            let map: std::collections::BTreeMap<_, _> = values.iter().copied().collect();
-            map.into_iter().collect()
+            let mut sorted = values.to_vec();
+            // Stable, so that the last value of an index comes last; that one is kept.
+            sorted.sort_by_key(|(index, _)| *index);
+            sorted.reverse();
+            sorted.dedup_by_key(|(index, _)| *index);
+            sorted.reverse();
+            sorted
         }
         let mut bools = sorted(bools);
         bools.retain(|(_, value)| *value);

@@ -5,7 +5,7 @@ use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::attention::bindings::{self, Access, Constants};
+use crate::attention::bindings::{Access, Constants};
 use crate::attention::variant::Family;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -174,28 +174,19 @@ pub(crate) trait Backend: Any + Send + Sync {
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending>;
 }
 
-/// The first written binding of a dispatch that overlaps another, with that other.
-pub(crate) fn overlap(dispatch: &Dispatch) -> Option<(usize, usize)> {
-    let ranges: Vec<(usize, *const (), std::ops::Range<usize>)> = dispatch
-        .args
-        .iter()
-        .filter_map(|(index, arg)| match arg {
-            Arg::Memory {
-                memory,
-                offset,
-                len,
-            } => Some((*index, Arc::as_ptr(memory).cast(), *offset..*offset + *len)),
-            Arg::Bytes(_) => None,
-        })
-        .collect();
-    let writes = |index| bindings::access(&dispatch.kernel.name, index) == Access::Write;
-    ranges
-        .iter()
-        .filter(|(index, ..)| writes(*index))
-        .find_map(|(a, memory, range)| {
-            let clash = ranges.iter().find(|(b, other, r)| {
-                a != b && memory == other && r.start < range.end && range.start < r.end
+/// The first written binding of a dispatch that overlaps another, with that other. A binding is its
+/// index, memory, bytes of that, and use.
+pub(crate) fn overlap(
+    bindings: impl Iterator<Item = (usize, *const (), std::ops::Range<usize>, Access)> + Clone,
+) -> Option<(usize, usize)> {
+    bindings
+        .clone()
+        .filter(|(.., access)| *access == Access::Write)
+        .find_map(|(a, memory, range, _)| {
+            let mut others = bindings.clone();
+            let clash = others.find(|(b, other, r, _)| {
+                a != *b && memory == *other && r.start < range.end && range.start < r.end
             });
-            clash.map(|(b, ..)| (*a, *b))
+            clash.map(|(b, ..)| (a, b))
         })
 }

@@ -191,7 +191,7 @@ pub fn flash_attn_vec(
         ("output", output),
         ("tmp", tmp),
     ] {
-        encoder.check_buffer(name, buffer)?;
+        encoder.check_buffer(|| name.into(), buffer)?;
     }
     registry.get_pipeline(names::VEC_REDUCE, device.metal_device())?;
     let pipeline = registry.get_pipeline(kernel, device.metal_device())?;

@@ -206,14 +206,13 @@ impl CommandEncoder {
     ) -> Result<()> {
         let op_kind = std::mem::take(&mut self.op_kind);
         let kernel = Arc::clone(pipeline.kernel());
+        let access = bindings::accesses(&kernel.name);
         let bindings = args
             .iter()
             .map(|(index, arg)| {
                 let index = usize::try_from(*index)
                     .map_err(|_| MlxError::expected(&kernel.name, "a buffer index", index))?;
-                let buffer = |buffer: MlxBuffer| {
-                    CapturedBinding::Buffer(buffer, bindings::access(&kernel.name, index))
-                };
+                let buffer = |buffer: MlxBuffer| CapturedBinding::Buffer(buffer, access(index));
                 Ok((
                     index,
                     match arg {
@@ -264,14 +263,18 @@ impl CommandEncoder {
     }
 
     /// Refuses a view that is out of bounds and memory of another device.
-    pub(crate) fn check_buffer(&self, operand: &str, buffer: &MlxBuffer) -> Result<()> {
+    pub(crate) fn check_buffer(
+        &self,
+        operand: impl FnOnce() -> String,
+        buffer: &MlxBuffer,
+    ) -> Result<()> {
         buffer.check()?;
         let (ours, theirs) = (self.device.backend.kind(), buffer.storage().device);
         if ours == theirs {
             return Ok(());
         }
         Err(MlxError::expected(
-            operand,
+            &operand(),
             format!("memory of the {ours} device"),
             format!("memory of the {theirs} device"),
         ))
@@ -285,10 +288,20 @@ impl CommandEncoder {
                 return Err(MlxError::expected(&operand, "one binding", "two"));
             }
             if let CapturedBinding::Buffer(buffer, _) = binding {
-                self.check_buffer(&format!("{name}: buffer {index}"), buffer)?;
+                self.check_buffer(|| format!("{name}: buffer {index}"), buffer)?;
             }
         }
-        match backend::overlap(&lower(dispatch)) {
+        let buffers = dispatch
+            .bindings
+            .iter()
+            .filter_map(|(index, binding)| match binding {
+                CapturedBinding::Buffer(buffer, access) => {
+                    let memory = Arc::as_ptr(&buffer.storage().memory).cast();
+                    Some((*index, memory, buffer.range(), *access))
+                }
+                CapturedBinding::Bytes(_) => None,
+            });
+        match backend::overlap(buffers) {
             None => Ok(()),
             Some((a, b)) => Err(MlxError::expected(
                 &format!("{name}: buffer {a}"),

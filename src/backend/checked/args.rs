@@ -2,10 +2,11 @@
 //! caller of the encoder.
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use bytemuck::{AnyBitPattern, Pod};
 
-use crate::attention::bindings::Access;
+use crate::attention::bindings::{self, Access};
 use crate::backend::{Arg, Dispatch};
 use crate::error::{MlxError, Result};
 
@@ -174,7 +175,19 @@ impl<'a> Args<'a> {
 
     /// Refuses a dispatch in which a written binding overlaps another.
     pub(crate) fn check_aliasing(&self) -> Result<()> {
-        crate::backend::overlap(self.0).map_or(Ok(()), |(a, b)| {
+        let access = bindings::accesses(&self.0.kernel.name);
+        let buffers = self.0.args.iter().filter_map(|(index, arg)| match arg {
+            Arg::Memory {
+                memory,
+                offset,
+                len,
+            } => {
+                let at = Arc::as_ptr(memory).cast();
+                Some((*index, at, *offset..*offset + *len, access(*index)))
+            }
+            Arg::Bytes(_) => None,
+        });
+        crate::backend::overlap(buffers).map_or(Ok(()), |(a, b)| {
             Err(self.fail(
                 a,
                 "an output that overlaps nothing",

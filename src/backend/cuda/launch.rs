@@ -170,6 +170,7 @@ impl Launch<'_> {
     /// Brings what is bound up to date on the GPU. Called once the dispatch has been read and found
     /// right.
     fn prepare(&self) -> Result<()> {
+        let access = bindings::accesses(&self.dispatch.kernel.name);
         for (index, arg) in &self.dispatch.args {
             if let Arg::Memory { memory, .. } = arg {
                 let memory: &dyn Memory = &**memory;
@@ -177,8 +178,7 @@ impl Launch<'_> {
                     .downcast_ref::<CudaMemory>()
                     .filter(|memory| memory.is_of(self.gpu))
                     .ok_or_else(|| self.fail(format!("buffer {index}: is not this GPU's")))?;
-                let access = bindings::access(&self.dispatch.kernel.name, *index);
-                memory.prepare(self.stream, access)?;
+                memory.prepare(self.stream, access(*index))?;
             }
         }
         Ok(())
