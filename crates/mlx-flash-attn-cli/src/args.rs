@@ -131,6 +131,14 @@ pub(crate) fn window(text: &str) -> Result<u32, String> {
     u32::try_from(size).map_err(|e| e.to_string())
 }
 
+/// `K/N`: the Kth of N parts, from 1.
+pub(crate) fn part(text: &str) -> Result<(usize, usize), String> {
+    text.split_once('/')
+        .and_then(|(k, n)| Some((k.parse().ok()?, n.parse().ok()?)))
+        .filter(|(k, n)| (1..=*n).contains(k))
+        .ok_or_else(|| "expected K/N with K from 1 to N, such as 1/4".into())
+}
+
 /// A head dimension that has kernels.
 pub(crate) fn head_dim(text: &str) -> Result<usize, String> {
     text.parse::<usize>()

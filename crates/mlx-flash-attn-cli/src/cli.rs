@@ -120,6 +120,9 @@ pub(crate) struct VerifyArgs {
     /// Run a sample of the matrix
     #[arg(long)]
     pub(crate) quick: bool,
+    /// Run every Nth case, from the Kth on, so that N runs cover all
+    #[arg(long, value_name = "K/N", default_value = "1/1", value_parser = args::part)]
+    pub(crate) part: (usize, usize),
     /// Print one JSON object: device, cases, passed, failed, skipped
     #[arg(long)]
     pub(crate) json: bool,
