@@ -360,13 +360,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         pin(s);
         done_k();
         modify<BN>(s, p, rows(), tile0, true);
-        // Above head dim 128 there are no registers for it.
-        const bool guessed = SPECULATE && D <= 128 && !careful;
-        if (guessed) guess<BN>(s, soft, sc, tile_unit(p, true));
-        softmax<BN>(s, soft, sc, tile_unit(p, true), true, !guessed);
+        softmax<BN>(s, soft, sc, tile_unit(p, true), true, true);
         soft.scaled = false;
         pack(s);
-        settle(soft, sc);
         stored();
 
         // Issues QK^T of `tile` and PV of the tile before it, and does the softmax of `tile`.

@@ -378,24 +378,6 @@ DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit, bo
 #define POISON 1.8446744e19f
 #endif
 
-// A reference for the first tile's scores: near their maximum, from a few columns of each row. None
-// where some row sees none of these.
-template <int N>
-DEV void guess(const float (&s)[N / 2], Soft& f, float sc, float unit) {
-    const int far = 4 * (N / 16);
-    float top[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float a = fmaxf(fmaxf(s[2 * half], s[2 * half + 1]), fmaxf(s[far + 2 * half], s[far + 2 * half + 1]));
-        a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
-        top[half] = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
-    }
-    if (__any_sync(~0u, !(top[0] > NEG_INF) || !(top[1] > NEG_INF))) return;
-    const float above = HEADROOM > 0.0f ? HEADROOM / sc : 0.0f;
-    f.ref[0] = top[0] * unit + above;
-    f.ref[1] = top[1] * unit + above;
-}
-
 // Scores to weights. Usually without a look at their maximum: they are taken against the reference
 // that there is, and where their sum then shows that they have grown much, the reference follows
 // for the tiles to come. Weights too large for that (a leap by 2^64, in f16 2^24) make the sum
