@@ -111,9 +111,10 @@ impl MlxDevice {
     ///
     /// # Safety
     /// `byte_len` bytes at `device_address` are memory of this GPU while any handle on the result
-    /// lives. Commands outside this crate do not write it while this crate's commands or slices use
-    /// it, nor use it while this crate's commands write it, unless the same stream orders them. What
-    /// is written through one wrapping is not used through another in one command.
+    /// lives, or until the stream that its last command is on frees them. Commands outside this crate
+    /// do not write it while this crate's commands or slices use it, nor use it while this crate's
+    /// commands write it, unless the same stream orders them. What is written through one wrapping is
+    /// not used through another in one command.
     pub unsafe fn cuda_wrap(
         &self,
         device_address: u64,

@@ -10,42 +10,32 @@ use candle_core::{
 use mlx_flash_attn::KernelRegistry;
 use mlx_flash_attn::ops::{self, Operands};
 
-use crate::engine::{Cpu, Engine, Pending, Wrapped};
+use crate::engine::{Cpu, Engine, Wrapped};
 use crate::request::{Request, failed, refused};
 
 /// Pipelines, shared by all calls.
 static REGISTRY: LazyLock<Mutex<KernelRegistry>> = LazyLock::new(Mutex::default);
 
-/// What a run leaves besides the output.
-#[derive(Debug, Default)]
-struct Beside {
-    lse: Option<Tensor>,
-    pending: Option<Pending>,
-}
-
 /// A request as an operation of candle's.
 #[derive(Debug)]
 struct Attention {
     request: Arc<Request>,
-    beside: Arc<Mutex<Beside>>,
+    /// The log-sum-exp that a run leaves besides the output.
+    lse: Arc<Mutex<Option<Tensor>>>,
 }
 
 /// Runs a request; gives the output, and the log-sum-exp if it was asked for.
 pub(crate) fn run(request: Request) -> Result<(Tensor, Option<Tensor>)> {
     let request = Arc::new(request);
-    let beside = Arc::new(Mutex::new(Beside::default()));
+    let lse = Arc::new(Mutex::new(None));
     let op = Attention {
         request: Arc::clone(&request),
-        beside: Arc::clone(&beside),
+        lse: Arc::clone(&lse),
     };
     // Not `apply_op3_no_bwd`: a backward pass then says that there is none, instead of losing
     // gradients.
     let out = request.q.apply_op3(&request.k, &request.v, op)?;
-    let Beside { lse, pending } =
-        std::mem::take(&mut *beside.lock().unwrap_or_else(PoisonError::into_inner));
-    if let Some(pending) = pending {
-        pending.retire((request, out.clone(), lse.clone()));
-    }
+    let lse = lse.lock().unwrap_or_else(PoisonError::into_inner).take();
     Ok((out, lse))
 }
 
@@ -84,9 +74,9 @@ impl Attention {
         };
         let guards = [&r.mask, &r.sinks, &r.alibi_slopes]
             .map(|x| x.as_ref().map(Tensor::storage_and_layout));
-        let pending = {
-            // SAFETY: the storages are borrowed or locked until the command has been waited for or
-            // handed to `Pending`, which keeps their tensors; candle orders what it runs itself. The
+        {
+            // SAFETY: the storages are borrowed or locked until the command has been waited for or is
+            // among candle's own; candle then writes and frees them in the order of its commands. The
             // two outputs are new and nobody else's.
             let inputs = unsafe {
                 let [mask, sinks, slopes] = &guards;
@@ -123,13 +113,13 @@ impl Attention {
                 .map_err(failed)?;
             drop(registry);
             // SAFETY: as above.
-            unsafe { engine.run(encoder)? }
-        };
+            unsafe { engine.run(encoder)? };
+        }
         let lse = lse.map(|lse| {
             let (storage, shape) = (E::into_storage(lse), r.lse_shape.clone());
             Tensor::from_storage(storage, shape, BackpropOp::none(), false)
         });
-        *self.beside.lock().unwrap_or_else(PoisonError::into_inner) = Beside { lse, pending };
+        *self.lse.lock().unwrap_or_else(PoisonError::into_inner) = lse;
         Ok((out, r.shape.clone()))
     }
 }

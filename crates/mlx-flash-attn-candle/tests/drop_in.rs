@@ -3,8 +3,8 @@
 
 mod common;
 
-use candle_core::{DType, Device, Tensor};
-use common::{cells, check, random, reference};
+use candle_core::{DType, Tensor};
+use common::{cells, check, devices, random, reference};
 use mlx_flash_attn_candle::{
     flash_attn, flash_attn_varlen, flash_attn_varlen_windowed, flash_attn_windowed, sdpa,
 };
@@ -15,92 +15,99 @@ fn seq_major(x: &Tensor) -> Tensor {
 
 #[test]
 fn sdpa_is_candles() {
-    let q = random(1, &[2, 4, 9, 64], DType::F32);
-    let (k, v) = (
-        random(2, &[2, 2, 31, 64], DType::F32),
-        random(3, &[2, 2, 31, 64], DType::F32),
-    );
-    let mask = random(4, &[2, 4, 9, 31], DType::F32);
-    let bias = cells(&mask);
-    let (want, _) = reference(&q, &k, &v, None, &|s, [b, h, i, j]| {
-        let s = 3.0 * (s * 8.0 * 0.2 / 3.0).tanh() + bias[((b * 4 + h) * 9 + i) * 31 + j];
-        (j <= i + 22).then_some(s)
-    });
-    check(
-        "all of it",
-        &sdpa(&q, &k, &v, Some(&mask), true, 0.2, 3.0).unwrap(),
-        &want,
-    );
-    // 1.0 is no cap, as there.
-    let (want, _) = reference(&q, &k, &v, None, &|s, _| Some(s * 8.0 * 0.2));
-    check(
-        "no cap",
-        &sdpa(&q, &k, &v, None, false, 0.2, 1.0).unwrap(),
-        &want,
-    );
+    for device in &devices() {
+        let q = random(1, &[2, 4, 9, 64], DType::F32, device);
+        let (k, v) = (
+            random(2, &[2, 2, 31, 64], DType::F32, device),
+            random(3, &[2, 2, 31, 64], DType::F32, device),
+        );
+        let mask = random(4, &[2, 4, 9, 31], DType::F32, device);
+        let bias = cells(&mask);
+        let (want, _) = reference(&q, &k, &v, None, &|s, [b, h, i, j]| {
+            let s = 3.0 * (s * 8.0 * 0.2 / 3.0).tanh() + bias[((b * 4 + h) * 9 + i) * 31 + j];
+            (j <= i + 22).then_some(s)
+        });
+        check(
+            "all of it",
+            &sdpa(&q, &k, &v, Some(&mask), true, 0.2, 3.0).unwrap(),
+            &want,
+        );
+        // 1.0 is no cap, as there.
+        let (want, _) = reference(&q, &k, &v, None, &|s, _| Some(s * 8.0 * 0.2));
+        check(
+            "no cap",
+            &sdpa(&q, &k, &v, None, false, 0.2, 1.0).unwrap(),
+            &want,
+        );
+    }
 }
 
 #[test]
 fn flash_attn_is_candles() {
-    let q = random(1, &[2, 4, 9, 64], DType::F16);
-    let (k, v) = (
-        random(2, &[2, 2, 31, 64], DType::F16),
-        random(3, &[2, 2, 31, 64], DType::F16),
-    );
-    let (sq, sk, sv) = (seq_major(&q), seq_major(&k), seq_major(&v));
-    for (left, right) in [
-        (None, None),
-        (None, Some(0)),
-        (Some(5), Some(0)),
-        (Some(5), Some(2)),
-        (Some(3), None),
-    ] {
-        let got = flash_attn_windowed(&sq, &sk, &sv, 0.125, left, right).unwrap();
-        let (want, _) = reference(&q, &k, &v, None, &|s, [_, _, i, j]| {
-            let distance = i as i64 + 22 - j as i64;
-            let seen = left.is_none_or(|l| distance <= l as i64)
-                && right.is_none_or(|r| -distance <= r as i64);
-            seen.then_some(s)
-        });
-        check(&format!("{left:?} {right:?}"), &seq_major(&got), &want);
-        if left.is_none() {
-            let causal = right.is_some();
-            let same = flash_attn(&sq, &sk, &sv, 0.125, causal).unwrap();
-            assert_eq!(cells(&same), cells(&got));
+    for device in &devices() {
+        let q = random(1, &[2, 4, 9, 64], DType::F16, device);
+        let (k, v) = (
+            random(2, &[2, 2, 31, 64], DType::F16, device),
+            random(3, &[2, 2, 31, 64], DType::F16, device),
+        );
+        let (sq, sk, sv) = (seq_major(&q), seq_major(&k), seq_major(&v));
+        for (left, right) in [
+            (None, None),
+            (None, Some(0)),
+            (Some(5), Some(0)),
+            (Some(5), Some(2)),
+            (Some(3), None),
+        ] {
+            let got = flash_attn_windowed(&sq, &sk, &sv, 0.125, left, right).unwrap();
+            let (want, _) = reference(&q, &k, &v, None, &|s, [_, _, i, j]| {
+                let distance = i as i64 + 22 - j as i64;
+                let seen = left.is_none_or(|l| distance <= l as i64)
+                    && right.is_none_or(|r| -distance <= r as i64);
+                seen.then_some(s)
+            });
+            check(&format!("{left:?} {right:?}"), &seq_major(&got), &want);
+            if left.is_none() {
+                let causal = right.is_some();
+                let same = flash_attn(&sq, &sk, &sv, 0.125, causal).unwrap();
+                assert_eq!(cells(&same), cells(&got));
+            }
         }
     }
 }
 
 #[test]
 fn flash_attn_varlen_is_candles() {
-    let pack = |x: &Tensor| x.flatten(0, 1).unwrap();
-    let [q, k, v] = [1, 2, 3].map(|n| random(n, &[3, 12, 2, 64], DType::F32));
-    let (pq, pk, pv) = (pack(&q), pack(&k), pack(&v));
-    let cu = Tensor::new(&[0_u32, 12, 24, 36], &Device::Cpu).unwrap();
-    for causal in [false, true] {
-        let got = flash_attn_varlen(&pq, &pk, &pv, &cu, &cu, 12, 12, 0.125, causal).unwrap();
-        let want = flash_attn(&q, &k, &v, 0.125, causal).unwrap();
-        assert_eq!(cells(&got), cells(&want));
+    for device in &devices() {
+        let pack = |x: &Tensor| x.flatten(0, 1).unwrap();
+        let [q, k, v] = [1, 2, 3].map(|n| random(n, &[3, 12, 2, 64], DType::F32, device));
+        let (pq, pk, pv) = (pack(&q), pack(&k), pack(&v));
+        let cu = Tensor::new(&[0_u32, 12, 24, 36], device).unwrap();
+        for causal in [false, true] {
+            let got = flash_attn_varlen(&pq, &pk, &pv, &cu, &cu, 12, 12, 0.125, causal).unwrap();
+            let want = flash_attn(&q, &k, &v, 0.125, causal).unwrap();
+            // On a GPU another kernel may serve them.
+            check("packed", &got, &cells(&want));
+        }
+        let windowed = |longest| {
+            flash_attn_varlen_windowed(
+                &pq,
+                &pk,
+                &pv,
+                &cu,
+                &cu,
+                longest,
+                12,
+                0.125,
+                Some(3),
+                Some(0),
+            )
+        };
+        let want = flash_attn_windowed(&q, &k, &v, 0.125, Some(3), Some(0)).unwrap();
+        check("windowed", &windowed(12).unwrap(), &cells(&want));
+        let message = windowed(11).unwrap_err().to_string();
+        assert!(
+            message.contains("seqlens_q") && message.contains("max_seqlen = 11"),
+            "{message}"
+        );
     }
-    let windowed = |longest| {
-        flash_attn_varlen_windowed(
-            &pq,
-            &pk,
-            &pv,
-            &cu,
-            &cu,
-            longest,
-            12,
-            0.125,
-            Some(3),
-            Some(0),
-        )
-    };
-    let want = flash_attn_windowed(&q, &k, &v, 0.125, Some(3), Some(0)).unwrap();
-    assert_eq!(cells(&windowed(12).unwrap()), cells(&want));
-    let message = windowed(11).unwrap_err().to_string();
-    assert!(
-        message.contains("seqlens_q") && message.contains("max_seqlen = 11"),
-        "{message}"
-    );
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
-use common::random;
+use common::{devices, random};
 use mlx_flash_attn_candle::{Layout, Options, QueryOffset, attention, attention_varlen};
 
 const F32: DType = DType::F32;
@@ -20,7 +20,7 @@ fn refused(result: candle_core::Result<Tensor>, words: &[&str]) {
 
 #[test]
 fn shapes_and_dtypes() {
-    let x = |dims: &[usize]| random(1, dims, F32);
+    let x = |dims: &[usize]| random(1, dims, F32, &Device::Cpu);
     let q = x(&[1, 4, 8, 64]);
     let run = |q: &Tensor, k: &Tensor, v: &Tensor| attention(q, k, v, &Options::default());
     let kv = x(&[1, 2, 8, 64]);
@@ -71,7 +71,7 @@ fn shapes_and_dtypes() {
 
 #[test]
 fn options() {
-    let q = random(1, &[1, 4, 8, 64], F32);
+    let q = random(1, &[1, 4, 8, 64], F32, &Device::Cpu);
     let with = |options| attention(&q, &q, &q, &options);
     let plain = Options::default;
     refused(
@@ -113,7 +113,11 @@ fn options() {
     refused(with(Options { offset, ..plain() }), &["q_offset"]);
 
     let mask = |dims: &[usize], dtype| {
-        let mask = random(2, dims, F32).abs().unwrap().to_dtype(dtype).unwrap();
+        let mask = random(2, dims, F32, &Device::Cpu)
+            .abs()
+            .unwrap()
+            .to_dtype(dtype)
+            .unwrap();
         Options {
             mask: Some(mask),
             ..plain()
@@ -126,7 +130,7 @@ fn options() {
         );
     }
     refused(with(mask(&[8, 8], DType::F8E4M3)), &["mask", "F8E4M3"]);
-    let heads = |dims: &[usize]| Some(random(3, dims, F32));
+    let heads = |dims: &[usize]| Some(random(3, dims, F32, &Device::Cpu));
     refused(
         with(Options {
             sinks: heads(&[3]),
@@ -153,7 +157,7 @@ fn options() {
 
 #[test]
 fn boundaries() {
-    let q = random(1, &[10, 4, 64], F32);
+    let q = random(1, &[10, 4, 64], F32, &Device::Cpu);
     let run =
         |cu_q: &[u32], cu_k: &[u32]| attention_varlen(&q, &q, &q, cu_q, cu_k, &Options::default());
     run(&[0, 4, 10], &[0, 6, 10]).unwrap();
@@ -163,15 +167,35 @@ fn boundaries() {
     refused(run(&[1, 10], &[0, 10]), &["cu_seqlens_q"]);
     refused(run(&[0, 12, 10], &[0, 6, 10]), &["cu_seqlens_q"]);
     refused(run(&[0, 10], &[0, 6, 10]), &["cu_seqlens_k"]);
-    let dense = random(1, &[1, 10, 4, 64], F32);
+    let dense = random(1, &[1, 10, 4, 64], F32, &Device::Cpu);
     let run = attention_varlen(&dense, &q, &q, &[0, 10], &[0, 10], &Options::default());
     refused(run, &["q:", "[rows, heads, head_dim]"]);
 }
 
 #[test]
 fn a_backward_pass_says_that_there_is_none() {
-    let q = Var::from_tensor(&random(1, &[1, 1, 4, 64], F32)).unwrap();
+    let q = Var::from_tensor(&random(1, &[1, 1, 4, 64], F32, &Device::Cpu)).unwrap();
     let out = attention(&q, &q, &q, &Options::default()).unwrap();
     let message = out.sum_all().unwrap().backward().unwrap_err().to_string();
     assert!(message.contains("mlx-flash-attn"), "{message}");
+}
+
+#[test]
+fn operands_lie_on_one_device() {
+    for device in &devices() {
+        if device.is_cpu() {
+            continue;
+        }
+        let [here, there] = [&Device::Cpu, device].map(|d| random(1, &[1, 4, 8, 64], F32, d));
+        let run = |q, k, v, options: &Options| attention(q, k, v, options);
+        let plain = Options::default();
+        run(&there, &there, &there, &plain).unwrap();
+        refused(run(&there, &here, &here, &plain), &["k:", "as q"]);
+        refused(run(&here, &here, &there, &plain), &["v:", "as q"]);
+        let mask = Options {
+            mask: Some(random(2, &[8, 8], F32, &Device::Cpu)),
+            ..plain
+        };
+        refused(run(&there, &there, &there, &mask), &["mask", "as q"]);
+    }
 }

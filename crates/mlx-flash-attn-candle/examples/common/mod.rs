@@ -88,3 +88,16 @@ pub(crate) fn file(folder: Option<&Path>, model: &str, name: &str) -> Result<Pat
     );
     Ok(path)
 }
+
+/// The device that tests run on: `MLX_FLASH_DEVICE`, `cpu` where it is not set.
+#[cfg(test)]
+pub(crate) fn tested() -> Device {
+    let name = std::env::var("MLX_FLASH_DEVICE").unwrap_or_else(|_| "cpu".into());
+    let device = match name.as_str() {
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => Device::new_cuda(0),
+        "metal" => Device::new_metal(0),
+        _ => panic!("MLX_FLASH_DEVICE: expected cpu, cuda or metal, got {name}"),
+    };
+    device.unwrap_or_else(|error| panic!("MLX_FLASH_DEVICE={name}: {error}"))
+}

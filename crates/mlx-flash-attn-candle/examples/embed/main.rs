@@ -109,6 +109,13 @@ fn main() -> Result<()> {
     };
     let texts = encode(&tokenizer, &sentences)?;
     let tokens: usize = texts.iter().map(Vec::len).sum();
+    if !device.is_cpu() {
+        // Kernels are compiled when they first run, which is no part of the time.
+        for batch in texts.chunks(cli.batch.into()) {
+            model.embed(batch)?;
+        }
+        device.synchronize()?;
+    }
     let bar = cli.common.bar(texts.len(), "embedding");
     let start = Instant::now();
     let mut embeddings: Vec<Vec<f32>> = Vec::new();

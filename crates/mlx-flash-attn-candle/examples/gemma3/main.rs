@@ -216,6 +216,12 @@ fn main() -> Result<()> {
         print!("{}", cli.prompt);
     }
     let mut runs = Vec::new();
+    if !weights.device.is_cpu() {
+        // Kernels are compiled when they first run, which is no part of the times.
+        for whose in order {
+            run(&cli, &mut model, *whose, &prompt, |_| Ok(()))?;
+        }
+    }
     for (n, whose) in order.iter().enumerate() {
         let mut told = String::new();
         let tell = |ids: &[u32]| {
@@ -241,6 +247,7 @@ fn main() -> Result<()> {
         for (run, seen) in runs.iter().zip(seen) {
             let object = json!({
                 "attention": format!("{:?}", run.whose).to_lowercase(),
+                "device": format!("{:?}", cli.common.device).to_lowercase(),
                 "prompt_tokens": prompt.len(),
                 "prefill_tokens_s": prompt.len() as f64 / run.prefill_s,
                 "decode_tokens_s": run.decode_rate(),

@@ -1,6 +1,7 @@
 //! Checks on the real weights. `scripts/test` fetches them and runs these; without them they are
 //! ignored, not passed. They share the machine and its memory count: `--test-threads 1`.
-#![allow(clippy::unwrap_used)]
+//! `MLX_FLASH_DEVICE=cuda` runs them on a GPU.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::fs::File;
 use std::io::BufReader;
@@ -11,6 +12,7 @@ use candle_core::{Device, Tensor};
 use clap::Parser;
 
 use crate::attention::{Attention, keys_seen};
+use crate::common::tested;
 use crate::model::{Model, Weights};
 use crate::{Cli, LONG_TEXT, Run, reference, run, tokenizer};
 
@@ -35,7 +37,7 @@ impl World {
         Weights {
             content: &self.content,
             reader,
-            device: Device::Cpu,
+            device: tested(),
             dequantize,
         }
     }
@@ -85,7 +87,7 @@ fn largest(errors: &[f32]) -> f32 {
 #[test]
 fn a_token_sees_exactly_the_window() {
     for (window, rows) in [(512, 600), (512, 513), (512, 512), (7, 30)] {
-        let seen = |whose| keys_seen(whose, rows, window, &Device::Cpu).unwrap();
+        let seen = |whose| keys_seen(whose, rows, window, &tested()).unwrap();
         assert_eq!(seen(Attention::Ours), window);
         // What candle's model does: one more, where there is one.
         assert_eq!(seen(Attention::Candle), rows.min(window + 1));
@@ -110,7 +112,10 @@ fn logits_are_the_references_in_one_piece_and_in_chunks() {
     let (world, reader) = World::open().unwrap();
     let mut weights = world.weights(reader, true);
     let tokens = world.tokens(1200);
+    let device = std::mem::replace(&mut weights.device, Device::Cpu);
     let want = reference::hidden(&mut weights, &tokens).unwrap();
+    let want = want.to_device(&device).unwrap();
+    weights.device = device;
     let mut model = Model::new(&mut weights, Attention::Ours, tokens.len()).unwrap();
     for chunk in [1200, 100] {
         model.reset();
@@ -171,6 +176,24 @@ fn forty_tokens_are_the_same_as_with_candles_attention() {
 
 #[test]
 #[ignore = "needs the weights: scripts/fetch-models gemma3-270m"]
+fn sixty_tokens_are_the_same_as_on_the_cpu() {
+    let (world, reader) = World::open().unwrap();
+    // In f32: products with quantized weights round their operands in other ways on other devices.
+    let mut weights = world.weights(reader, true);
+    if weights.device.is_cpu() {
+        println!("SKIPPED: MLX_FLASH_DEVICE names no other device");
+        return;
+    }
+    // Past the window.
+    let [there] = runs(&world, &mut weights, (700, 60), [Attention::Ours]);
+    weights.device = Device::Cpu;
+    let [here] = runs(&world, &mut weights, (700, 60), [Attention::Ours]);
+    println!("GPU: {:?}\nCPU: {:?}", there.generated, here.generated);
+    assert_eq!(there.generated, here.generated);
+}
+
+#[test]
+#[ignore = "needs the weights: scripts/fetch-models gemma3-270m"]
 fn a_long_prompt_takes_less_time_and_memory() {
     let (world, reader) = World::open().unwrap();
     let mut weights = world.weights(reader, true);
@@ -188,6 +211,12 @@ fn a_long_prompt_takes_less_time_and_memory() {
         ours.peak >> 20,
         short.peak >> 20
     );
+    if !weights.device.is_cpu() {
+        println!(
+            "times and the host's memory are those of the CPU's test: nothing is asserted here"
+        );
+        return;
+    }
     // Without its masks too.
     assert!(seconds(&candle) - candle.clock.masks.as_secs_f64() > 3.0 * seconds(&ours));
     assert!(ours.peak < candle.peak);

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, DType, Result, Storage};
 use half::{bf16, f16};
 use mlx_flash_attn::{CommandEncoder, DeviceKind, MlxDevice};
 
-use super::{Engine, Pending, Wrapped};
+use super::{Engine, Wrapped};
 use crate::request::{dtype_of, failed, refused};
 
 /// This machine's processors.
@@ -92,8 +92,7 @@ impl Engine for Cpu {
         unsafe { self.take(base, len, dtype) }
     }
 
-    unsafe fn run(&self, mut encoder: CommandEncoder) -> Result<Option<Pending>> {
-        encoder.commit_and_wait().map_err(failed)?;
-        Ok(None)
+    unsafe fn run(&self, mut encoder: CommandEncoder) -> Result<()> {
+        encoder.commit_and_wait().map_err(failed)
     }
 }

@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use mlx_flash_attn::cuda::InFlight;
 use mlx_flash_attn::{CommandEncoder, MlxDevice};
 
-use super::{Engine, Pending, Wrapped};
+use super::{Engine, Wrapped};
 use crate::request::{dtype_of, failed, refused};
 
 /// A GPU, with the stream that candle puts its work on.
@@ -150,20 +150,23 @@ impl Engine for Cuda {
         unsafe { self.take(part, dtype) }
     }
 
-    unsafe fn run(&self, mut encoder: CommandEncoder) -> Result<Option<Pending>> {
+    unsafe fn run(&self, mut encoder: CommandEncoder) -> Result<()> {
         let stream = self.stream.cu_stream().cast();
-        // SAFETY: candle's stream is one of this GPU's primary context; the tensors that `retire`
-        // keeps until the command has run hold their device, which holds the stream.
+        // SAFETY: candle's stream is one of this GPU's primary context; `retire` holds it until the
+        // command has run.
         let command = unsafe { encoder.encode_into_stream(stream) }.map_err(failed)?;
-        Ok(Some(Pending::Cuda(command)))
+        retire((command, Arc::clone(&self.stream)));
+        Ok(())
     }
 }
 
-/// Waits for commands, one after another, and then drops what they used: dropping a command waits,
-/// and the caller has more to launch.
-pub(super) fn retire<T: Send + 'static>(command: InFlight, tensors: T) {
-    // In this order they are dropped.
-    type Kept = (InFlight, Box<dyn Send>);
+/// A command with the stream it is on, dropped in this order.
+type Kept = (InFlight, Arc<CudaStream>);
+
+/// Waits for commands, one after another, and then lets go of what they used for themselves: dropping a
+/// command waits, and the caller has more to launch. Tensors are not among it. candle frees memory in
+/// the order of the stream of the thread that drops it, so it must be the caller's.
+fn retire(command: Kept) {
     static SENDER: LazyLock<Sender<Kept>> = LazyLock::new(|| {
         let (sender, commands) = channel::<Kept>();
         // Without a thread the channel is closed, and `send` gives back what then waits here.
@@ -172,5 +175,5 @@ pub(super) fn retire<T: Send + 'static>(command: InFlight, tensors: T) {
             .spawn(move || commands.into_iter().for_each(drop));
         sender
     });
-    drop(SENDER.send((command, Box::new(tensors))));
+    drop(SENDER.send(command));
 }

@@ -15,7 +15,7 @@ use mlx_flash_attn::metal::objc2_metal::{MTLBuffer, MTLComputePipelineState, MTL
 use mlx_flash_attn::metal::{Access, ComputeTarget};
 use mlx_flash_attn::{CommandEncoder, MlxBuffer, MlxDevice};
 
-use super::{Engine, Pending, Wrapped};
+use super::{Engine, Wrapped};
 use crate::request::{dtype_of, failed};
 
 /// An Apple GPU as candle has opened it.
@@ -100,14 +100,14 @@ impl Engine for Metal {
         Ok((unsafe { self.take(storage)? }, ()))
     }
 
-    unsafe fn run(&self, mut encoder: CommandEncoder) -> Result<Option<Pending>> {
+    unsafe fn run(&self, mut encoder: CommandEncoder) -> Result<()> {
         let commands = self.candle.command_encoder()?;
         let mut target = Target(commands.as_ref());
         // SAFETY: every call goes to the one encoder that candle has open, under its lock. candle's
         // command buffers retain what they use, and nothing here touches the buffers from the host.
         let in_flight = unsafe { encoder.encode_into(&mut target) }.map_err(failed)?;
         drop(in_flight);
-        Ok(None)
+        Ok(())
     }
 }
 

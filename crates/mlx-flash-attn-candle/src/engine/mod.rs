@@ -60,32 +60,9 @@ pub(crate) trait Engine {
         storage: &'a mut Self::Storage,
     ) -> Result<Wrapped<Self::Held<'a>>>;
 
-    /// Runs what was recorded, or puts it among candle's own commands; then what must be kept until
-    /// it has run is in the result.
+    /// Runs what was recorded, or puts it among candle's own commands without waiting for it.
     ///
     /// # Safety
     /// What `wrap` and `wrap_mut` ask for holds for every recorded buffer.
-    unsafe fn run(&self, encoder: CommandEncoder) -> Result<Option<Pending>>;
-}
-
-/// A command that the device still runs.
-#[derive(Debug)]
-pub(crate) enum Pending {
-    /// On candle's CUDA stream.
-    #[cfg(feature = "cuda")]
-    Cuda(mlx_flash_attn::cuda::InFlight),
-}
-
-impl Pending {
-    /// Keeps `tensors` until the command has run, without waiting for it here.
-    #[cfg_attr(
-        not(feature = "cuda"),
-        expect(unused_variables, clippy::needless_pass_by_value)
-    )]
-    pub(crate) fn retire<T: Send + 'static>(self, tensors: T) {
-        match self {
-            #[cfg(feature = "cuda")]
-            Self::Cuda(command) => cuda::retire(command, tensors),
-        }
-    }
+    unsafe fn run(&self, encoder: CommandEncoder) -> Result<()>;
 }

@@ -1,10 +1,31 @@
 //! Seeded tensors, and attention in float64 straight from its definition.
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, clippy::unwrap_used, clippy::print_stderr)]
 
 use candle_core::{DType, Device, Tensor};
 
+/// The devices to test: the CPU and, with the feature `cuda`, a GPU. Without one the test says that it
+/// is skipped there; with `MLX_FLASH_DEVICE=cuda` it fails, and the CPU is left out.
+pub(crate) fn devices() -> Vec<Device> {
+    if !cfg!(feature = "cuda") {
+        return vec![Device::Cpu];
+    }
+    let only = std::env::var("MLX_FLASH_DEVICE").is_ok_and(|device| device == "cuda");
+    // One for each test: candle's stream is the thread's own.
+    match Device::new_cuda(0) {
+        Ok(cuda) if only => vec![cuda],
+        Ok(cuda) => vec![Device::Cpu, cuda],
+        Err(error) => {
+            let message = error.to_string();
+            let reason = message.lines().next().unwrap_or_default();
+            assert!(!only, "MLX_FLASH_DEVICE=cuda: {reason}");
+            eprintln!("SKIPPED on CUDA: {reason}");
+            vec![Device::Cpu]
+        }
+    }
+}
+
 /// Standard-normal-like cells that depend on the seed alone.
-pub(crate) fn random(seed: u64, dims: &[usize], dtype: DType) -> Tensor {
+pub(crate) fn random(seed: u64, dims: &[usize], dtype: DType, device: &Device) -> Tensor {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let cells: Vec<f32> = (0..dims.iter().product())
         .map(|_| {
@@ -21,11 +42,12 @@ pub(crate) fn random(seed: u64, dims: &[usize], dtype: DType) -> Tensor {
         })
         .collect();
     let x = Tensor::from_vec(cells, dims, &Device::Cpu).unwrap();
-    x.to_dtype(dtype).unwrap()
+    x.to_dtype(dtype).unwrap().to_device(device).unwrap()
 }
 
 /// The cells of a tensor, in the order of its shape.
 pub(crate) fn cells(x: &Tensor) -> Vec<f64> {
+    let x = x.to_device(&Device::Cpu).unwrap();
     let x = x.to_dtype(DType::F64).unwrap();
     x.flatten_all().unwrap().to_vec1().unwrap()
 }
