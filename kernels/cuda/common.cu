@@ -56,10 +56,11 @@ DEV void copy4(u32 to, const void* from, bool there) {
 DEV void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 DEV void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-// Lets a kernel that was launched as this one's programmatic dependent start; it waits for what this
-// one writes.
-DEV void next_kernel_may_start() {
+// Waits until the kernel before has ended and what it wrote can be read, and lets the one after start,
+// which waits likewise. Without programmatic dependent launches neither does anything.
+DEV void follow_kernel_before() {
 #if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }

@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             bar_init(v_empty + 8 * i, 4 * WGS);
         }
 #if CLASSES
-        if (i < QBUF) bar_init(listed + 8 * i, 1);
+        if (i < QBUF) bar_init(listed + 8 * i, 32);
 #endif
         if (i == 0) {
             bar_init(verdict, WGS);
@@ -117,6 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         prefetch_map(&map_o);
     }
     __syncthreads();
+    follow_kernel_before();
 
     if (group == 0) {
         // ---- producer ----
@@ -127,7 +128,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if CLASSES
         // The second warp is a tile ahead, with which key tiles there are to do.
         if (warp == 1) {
-            wait_for_kernel_before();
             for (int run = 0; run < (SPECULATE ? 2 : 1); run++) {
                 if (run > 0 && !redo()) break;
                 for (int turn = 0; index_at(turn) < indices; turn++) {
@@ -136,8 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     for (int w = 0; w < WGS; w++) bar_wait(q_empty + 8 * (b * WGS + w), rq.phase());
                     const int len = list_tiles(sh->list[b], sh->list_from[b], sh->list_to[b], p, t, lane);
                     if (lane == 0) sh->list_len[b] = len;
-                    __syncwarp();
-                    if (lane == 0) bar_arrive(listed + 8 * b);
+                    bar_arrive(listed + 8 * b);
                     rq.next();
                 }
             }
@@ -221,6 +220,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Ring<QBUF> rq = {0};
     bool storing = false; // O of the tile before may still be read from its buffer
     auto wait_q = [&]() {
+#if CLASSES
+        bar_wait(listed + 8 * rq.slot(), rq.phase());
+#endif
         bar_wait(q_full + 8 * (rq.slot() * WGS + wg), rq.phase());
     };
     auto told = [&]() { return tile_told(p, sh->tile[rq.slot() * WGS + wg]); };

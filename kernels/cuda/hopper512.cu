@@ -68,11 +68,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             bar_init(empty + 8 * s, 8); // four warps of either CTA
         }
 #if CLASSES
-        bar_init(smem_u32(&sh->list_full), 1);
+        bar_init(smem_u32(&sh->list_full), 32);
 #endif
         bar_init_fence();
     }
     cluster_sync();
+    follow_kernel_before();
 
     const Tile t = tile_of(p, blockIdx.x / 2);
     const int m0 = t.m0 + rank * 64;
@@ -83,11 +84,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         regs_give<40>();
         if (threadIdx.x < 32) {
 #if CLASSES
-            wait_for_kernel_before();
             n = list_tiles(sh->list, sh->list_from, sh->list_to, p, t, threadIdx.x);
             if (threadIdx.x == 0) sh->list_len = n;
             __syncwarp();
-            if (threadIdx.x == 0) bar_arrive(smem_u32(&sh->list_full));
+            bar_arrive(smem_u32(&sh->list_full));
 #define TILE_AT(i) (sh->list[i] & 0x3ff)
 #else
 #define TILE_AT(i) (t.hi - 1 - (i))

@@ -145,10 +145,11 @@ DEV void fence_async_smem() {
 
 // ---- kernels one after another --------------------------------------------------------------
 
-// Waits until what the kernel before wrote can be read. It may still be running where this one was
-// launched as its programmatic dependent; nothing waits where it was not.
-DEV void wait_for_kernel_before() {
+// Waits until the kernel before has ended and what it wrote can be read, and lets the one after start,
+// which waits likewise. Without programmatic dependent launches neither does anything.
+DEV void follow_kernel_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // ---- registers and arithmetic --------------------------------------------------------------

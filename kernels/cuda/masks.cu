@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(32) classify(const u16* mask, u8* c
 // The same where rows lie on 16 bytes and `bk` is 8, 16, 32 or 64: a warp has the rows of a row of
 // tiles and 256 keys, 8 keys a lane.
 extern "C" __global__ void __launch_bounds__(128) classify_wide(const u16* mask, u8* classes, const BlkParams p, int bq, int bk) {
-    next_kernel_may_start();
+    follow_kernel_before();
     const i64 across = (i64(p.seq_len_k) + 1023) / 1024;
     const i64 qt = blockIdx.x / across, key0 = (blockIdx.x % across) * 1024 + i64(threadIdx.x / 32) * 256;
     const int lane = threadIdx.x % 32;

@@ -73,11 +73,13 @@ impl Plan {
         let tile = variant.tile;
         let (nq, nk) = tile.count(shape.query_len, shape.key_len);
 
-        let mut args: Vec<(usize, PlanArg)> = Role::ALL
-            .into_iter()
-            .filter(|role| problem.operand(*role).is_some())
-            .map(|role| (prefill::index(role), PlanArg::Operand(role)))
-            .collect();
+        let mut args = Vec::with_capacity(Role::ALL.len() + 5);
+        args.extend(
+            Role::ALL
+                .into_iter()
+                .filter(|role| problem.operand(*role).is_some())
+                .map(|role| (prefill::index(role), PlanArg::Operand(role))),
+        );
         let mut bytes = |index, bytes: &[u8]| args.push((index, PlanArg::Bytes(bytes.to_vec())));
         bytes(
             prefill::PARAMS,

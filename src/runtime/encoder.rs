@@ -207,22 +207,18 @@ impl CommandEncoder {
         let op_kind = std::mem::take(&mut self.op_kind);
         let kernel = Arc::clone(pipeline.kernel());
         let access = bindings::accesses(&kernel.name);
-        let bindings = args
-            .iter()
-            .map(|(index, arg)| {
-                let index = usize::try_from(*index)
-                    .map_err(|_| MlxError::expected(&kernel.name, "a buffer index", index))?;
-                let buffer = |buffer: MlxBuffer| CapturedBinding::Buffer(buffer, access(index));
-                Ok((
-                    index,
-                    match arg {
-                        KernelArg::Buffer(b) => buffer((*b).clone()),
-                        KernelArg::BufferWithOffset(b, offset) => buffer(from_offset(b, *offset)?),
-                        KernelArg::Bytes(bytes) => CapturedBinding::Bytes((*bytes).into()),
-                    },
-                ))
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let mut bindings = Vec::with_capacity(args.len());
+        for (index, arg) in args {
+            let index = usize::try_from(*index)
+                .map_err(|_| MlxError::expected(&kernel.name, "a buffer index", index))?;
+            let buffer = |buffer: MlxBuffer| CapturedBinding::Buffer(buffer, access(index));
+            let binding = match arg {
+                KernelArg::Buffer(b) => buffer((*b).clone()),
+                KernelArg::BufferWithOffset(b, offset) => buffer(from_offset(b, *offset)?),
+                KernelArg::Bytes(bytes) => CapturedBinding::Bytes((*bytes).into()),
+            };
+            bindings.push((index, binding));
+        }
         self.record(CapturedDispatch {
             kernel,
             op_kind,
@@ -241,14 +237,12 @@ impl CommandEncoder {
                 CapturedBinding::Buffer(buffer, access) => Some((buffer, *access)),
                 CapturedBinding::Bytes(_) => None,
             });
-        let uses: Vec<Use> = buffers
-            .clone()
-            .map(|(buffer, access)| Use {
-                memory: Arc::as_ptr(buffer.storage()) as usize,
-                range: buffer.range(),
-                writes: access.writes(),
-            })
-            .collect();
+        let mut uses = Vec::with_capacity(dispatch.bindings.len());
+        uses.extend(buffers.clone().map(|(buffer, access)| Use {
+            memory: Arc::as_ptr(buffer.storage()) as usize,
+            range: buffer.range(),
+            writes: access.writes(),
+        }));
         if !self.is_capturing() {
             let written = buffers.filter(|(_, access)| access.writes());
             self.pending_writes

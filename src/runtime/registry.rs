@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::device::DeviceHandle;
@@ -130,23 +131,21 @@ impl KernelRegistry {
             kernel: known.clone(),
             constants,
         };
-        if !self.local.contains_key(&key) {
-            let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-            let pipeline = match shared.get(&key) {
-                Some(built) => built.clone(),
-                None => {
-                    let kernel = device.backend.build(name, source, &key.constants)?;
-                    let pipeline = Pipeline(Arc::new(kernel));
-                    shared.insert(key.clone(), pipeline.clone());
-                    pipeline
-                }
-            };
-            drop(shared);
-            self.local.insert(key.clone(), pipeline);
-        }
-        self.local
-            .get(&key)
-            .ok_or_else(|| MlxError::KernelNotFound(name.into()))
+        let slot = match self.local.entry(key) {
+            Entry::Occupied(given) => return Ok(given.into_mut()),
+            Entry::Vacant(slot) => slot,
+        };
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let pipeline = match shared.get(slot.key()) {
+            Some(built) => built.clone(),
+            None => {
+                let kernel = device.backend.build(name, source, &slot.key().constants)?;
+                let pipeline = Pipeline(Arc::new(kernel));
+                shared.insert(slot.key().clone(), pipeline.clone());
+                pipeline
+            }
+        };
+        Ok(slot.insert(pipeline))
     }
 
     /// Whether some pipeline of this kernel has been built.

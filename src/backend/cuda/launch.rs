@@ -8,7 +8,7 @@ use super::fit::{self, Machine};
 use super::gpu::Gpu;
 use super::maps;
 use super::memory::CudaMemory;
-use super::modules::{Function, Start};
+use super::modules::Function;
 use super::params::params;
 use super::scratch::Scratch;
 use super::spec::{self, Spec};
@@ -116,7 +116,6 @@ pub(super) fn built(gpu: &Arc<Gpu>, kernel: &str, constants: &Constants) -> Resu
 pub(crate) fn encode(gpu: &Arc<Gpu>, steps: &[Step], stream: &Stream) -> Result<Vec<Temporary>> {
     gpu.context.enter()?;
     let mut temporaries = Vec::new();
-    let mut classes = None;
     for step in steps {
         if let Step::Dispatch(dispatch) = step {
             let mut launch = Launch {
@@ -124,10 +123,8 @@ pub(crate) fn encode(gpu: &Arc<Gpu>, steps: &[Step], stream: &Stream) -> Result<
                 stream,
                 dispatch,
                 temporaries: &mut temporaries,
-                classes: classes.take(),
             };
             launch.run()?;
-            classes = launch.classes;
         }
     }
     Ok(temporaries)
@@ -143,8 +140,6 @@ struct Launch<'a> {
     stream: &'a Stream,
     dispatch: &'a Dispatch,
     temporaries: &'a mut Vec<Temporary>,
-    /// The tile classes that the last kernel writes, if it does.
-    classes: Option<usize>,
 }
 
 impl Launch<'_> {
@@ -226,14 +221,9 @@ impl Launch<'_> {
         }
         let mut args: Vec<*mut c_void> = maps.iter_mut().flatten().map(arg).collect();
         args.push(arg(&mut p));
-        // All that such a kernel reads of the one before it is the classes, for which it waits.
-        let early = form.row.maps()
-            && !at.tile_classes.is_null()
-            && self.classes.take() == Some(at.tile_classes.addr());
-        let start = if early { Start::Early } else { Start::Next };
         // SAFETY: the kernel takes these maps and parameters, whose pointers and strides were checked
         // against the problem; the scratch memory is as large as it takes it to be and kept.
-        unsafe { function.launch(self.stream, blocks, start, &mut args)? };
+        unsafe { function.launch(self.stream, blocks, &mut args)? };
         if splits > 1 {
             let spec = spec::combine(needs.head_dim, needs.dtype);
             let combine = self.gpu.function(&spec)?;
@@ -245,7 +235,7 @@ impl Launch<'_> {
     fn combine(&self, function: &Function, mut p: CudaParams, rows: usize) -> Result<()> {
         let blocks = rows.div_ceil(4) as u64;
         // SAFETY: as for the launch that wrote the partial results.
-        unsafe { function.launch(self.stream, blocks, Start::Next, &mut [arg(&mut p)]) }
+        unsafe { function.launch(self.stream, blocks, &mut [arg(&mut p)]) }
     }
 
     fn fill(&self, function: &Function) -> Result<()> {
@@ -254,10 +244,10 @@ impl Launch<'_> {
         let mut mask = mask.ptr();
         let args = &mut [arg(&mut mask), arg(&mut params)];
         // SAFETY: the kernel's parameters, and a mask of rows by keys cells.
-        unsafe { function.launch(self.stream, params.seq_len_q.into(), Start::Next, args) }
+        unsafe { function.launch(self.stream, params.seq_len_q.into(), args) }
     }
 
-    fn classes(&mut self) -> Result<()> {
+    fn classes(&self) -> Result<()> {
         let Classes {
             mut params,
             tile,
@@ -289,9 +279,7 @@ impl Launch<'_> {
         ];
         let function = self.gpu.function(&spec::classify(wide))?;
         // SAFETY: the kernel's parameters; mask and classes are as large as they say.
-        unsafe { function.launch(self.stream, blocks, Start::Next, args)? };
-        self.classes = Some(classes.addr());
-        Ok(())
+        unsafe { function.launch(self.stream, blocks, args) }
     }
 
     /// The kernel of `spec`, kept from one dispatch to the next.
@@ -333,7 +321,7 @@ impl Launch<'_> {
             arg(&mut params),
         ];
         // SAFETY: the kernel's parameters; what they point to was checked against them.
-        unsafe { function.launch(self.stream, blocks, Start::Next, args) }
+        unsafe { function.launch(self.stream, blocks, args) }
     }
 
     fn reduce(&self, kept: &Mutex<Option<Arc<Function>>>) -> Result<()> {

@@ -11,16 +11,12 @@ use super::driver::{Context, Stream, failed};
 use super::images::Images;
 use super::nvrtc::Nvrtc;
 use super::spec::Spec;
+use super::table::Capability;
 use crate::error::{MlxError, Result};
 
-/// When a kernel may start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Start {
-    /// Once the one before it on the stream has ended.
-    Next,
-    /// While it still runs, if it lets it (CUDA programming guide, programmatic dependent launch).
-    Early,
-}
+/// The first GPUs and the first driver on which a kernel may start while the one before it on the
+/// stream still runs, in graphs too (CUDA programming guide, programmatic dependent launch).
+const EARLY: (Capability, (u32, u32)) = (Capability(9, 0), (12, 3));
 
 /// A kernel that can be launched.
 #[derive(Debug)]
@@ -29,6 +25,8 @@ pub(super) struct Function {
     module: sys::CUmodule,
     context: Arc<Context>,
     pub(super) spec: Spec,
+    /// Whether it may start while the kernel before it runs.
+    early: bool,
 }
 
 // SAFETY: functions and modules may be used from any thread whose context is theirs.
@@ -114,6 +112,7 @@ impl Modules {
             module,
             context: Arc::clone(context),
             spec: spec.clone(),
+            early: spec.waits && context.capability >= EARLY.0 && context.driver >= EARLY.1,
         };
         let entry = CString::new(spec.entry).map_err(|e| MlxError::ShaderCompilationError {
             name: spec.name(),
@@ -137,13 +136,12 @@ impl Function {
     ///
     /// # Safety
     /// `args` point to values of the kernel's parameter types, and what those point to on the GPU is
-    /// as large as the kernel takes it to be until it has run. With [`Start::Early`] the kernel waits
-    /// by itself for what the one before it writes.
+    /// as large as the kernel takes it to be until it has run. One that says so waits by itself for the
+    /// kernel before it, before it reads or writes any of that.
     pub(super) unsafe fn launch(
         &self,
         stream: &Stream,
         blocks: u64,
-        start: Start,
         args: &mut [*mut c_void],
     ) -> Result<()> {
         let blocks = u32::try_from(blocks)
@@ -172,7 +170,7 @@ impl Function {
             sharedMemBytes: self.spec.shared,
             hStream: stream.raw(),
             attrs: &raw mut attribute,
-            numAttrs: (start == Start::Early).into(),
+            numAttrs: self.early.into(),
         };
         // SAFETY: the module is loaded; the configuration and the attribute that it points to outlive
         // the call; the rest is promised by the caller.

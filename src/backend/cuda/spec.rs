@@ -17,6 +17,8 @@ pub(crate) struct Spec {
     pub(super) shared: u32,
     /// Numbers too small for full precision count as zero.
     pub(super) flush: bool,
+    /// Waits by itself for the kernel before it, on GPUs that can tell it to.
+    pub(super) waits: bool,
 }
 
 impl Spec {
@@ -72,6 +74,7 @@ fn spec(
         threads,
         shared: 0,
         flush: false,
+        waits: false,
     }
 }
 
@@ -99,7 +102,10 @@ pub(super) fn fill() -> Spec {
 /// The tile classes; `wide` for rows on 16 bytes and tiles of 8 to 64 keys.
 pub(super) fn classify(wide: bool) -> Spec {
     if wide {
-        spec(sources::MASKS, Vec::new(), "classify_wide", 128)
+        Spec {
+            waits: true,
+            ..spec(sources::MASKS, Vec::new(), "classify_wide", 128)
+        }
     } else {
         spec(sources::MASKS, Vec::new(), "classify", 32)
     }

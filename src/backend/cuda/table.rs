@@ -312,6 +312,7 @@ impl Row {
             threads: threads as u32,
             shared: self.shared_bytes(needs) as u32,
             flush: self.maps(),
+            waits: self.maps(),
         }
     }
 
