@@ -20,7 +20,7 @@ pub(crate) enum On {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Common {
     /// candle's device; other than the CPU they take the feature of that name.
-    #[arg(long, value_enum, default_value = "cpu")]
+    #[arg(long, value_enum, env = "MLX_FLASH_DEVICE", default_value = "cpu")]
     pub(crate) device: On,
     /// Where `scripts/fetch-models` put the weights.
     #[arg(long, value_name = "DIR", env = "MLX_FLASH_MODELS")]

@@ -11,6 +11,7 @@
 mod attention;
 #[path = "../common/mod.rs"]
 mod common;
+mod gpu_memory;
 mod model;
 mod tokenizer;
 
@@ -81,8 +82,10 @@ struct Run {
     decode_s: f64,
     /// Of the prefill.
     clock: Clock,
-    /// Bytes at the peak of the prefill, above the weights and the empty cache.
+    /// Bytes on the host at the peak of the prefill, above the weights and the empty cache.
     peak: usize,
+    /// The same on a GPU, of the whole run.
+    gpu_peak: Option<usize>,
     generated: Vec<u32>,
 }
 
@@ -132,7 +135,32 @@ fn run(
         decode_s,
         clock,
         peak,
+        gpu_peak: None,
         generated,
+    })
+}
+
+/// A run as it is meant to be measured.
+fn measured(
+    cli: &Cli,
+    model: &mut Model,
+    whose: Attention,
+    prompt: &[u32],
+    tell: impl FnMut(&[u32]) -> Result<()>,
+) -> Result<Run> {
+    let device = model.device.clone();
+    let mut gpu_peak = None;
+    if !device.is_cpu() {
+        // Kernels are compiled when they first run, and looking at memory takes time: neither is a part of
+        // the times.
+        let mut quiet = || run(cli, model, whose, prompt, |_| Ok(()));
+        quiet()?;
+        (_, gpu_peak) = gpu_memory::peak(&device, quiet)?;
+    }
+    let measured = run(cli, model, whose, prompt, tell)?;
+    Ok(Run {
+        gpu_peak,
+        ..measured
     })
 }
 
@@ -171,6 +199,12 @@ fn table(runs: &[Run], prompt: usize, seen: &[usize]) -> Table {
             format!("{:.0}", r.peak as f64 / 1e6)
         }),
     ]);
+    if runs.iter().any(|r| r.gpu_peak.is_some()) {
+        table.add_row(row("peak on the GPU, MB", &|r| {
+            r.gpu_peak
+                .map_or_else(String::new, |peak| format!("{:.0}", peak as f64 / 1e6))
+        }));
+    }
     let mut keys = vec!["keys that a token of a window layer sees".to_owned()];
     keys.extend(seen.iter().map(ToString::to_string));
     table.add_row(keys);
@@ -216,12 +250,6 @@ fn main() -> Result<()> {
         print!("{}", cli.prompt);
     }
     let mut runs = Vec::new();
-    if !weights.device.is_cpu() {
-        // Kernels are compiled when they first run, which is no part of the times.
-        for whose in order {
-            run(&cli, &mut model, *whose, &prompt, |_| Ok(()))?;
-        }
-    }
     for (n, whose) in order.iter().enumerate() {
         let mut told = String::new();
         let tell = |ids: &[u32]| {
@@ -236,7 +264,7 @@ fn main() -> Result<()> {
             }
             Ok(())
         };
-        runs.push(run(&cli, &mut model, *whose, &prompt, tell)?);
+        runs.push(measured(&cli, &mut model, *whose, &prompt, tell)?);
     }
     let window = model.config.window;
     let seen = order
@@ -254,6 +282,7 @@ fn main() -> Result<()> {
                 "attention_ms": run.clock.attention.as_secs_f64() * 1e3,
                 "masks_ms": run.clock.masks.as_secs_f64() * 1e3,
                 "peak_bytes": run.peak,
+                "gpu_peak_bytes": run.gpu_peak,
                 "keys_seen_in_window": seen,
                 "generated": run.generated,
                 "text": text(&run.generated)?,

@@ -115,7 +115,7 @@ pub(crate) struct Model {
     layers: Vec<Layer>,
     norm: Tensor,
     head: QMatMul,
-    device: Device,
+    pub(crate) device: Device,
 }
 
 /// Cosines and sines of the rotation at each position, `[capacity, D / 2]`.

@@ -56,10 +56,15 @@ pub(crate) fn from_gguf(content: &Content) -> Result<Tokenizer> {
         .iter()
         .map(|t| Ok(t.to_i32()?))
         .collect::<Result<_>>()?;
+    from_pieces(&pieces, &scores, &types)
+}
+
+/// The tokenizer of pieces, which stand where their ids say.
+pub(crate) fn from_pieces(pieces: &[&str], scores: &[f32], types: &[i32]) -> Result<Tokenizer> {
     // Whole-piece tokens take no part in merges.
     let whole = |id: usize| matches!(types.get(id), Some(&CONTROL | &USER_DEFINED));
     let ids: HashMap<&str, u32> = (0_u32..)
-        .zip(&pieces)
+        .zip(pieces)
         .filter(|(id, _)| !whole(*id as usize))
         .map(|(id, piece)| (*piece, id))
         .collect();
@@ -68,9 +73,9 @@ pub(crate) fn from_gguf(content: &Content) -> Result<Tokenizer> {
         .enumerate()
         .map(|(id, piece)| if whole(id) { "" } else { piece })
         .collect();
-    let merges = merges(&mergeable, &scores, &ids);
+    let merges = merges(&mergeable, scores, &ids);
     let vocab = (0_u32..)
-        .zip(&pieces)
+        .zip(pieces)
         .map(|(id, piece)| ((*piece).to_owned(), id));
     let model = BPE::builder()
         .vocab_and_merges(vocab.collect::<tokenizers::models::bpe::Vocab>(), merges)
@@ -90,7 +95,7 @@ pub(crate) fn from_gguf(content: &Content) -> Result<Tokenizer> {
         Fuse::new().into(),
     ])));
     let added = |kind: i32, special: bool| -> Vec<AddedToken> {
-        let of_kind = pieces.iter().zip(&types).filter(|(_, t)| **t == kind);
+        let of_kind = pieces.iter().zip(types).filter(|(_, t)| **t == kind);
         of_kind
             .map(|(piece, _)| AddedToken::from(*piece, special).normalized(false))
             .collect()
