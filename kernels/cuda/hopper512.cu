@@ -28,14 +28,14 @@
 #endif
 
 // Named barriers.
-#define BAR_FULL 1  // and + 1: weights are there
-#define BAR_FREE 3  // and + 1: weights were read
-#define BAR_DONE 5  // all scores are done, the last factors are there
-#define BAR_STORE 6 // and + 1: within a group
+#define BAR_FREE 1  // and + 1: weights were read
+#define BAR_STORE 3 // and + 1: within a group
 
 struct Shared {
     u64 q_full;
     u64 full[SLOTS], empty[SLOTS];
+    u64 p_full[PBUF]; // weights and their factors are there
+    u64 done;         // so are the last factors
     float alpha[PBUF][64];
     float inv[64];
 #if CLASSES
@@ -54,6 +54,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     Shared* sh = (Shared*)(raw + Q_BYTES + SLOTS * SLOT_BYTES + PBUF * P_BYTES);
     const u32 q_full = smem_u32(&sh->q_full);
     const u32 full = smem_u32(sh->full), empty = smem_u32(sh->empty);
+    const u32 p_full = smem_u32(sh->p_full), done = smem_u32(&sh->done);
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     const int rank = blockIdx.x & 1;
 
@@ -67,6 +68,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             bar_init(full + 8 * s, 1);
             bar_init(empty + 8 * s, 8); // four warps of either CTA
         }
+        for (int b = 0; b < PBUF; b++) bar_init(p_full + 8 * b, 128);
+        bar_init(done, 128);
 #if CLASSES
         bar_init(smem_u32(&sh->list_full), 32);
 #endif
@@ -274,7 +277,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         for (int i = 1; i < n; i++) {
             issue_qk(i);
             // Only now, lest its products come before these.
-            named_arrive(BAR_FULL + ((i - 1) & (PBUF - 1)), 256);
+            bar_arrive(p_full + 8 * ((i - 1) & (PBUF - 1)));
             issue_pv(i - 1);
             wgmma_wait<4>();
             pin(s);
@@ -291,14 +294,14 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             rescale(soft.alpha[0], soft.alpha[1]);
             soft.scaled = false;
         }
-        named_arrive(BAR_FULL + ((n - 1) & (PBUF - 1)), 256);
+        bar_arrive(p_full + 8 * ((n - 1) & (PBUF - 1)));
         issue_pv(n - 1);
         finish(inv, soft, p, t, rows_of(p, t, rank * 64, tid));
         if ((lane & 3) == 0) {
             sh->inv[warp * 16 + (lane >> 2)] = inv[0];
             sh->inv[warp * 16 + (lane >> 2) + 8] = inv[1];
         }
-        named_arrive(BAR_DONE, 256);
+        bar_arrive(done);
         wgmma_wait<0>();
         pin(o);
         release_v();
@@ -310,7 +313,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #pragma unroll 1
         for (int i = 0; i < n; i++) {
             const int b = i & (PBUF - 1);
-            named_sync(BAR_FULL + b, 256);
+            bar_wait(p_full + 8 * b, i / PBUF & 1);
             if (i > 0) rescale(sh->alpha[b][r], sh->alpha[b][r + 8]);
 #pragma unroll
             for (int c = 0; c < 4; c++) {
@@ -330,7 +333,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             // The next tile but PBUF - 1 takes these weights' place, if there is one.
             named_arrive(BAR_FREE + b, 256);
         }
-        named_sync(BAR_DONE, 256);
+        bar_wait(done, 0);
         inv[0] = sh->inv[r];
         inv[1] = sh->inv[r + 8];
     }
