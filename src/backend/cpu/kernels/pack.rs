@@ -1,12 +1,13 @@
 //! Packing a strip of K and V into the order in which the micro-kernel reads them, converted on the
 //! way. K: panels of `NR` vectors of keys, `[panel][unit of D][keys]`. V: panels of `NR` vectors of
-//! columns, then single vectors for what is left, `[panel][unit of keys][columns]`. Keys that are
-//! not there are zeros up to the end of their panel, so that nothing past the last key is read.
+//! columns, then single vectors for what is left, `[panel][unit of keys][columns]`. Units that one
+//! multiplication takes together are woven. Keys that are not there are zeros up to the end of their
+//! panel, so that nothing past the last key is read.
 
 use std::ops::Range;
 
 use super::call::{Call, Unit};
-use super::micro::Kernel;
+use super::micro::{Kernel, weave};
 use super::simd::{Elem, Simd};
 use crate::DType;
 
@@ -119,7 +120,8 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
                         *v = kernel.row_units(at, columns);
                     }
                 }
-                let tile = s.transpose(tile);
+                let mut tile = s.transpose(tile);
+                weave(kernel, tile.as_mut());
                 for (i, v) in tile.as_ref().iter().take(columns).enumerate() {
                     s.store(panel.add((c + i) * width), *v);
                 }
@@ -149,18 +151,22 @@ unsafe fn pack_values<K: Kernel, T: Elem, const NR: usize>(
             std::ptr::null()
         }
     };
-    for step in 0..count.div_ceil(width) * width / K::PAIR {
-        let key = step * K::PAIR;
+    for step in (0..count.div_ceil(width) * width / K::PAIR).step_by(K::SIDE) {
         for column in (0..call.dim).step_by(lanes) {
-            let at = if column < panelled {
-                column / width * width * height + step * width + column % width
-            } else {
-                column * height + step * lanes
-            };
-            // SAFETY: `at` lies in the strip; rows are there or null.
+            let panel = if column < panelled { width } else { lanes };
+            let at = column / panel * panel * height + step * panel + column % panel;
+            let mut block = s.zeros();
+            let units = &mut block.as_mut()[..K::SIDE];
+            // SAFETY: the steps lie in the strip; rows are there or null.
             unsafe {
-                let units = kernel.value_units([row(key, column), row(key + 1, column)]);
-                s.store(to.add(at), units);
+                for (i, units) in units.iter_mut().enumerate() {
+                    let key = (step + i) * K::PAIR;
+                    *units = kernel.value_units([row(key, column), row(key + 1, column)]);
+                }
+                weave(kernel, units);
+                for (i, units) in units.iter().enumerate() {
+                    s.store(to.add(at + i * panel), *units);
+                }
             }
         }
     }

@@ -83,6 +83,10 @@ unsafe fn step_through<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
 
 /// K and V of a strip, in some form.
 pub(super) trait Strip: Copy {
+    /// What the rows of a micro-kernel must be a multiple of.
+    fn side<K: Kernel>() -> usize {
+        1
+    }
     /// Asks memory for the share that some of all `rows` have in what comes after this strip.
     fn ahead<S: Simd>(self, _s: S, _call: &Call<'_>, _share: Range<usize>, _rows: usize) {}
     /// Writes the scaled scores of `MR` rows.
@@ -102,7 +106,7 @@ pub(super) trait Strip: Copy {
 /// Runs a method of [`Strip`] with the smallest size of micro-kernel that holds `rows`.
 macro_rules! by_rows {
     ($rows:expr, $strip:ident.$method:ident($kernel:ident, $of:expr)) => {
-        match $rows {
+        match $rows.next_multiple_of(P::side::<K>()) {
             1 => $strip.$method::<K, 1, NR>($kernel, $of),
             2 => $strip.$method::<K, 2, NR>($kernel, $of),
             3 | 4 if MR > 4 => $strip.$method::<K, 4, NR>($kernel, $of),
@@ -210,6 +214,10 @@ impl Products<'_> {
 }
 
 impl Strip for Packed<'_> {
+    fn side<K: Kernel>() -> usize {
+        K::SIDE
+    }
+
     #[inline(always)]
     fn ahead<S: Simd>(self, s: S, call: &Call<'_>, share: Range<usize>, rows: usize) {
         let Some((unit, strip)) = self.next else {

@@ -158,7 +158,7 @@ fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[Row]) -> usize {
     let whole = rows.len() / call.kernels.rows * call.kernels.rows;
     // The micro-kernel reads no row past the last of these.
     let rest = match rows.len() - whole {
-        rest @ (1 | 2 | 4 | 8) => rest,
+        rest @ (1 | 2 | 4 | 8) if rest.is_multiple_of(call.kernels.side) => rest,
         _ => 0,
     };
     whole + rest
