@@ -138,35 +138,62 @@ unsafe fn pack_values<K: Kernel, T: Elem, const NR: usize>(
     count: usize,
     to: *mut f32,
 ) {
-    let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
     let width = NR * lanes;
     let height = call.strip / K::PAIR;
     let panelled = call.dim / width * width;
-    let row = |key: usize, column: usize| {
+    let row = |key: usize| {
         if key < count {
-            // SAFETY: the key and the column exist.
-            unsafe { rows.add(key * call.value_stride + column) }
+            // SAFETY: the key exists.
+            unsafe { rows.add(key * call.value_stride) }
         } else {
             std::ptr::null()
         }
     };
     for step in (0..count.div_ceil(width) * width / K::PAIR).step_by(K::SIDE) {
-        for column in (0..call.dim).step_by(lanes) {
-            let panel = if column < panelled { width } else { lanes };
-            let at = column / panel * panel * height + step * panel + column % panel;
-            let mut block = s.zeros();
-            let units = &mut block.as_mut()[..K::SIDE];
-            // SAFETY: the steps lie in the strip; rows are there or null.
-            unsafe {
-                for (i, units) in units.iter_mut().enumerate() {
-                    let key = (step + i) * K::PAIR;
-                    *units = kernel.value_units([row(key, column), row(key + 1, column)]);
-                }
-                weave(kernel, units);
-                for (i, units) in units.iter().enumerate() {
-                    s.store(to.add(at + i * panel), *units);
-                }
+        let keys = [step, step + 1].map(|step| [row(step * K::PAIR), row(step * K::PAIR + 1)]);
+        // SAFETY: the steps lie in the strip, and the columns exist.
+        unsafe {
+            for column in (0..panelled).step_by(width) {
+                let to = to.add(column * height + step * width);
+                pack_columns::<K, T, NR>(kernel, keys, column, to);
+            }
+            for column in (panelled..call.dim).step_by(lanes) {
+                let to = to.add(column * height + step * lanes);
+                pack_columns::<K, T, 1>(kernel, keys, column, to);
+            }
+        }
+    }
+}
+
+/// Packs `NV` vectors of columns of `SIDE` units of keys; null where there is no key.
+#[inline(always)]
+unsafe fn pack_columns<K: Kernel, T: Elem, const NV: usize>(
+    kernel: K,
+    keys: [[*const T; 2]; 2],
+    column: usize,
+    to: *mut f32,
+) {
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    for j in 0..NV {
+        let at = |row: *const T| {
+            if row.is_null() {
+                row
+            } else {
+                row.wrapping_add(column + j * lanes)
+            }
+        };
+        let mut block = s.zeros();
+        let units = &mut block.as_mut()[..K::SIDE];
+        // SAFETY: as promised by the caller.
+        unsafe {
+            for (units, keys) in units.iter_mut().zip(keys) {
+                *units = kernel.value_units(keys.map(at));
+            }
+            weave(kernel, units);
+            for (i, units) in units.iter().enumerate() {
+                s.store(to.add((i * NV + j) * lanes), *units);
             }
         }
     }

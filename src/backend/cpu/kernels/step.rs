@@ -12,10 +12,6 @@ use super::softmax::{self, Place};
 use super::span::{self, Span};
 use super::tile::Tile;
 
-/// Units from one packed row of Q to the next: room for the longest, and off the powers of two that
-/// would put all rows into the same cache sets.
-pub(super) const QUERY_ROW: usize = 512 + 16;
-
 /// Most rows of a micro-kernel.
 pub(super) const MOST_ROWS: usize = 12;
 const _: () = assert!(MOST_ROWS <= GROUP);
