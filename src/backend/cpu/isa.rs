@@ -10,6 +10,8 @@ pub enum Isa {
     Portable,
     /// 128-bit NEON (aarch64).
     Neon,
+    /// NEON with bf16 products of matrices (`bfmmla`).
+    NeonBf16,
     /// 256-bit AVX2 with FMA and F16C.
     Avx2,
     /// 512-bit AVX-512 F, BW, DQ and VL.
@@ -20,9 +22,10 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, from the plainest up.
-    pub const ALL: [Isa; 5] = [
+    pub const ALL: [Isa; 6] = [
         Self::Portable,
         Self::Neon,
+        Self::NeonBf16,
         Self::Avx2,
         Self::Avx512,
         Self::Avx512Bf16,
@@ -33,6 +36,7 @@ impl Isa {
         match self {
             Self::Portable => "portable",
             Self::Neon => "neon",
+            Self::NeonBf16 => "neonbf16",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
@@ -50,6 +54,10 @@ impl Isa {
             Self::Portable => true,
             #[cfg(all(target_arch = "aarch64", not(miri)))]
             Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(all(target_arch = "aarch64", not(miri)))]
+            Self::NeonBf16 => {
+                Self::Neon.is_available() && std::arch::is_aarch64_feature_detected!("bf16")
+            }
             #[cfg(all(target_arch = "x86_64", not(miri)))]
             Self::Avx2 => {
                 is_x86_feature_detected!("avx2")

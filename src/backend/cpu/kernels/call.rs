@@ -29,6 +29,9 @@ pub(super) struct Call<'a> {
     pub(super) dim: usize,
     /// Units of a row of Q or K.
     pub(super) dim_units: usize,
+    /// Units from one packed row of Q to the next: off the powers of two that would put all rows into
+    /// the same cache sets.
+    pub(super) query_row: usize,
     /// Keys of a strip.
     pub(super) strip: usize,
     /// Most terms that are summed in one run; runs' sums are then added up. Rounding grows with the
@@ -68,6 +71,7 @@ impl<'a> Call<'a> {
             kernels,
             dim,
             dim_units,
+            query_row: dim_units + 16,
             strip: STRIP.min(STRIP_BYTES / (4 * dim_units)),
             run: if problem.dtype() == DType::F32 {
                 128

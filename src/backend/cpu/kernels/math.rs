@@ -39,6 +39,9 @@ pub(super) fn octave<S: Simd, const DEGREE: usize>(s: S, f: S::V) -> S::V {
 /// low bits.
 pub(super) const WHOLE: f32 = 12_582_912.0;
 
+/// Exponents are cut off here: the fraction is then 0, and its octave less the whole part exactly 0.
+pub(super) const LOWEST: f32 = -127.0;
+
 /// `tanh(x) = x (1 + x^2 P(x^2))` near 0; P to 7e-9 of the result.
 const TANH: [f32; 5] = [
     -0.333_332_65,

@@ -1,7 +1,9 @@
 //! The micro-kernel: `MR` rows of A times `NR` vectors of B, held in registers. Both matrix products
 //! use it; only where A's units lie differs.
 //!
-//! A unit is four bytes: one f32, or two neighbouring bf16 under a kernel with dot products.
+//! A unit is four bytes: one f32, or two neighbouring bf16 under a kernel with dot products. Where an
+//! instruction multiplies small matrices, it takes `SIDE` rows of A at once, and `SIDE` units of each;
+//! B and the sums then lie in its own order while the micro-kernel runs.
 
 use super::simd::{Elem, Simd};
 
@@ -10,6 +12,8 @@ pub(super) trait Kernel: Copy + 'static {
     type S: Simd;
     /// Elements in a unit.
     const PAIR: usize;
+    /// Rows of A that a multiplication takes, and units of each: 1, or 2 with products of matrices.
+    const SIDE: usize = 1;
     /// Degree of exp2's polynomial for probabilities.
     const DEGREE: usize;
 
@@ -18,6 +22,28 @@ pub(super) trait Kernel: Copy + 'static {
     fn multiply(self, a: Vector<Self>, b: Vector<Self>, acc: Vector<Self>) -> Vector<Self>;
     /// The unit at `at` in every lane.
     unsafe fn broadcast(self, at: *const u32) -> Vector<Self>;
+    /// As [`Self::multiply`], with `a` from [`Self::rows_at`].
+    #[inline(always)]
+    fn multiply_rows(self, a: Vector<Self>, b: Vector<Self>, acc: Vector<Self>) -> Vector<Self> {
+        self.multiply(a, b, acc)
+    }
+    /// `SIDE` units of each of `SIDE` rows, one `row` units after the other.
+    #[inline(always)]
+    unsafe fn rows_at(self, at: *const u32, _row: usize) -> Vector<Self> {
+        // SAFETY: as promised by the caller.
+        unsafe { self.broadcast(at) }
+    }
+    /// Vectors of B for two units, one after the other, as [`Self::multiply_rows`] takes them. Only
+    /// for a `SIDE` of 2, as the next.
+    #[inline(always)]
+    fn weave(self, units: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
+        units
+    }
+    /// Sums of two rows from the order of [`Self::multiply_rows`], or back into it.
+    #[inline(always)]
+    fn exchange(self, sums: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
+        sums
+    }
     /// The first `count` of `LANES` units of a row of Q or K, zeros after them.
     unsafe fn row_units<T: Elem>(self, at: *const T, count: usize) -> Vector<Self>;
     /// `LANES` columns of V as units of `PAIR` keys; `rows` null where there is no key.
@@ -72,8 +98,32 @@ impl<S: Simd> Kernel for MultiplyAdd<S> {
     }
 }
 
+/// Brings vectors of B, of units one after another, into the order in which [`product`] reads them.
+#[inline(always)]
+pub(super) fn weave<K: Kernel>(kernel: K, units: &mut [Vector<K>]) {
+    if K::SIDE == 2 {
+        for pair in units.chunks_exact_mut(2) {
+            [pair[0], pair[1]] = kernel.weave([pair[0], pair[1]]);
+        }
+    }
+}
+
+/// Sums into the order of [`Kernel::multiply_rows`], or back.
+#[inline(always)]
+fn exchange<K: Kernel, const NR: usize>(kernel: K, acc: &mut [[Vector<K>; NR]]) {
+    if K::SIDE == 2 {
+        for pair in acc.chunks_exact_mut(2) {
+            if let [upper, lower] = pair {
+                for (upper, lower) in upper.iter_mut().zip(lower) {
+                    [*upper, *lower] = kernel.exchange([*upper, *lower]);
+                }
+            }
+        }
+    }
+}
+
 /// Multiplies on top of `acc` over `steps` units: row `r`'s unit `k` is `a[r * row + k]`, and `b`
-/// holds `NR` vectors for each step.
+/// holds `NR` vectors for each step, brought into order by [`weave`]. `SIDE` divides `MR` and `steps`.
 #[inline(always)]
 pub(super) unsafe fn product<K: Kernel, const MR: usize, const NR: usize>(
     kernel: K,
@@ -85,22 +135,26 @@ pub(super) unsafe fn product<K: Kernel, const MR: usize, const NR: usize>(
 ) -> [[Vector<K>; NR]; MR] {
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
-    for _ in 0..steps {
-        // SAFETY: the caller's addresses cover `steps` steps.
-        unsafe {
-            let mut column = [s.splat(0.0); NR];
-            for (j, column) in column.iter_mut().enumerate() {
-                *column = s.load(b.cast::<f32>().add(j * lanes));
-            }
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let unit = kernel.broadcast(a.add(r * row));
-                for (acc, column) in acc.iter_mut().zip(column) {
-                    *acc = kernel.multiply(unit, column, *acc);
+    exchange(kernel, &mut acc);
+    for _ in 0..steps / K::SIDE {
+        for part in 0..K::SIDE {
+            // SAFETY: the caller's addresses cover `steps` steps.
+            unsafe {
+                let mut column = [s.splat(0.0); NR];
+                for (j, column) in column.iter_mut().enumerate() {
+                    *column = s.load(b.cast::<f32>().add(j * lanes));
                 }
+                for (i, rows) in acc.chunks_exact_mut(K::SIDE).enumerate() {
+                    let units = kernel.rows_at(a.add(i * K::SIDE * row), row);
+                    for (acc, column) in rows[part].iter_mut().zip(column) {
+                        *acc = kernel.multiply_rows(units, column, *acc);
+                    }
+                }
+                b = b.add(NR * lanes);
             }
-            a = a.add(1);
-            b = b.add(NR * lanes);
         }
+        a = a.wrapping_add(K::SIDE);
     }
+    exchange(kernel, &mut acc);
     acc
 }

@@ -16,6 +16,8 @@ mod math;
 mod micro;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neonbf16;
 mod pack;
 mod peak;
 mod portable;

@@ -1,12 +1,13 @@
 //! Packing a strip of K and V into the order in which the micro-kernel reads them, converted on the
 //! way. K: panels of `NR` vectors of keys, `[panel][unit of D][keys]`. V: panels of `NR` vectors of
-//! columns, then single vectors for what is left, `[panel][unit of keys][columns]`. Keys that are
-//! not there are zeros up to the end of their panel, so that nothing past the last key is read.
+//! columns, then single vectors for what is left, `[panel][unit of keys][columns]`. Units that one
+//! multiplication takes together are woven. Keys that are not there are zeros up to the end of their
+//! panel, so that nothing past the last key is read.
 
 use std::ops::Range;
 
 use super::call::{Call, Unit};
-use super::micro::Kernel;
+use super::micro::{Kernel, weave};
 use super::simd::{Elem, Simd};
 use crate::DType;
 
@@ -119,7 +120,8 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
                         *v = kernel.row_units(at, columns);
                     }
                 }
-                let tile = s.transpose(tile);
+                let mut tile = s.transpose(tile);
+                weave(kernel, tile.as_mut());
                 for (i, v) in tile.as_ref().iter().take(columns).enumerate() {
                     s.store(panel.add((c + i) * width), *v);
                 }
@@ -136,31 +138,62 @@ unsafe fn pack_values<K: Kernel, T: Elem, const NR: usize>(
     count: usize,
     to: *mut f32,
 ) {
-    let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
     let width = NR * lanes;
     let height = call.strip / K::PAIR;
     let panelled = call.dim / width * width;
-    let row = |key: usize, column: usize| {
+    let row = |key: usize| {
         if key < count {
-            // SAFETY: the key and the column exist.
-            unsafe { rows.add(key * call.value_stride + column) }
+            // SAFETY: the key exists.
+            unsafe { rows.add(key * call.value_stride) }
         } else {
             std::ptr::null()
         }
     };
-    for step in 0..count.div_ceil(width) * width / K::PAIR {
-        let key = step * K::PAIR;
-        for column in (0..call.dim).step_by(lanes) {
-            let at = if column < panelled {
-                column / width * width * height + step * width + column % width
+    for step in (0..count.div_ceil(width) * width / K::PAIR).step_by(K::SIDE) {
+        let keys = [step, step + 1].map(|step| [row(step * K::PAIR), row(step * K::PAIR + 1)]);
+        // SAFETY: the steps lie in the strip, and the columns exist.
+        unsafe {
+            for column in (0..panelled).step_by(width) {
+                let to = to.add(column * height + step * width);
+                pack_columns::<K, T, NR>(kernel, keys, column, to);
+            }
+            for column in (panelled..call.dim).step_by(lanes) {
+                let to = to.add(column * height + step * lanes);
+                pack_columns::<K, T, 1>(kernel, keys, column, to);
+            }
+        }
+    }
+}
+
+/// Packs `NV` vectors of columns of `SIDE` units of keys; null where there is no key.
+#[inline(always)]
+unsafe fn pack_columns<K: Kernel, T: Elem, const NV: usize>(
+    kernel: K,
+    keys: [[*const T; 2]; 2],
+    column: usize,
+    to: *mut f32,
+) {
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    for j in 0..NV {
+        let at = |row: *const T| {
+            if row.is_null() {
+                row
             } else {
-                column * height + step * lanes
-            };
-            // SAFETY: `at` lies in the strip; rows are there or null.
-            unsafe {
-                let units = kernel.value_units([row(key, column), row(key + 1, column)]);
-                s.store(to.add(at), units);
+                row.wrapping_add(column + j * lanes)
+            }
+        };
+        let mut block = s.zeros();
+        let units = &mut block.as_mut()[..K::SIDE];
+        // SAFETY: as promised by the caller.
+        unsafe {
+            for (units, keys) in units.iter_mut().zip(keys) {
+                *units = kernel.value_units(keys.map(at));
+            }
+            weave(kernel, units);
+            for (i, units) in units.iter().enumerate() {
+                s.store(to.add((i * NV + j) * lanes), *units);
             }
         }
     }

@@ -102,18 +102,11 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn exp2<const DEGREE: usize>(self, t: V) -> V {
-        let low = self.max(t, [-127.0; LANES]);
+        let low = self.max(t, [math::LOWEST; LANES]);
         let shifted = self.add(low, [math::WHOLE; LANES]);
         let fraction = self.sub(low, self.sub(shifted, [math::WHOLE; LANES]));
         let octave = math::octave::<Self, DEGREE>(self, fraction);
-        from_fn(|i| {
-            let scaled = octave[i].to_bits().wrapping_add(shifted[i].to_bits() << 23);
-            if t[i] >= -126.0 {
-                f32::from_bits(scaled)
-            } else {
-                0.0
-            }
-        })
+        from_fn(|i| f32::from_bits(octave[i].to_bits().wrapping_add(shifted[i].to_bits() << 23)))
     }
     #[inline(always)]
     fn transpose(self, block: [V; LANES]) -> [V; LANES] {

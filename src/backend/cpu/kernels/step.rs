@@ -12,10 +12,6 @@ use super::softmax::{self, Place};
 use super::span::{self, Span};
 use super::tile::Tile;
 
-/// Units from one packed row of Q to the next: room for the longest, and off the powers of two that
-/// would put all rows into the same cache sets.
-pub(super) const QUERY_ROW: usize = 512 + 16;
-
 /// Most rows of a micro-kernel.
 pub(super) const MOST_ROWS: usize = 12;
 const _: () = assert!(MOST_ROWS <= GROUP);
@@ -83,6 +79,10 @@ unsafe fn step_through<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
 
 /// K and V of a strip, in some form.
 pub(super) trait Strip: Copy {
+    /// What the rows of a micro-kernel must be a multiple of.
+    fn side<K: Kernel>() -> usize {
+        1
+    }
     /// Asks memory for the share that some of all `rows` have in what comes after this strip.
     fn ahead<S: Simd>(self, _s: S, _call: &Call<'_>, _share: Range<usize>, _rows: usize) {}
     /// Writes the scaled scores of `MR` rows.
@@ -102,7 +102,7 @@ pub(super) trait Strip: Copy {
 /// Runs a method of [`Strip`] with the smallest size of micro-kernel that holds `rows`.
 macro_rules! by_rows {
     ($rows:expr, $strip:ident.$method:ident($kernel:ident, $of:expr)) => {
-        match $rows {
+        match $rows.next_multiple_of(P::side::<K>()) {
             1 => $strip.$method::<K, 1, NR>($kernel, $of),
             2 => $strip.$method::<K, 2, NR>($kernel, $of),
             3 | 4 if MR > 4 => $strip.$method::<K, 4, NR>($kernel, $of),
@@ -210,6 +210,10 @@ impl Products<'_> {
 }
 
 impl Strip for Packed<'_> {
+    fn side<K: Kernel>() -> usize {
+        K::SIDE
+    }
+
     #[inline(always)]
     fn ahead<S: Simd>(self, s: S, call: &Call<'_>, share: Range<usize>, rows: usize) {
         let Some((unit, strip)) = self.next else {

@@ -3,7 +3,7 @@
 
 use super::call::{Call, Unit};
 use super::mask_map::{self, Panels};
-use super::micro::{Kernel as _, MultiplyAdd};
+use super::micro::{Kernel, MultiplyAdd};
 use super::pack;
 use super::peak;
 use super::portable::Portable;
@@ -18,6 +18,8 @@ use crate::backend::cpu::isa::Isa;
 pub(super) struct Kernels {
     /// Elements in a unit.
     pub(super) pair: usize,
+    /// Rows that a multiplication takes at once.
+    pub(super) side: usize,
     /// Rows of the micro-kernel.
     pub(super) rows: usize,
     pub(super) pack: unsafe fn(&Call<'_>, &Unit, usize, *mut u32, *mut u32),
@@ -35,6 +37,9 @@ macro_rules! kernels {
         $(, $features:literal)?) => {
         mod $module {
             use super::*;
+
+            const ROWS: usize = $mr;
+            const _: () = assert!(ROWS.is_multiple_of(<$kernel as Kernel>::SIDE));
 
             $(#[target_feature(enable = $features)])?
             unsafe fn pack(
@@ -75,8 +80,9 @@ macro_rules! kernels {
             }
 
             pub(super) static $name: Kernels = Kernels {
-                pair: <$kernel as crate::backend::cpu::kernels::micro::Kernel>::PAIR,
-                rows: $mr,
+                pair: <$kernel as Kernel>::PAIR,
+                side: <$kernel as Kernel>::SIDE,
+                rows: ROWS,
                 pack,
                 begin,
                 step,
@@ -103,9 +109,11 @@ kernels!(AVX512_BF16, avx512bf16, Bf16Dot, Bf16Dot::assume(), 12 x 2,
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16");
 
 #[cfg(target_arch = "aarch64")]
-use super::neon::Neon;
+use super::{neon::Neon, neonbf16::Bf16Matrix};
 #[cfg(target_arch = "aarch64")]
 kernels!(NEON, neon, MultiplyAdd<Neon>, MultiplyAdd(Neon::assume()), 6 x 4, "neon");
+#[cfg(target_arch = "aarch64")]
+kernels!(NEON_BF16, neonbf16, Bf16Matrix, Bf16Matrix::assume(), 6 x 4, "neon,bf16");
 
 /// The kernels for K and V of `dtype` under `isa`, or under the portable one where this machine
 /// lacks it.
@@ -121,7 +129,9 @@ pub(super) fn select(isa: Isa, dtype: DType) -> &'static Kernels {
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, _) => &avx2::AVX2,
         #[cfg(target_arch = "aarch64")]
-        (Isa::Neon, _) => &neon::NEON,
+        (Isa::NeonBf16, DType::BF16) => &neonbf16::NEON_BF16,
+        #[cfg(target_arch = "aarch64")]
+        (Isa::Neon | Isa::NeonBf16, _) => &neon::NEON,
         _ => &portable::PORTABLE,
     }
 }

@@ -9,7 +9,7 @@ use super::micro::Kernel;
 use super::running::Running;
 use super::scratch::{Buffer, Scratch};
 use super::simd::{Elem, Simd};
-use super::step::{MOST_ROWS, QUERY_ROW};
+use super::step::MOST_ROWS;
 use crate::DType;
 
 /// What is kept of one query row.
@@ -42,7 +42,7 @@ pub(super) struct Tile<'a> {
     pub(super) rows: &'a mut [Row],
     /// The first rows of Q are read where the caller has them.
     pub(super) in_place: usize,
-    /// `[row][QUERY_ROW]`; only the other rows are set.
+    /// `[row][Call::query_row]`; only the other rows are set.
     pub(super) queries: *mut u32,
     pub(super) running: Running,
     /// `[row][D]`; unspecified for rows that have seen no key.
@@ -57,7 +57,8 @@ impl<'a> Tile<'a> {
     #[inline(always)]
     pub(super) fn queries_at(&self, row: usize) -> (*const u32, usize) {
         if row >= self.in_place {
-            return (self.queries.wrapping_add(row * QUERY_ROW), QUERY_ROW);
+            let step = self.call.query_row;
+            return (self.queries.wrapping_add(row * step), step);
         }
         let q = query_at(self.call, self.unit, &self.rows[row]);
         (q.cast(), self.call.query_stride / self.call.kernels.pair)
@@ -80,7 +81,7 @@ impl<'a> Tile<'a> {
             unit,
             rows: scratch.rows,
             in_place,
-            queries: scratch.queries.reserve(padded * QUERY_ROW),
+            queries: scratch.queries.reserve(padded * call.query_row),
             running: Running::new(scratch.running, padded),
             outputs: scratch.outputs.reserve(padded * call.dim).cast(),
             scores: scratch.scores.reserve(MOST_ROWS * STRIP).cast(),
@@ -158,7 +159,7 @@ fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[Row]) -> usize {
     let whole = rows.len() / call.kernels.rows * call.kernels.rows;
     // The micro-kernel reads no row past the last of these.
     let rest = match rows.len() - whole {
-        rest @ (1 | 2 | 4 | 8) => rest,
+        rest @ (1 | 2 | 4 | 8) if rest.is_multiple_of(call.kernels.side) => rest,
         _ => 0,
     };
     whole + rest
@@ -188,7 +189,7 @@ unsafe fn pack_queries<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
         let from = query_at(call, tile.unit, row).cast::<T>();
         // SAFETY: the row of Q and its packed place are there.
         unsafe {
-            let to = tile.queries.add(r * QUERY_ROW);
+            let to = tile.queries.add(r * call.query_row);
             for c in (0..call.dim_units).step_by(lanes) {
                 let units = kernel.row_units(from.add(c * K::PAIR), call.dim_units - c);
                 s.store(to.add(c).cast(), units);

@@ -26,6 +26,8 @@ fn everywhere(task: &impl Task) {
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx512Bf16 => {}
                 #[cfg(target_arch = "aarch64")]
+                Isa::NeonBf16 => {}
+                #[cfg(target_arch = "aarch64")]
                 Isa::Neon => task.run(crate::backend::cpu::kernels::neon::Neon::assume()),
                 _ => task.run(Portable),
             }
