@@ -38,11 +38,6 @@ impl Kernel for Bf16Dot {
         }
     }
     #[inline(always)]
-    unsafe fn broadcast(self, at: *const u32) -> Vector<Self> {
-        // SAFETY: the caller's address is a unit's.
-        self.0.splat(f32::from_bits(unsafe { *at }))
-    }
-    #[inline(always)]
     unsafe fn row_units<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
         // SAFETY: `count` units are there; the others are not read. T is bf16.
         unsafe {

@@ -21,7 +21,11 @@ pub(super) trait Kernel: Copy + 'static {
     /// `acc + a * b`, the unit at `a` taken for every lane, `b` being `LANES` units.
     fn multiply(self, a: Vector<Self>, b: Vector<Self>, acc: Vector<Self>) -> Vector<Self>;
     /// The unit at `at` in every lane.
-    unsafe fn broadcast(self, at: *const u32) -> Vector<Self>;
+    #[inline(always)]
+    unsafe fn broadcast(self, at: *const u32) -> Vector<Self> {
+        // SAFETY: the caller's address is a unit's.
+        self.simd().splat(f32::from_bits(unsafe { *at }))
+    }
     /// As [`Self::multiply`], with `a` from [`Self::rows_at`].
     #[inline(always)]
     fn multiply_rows(self, a: Vector<Self>, b: Vector<Self>, acc: Vector<Self>) -> Vector<Self> {
@@ -70,11 +74,6 @@ impl<S: Simd> Kernel for MultiplyAdd<S> {
     #[inline(always)]
     fn multiply(self, a: S::V, b: S::V, acc: S::V) -> S::V {
         self.0.fma(a, b, acc)
-    }
-    #[inline(always)]
-    unsafe fn broadcast(self, at: *const u32) -> S::V {
-        // SAFETY: the caller's address is a unit's.
-        self.0.splat(f32::from_bits(unsafe { *at }))
     }
     #[inline(always)]
     unsafe fn row_units<T: Elem>(self, at: *const T, _: usize) -> S::V {

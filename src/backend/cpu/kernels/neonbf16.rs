@@ -54,11 +54,6 @@ impl Kernel for Bf16Matrix {
         accumulate!("bfmmla", acc, a, b)
     }
     #[inline(always)]
-    unsafe fn broadcast(self, at: *const u32) -> Vector<Self> {
-        // SAFETY: the caller's address is a unit's.
-        self.0.splat(f32::from_bits(unsafe { *at }))
-    }
-    #[inline(always)]
     unsafe fn rows_at(self, at: *const u32, row: usize) -> Vector<Self> {
         // SAFETY: two units of each row are there.
         unsafe { vcombine_f32(vld1_f32(at.cast()), vld1_f32(at.add(row).cast())) }
