@@ -459,6 +459,34 @@ fn the_same_bits_each_time_with_and_without_splits() {
     }
 }
 
+/// Dispatches of one command have one memory for the results of their parts.
+#[test]
+fn splits_of_one_command_keep_to_themselves() {
+    let Some(device) = cuda() else { return };
+    let runs: Vec<_> = (0..9)
+        .map(|i| {
+            let (rows, keys) = ([1, 9, 3][i % 3], 9_000 - 500 * i);
+            let data = Qkv::new(20 + i as u64, BF16, shape([1, 4, 2], (rows, keys), 128));
+            let problem = if rows == 3 {
+                Problem::varlen(BF16, 4, 2, 128, &[0, 1, 3], &[0, 2_000, keys as u32])
+            } else {
+                data.builder()
+            };
+            let problem = problem.build().unwrap();
+            let want = data.run(&device, &problem).0;
+            (problem, data.buffers(&device), want)
+        })
+        .collect();
+    let mut encoder = device.command_encoder().unwrap();
+    for (problem, buffers, _) in &runs {
+        record(&mut encoder, &device, problem, buffers);
+    }
+    encoder.commit_and_wait().unwrap();
+    for (i, (_, buffers, want)) in runs.iter().enumerate() {
+        assert!(bytes(&buffers[3]) == *want, "dispatch {i}");
+    }
+}
+
 #[test]
 fn few_queries_over_many_keys_keep_sinks_masks_and_the_log_sum_exp() {
     let Some(device) = cuda() else { return };

@@ -151,13 +151,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 const int kv_head = t.h / p.kv_group;
                 const int kv_batch = VARLEN ? 0 : t.b;
                 int n = t.hi - t.lo;
-#if CLASSES
-                bar_wait(listed + 8 * rq.slot(), rq.phase() ^ 1);
-                n = sh->list_len[rq.slot()];
-#define TILE_AT(i) (sh->list[rq.slot()][i] & 0x3ff)
-#else
-#define TILE_AT(i) (t.hi - 1 - (i))
-#endif
                 auto load = [&](const TensorMap* map, u32 dst, u32 full, int tile) {
                     bar_expect(full, TILE_BYTES);
 #pragma unroll 1
@@ -180,6 +173,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         tma_load(sm_q + rq.slot() * Q_BYTES + c * BM * 128 + w * 8192, &map_q, full,
                                  c * 64, t.q_start + t.m0 + w * 64, t.h, kv_batch);
                 };
+                auto load_all_q = [&]() {
+#pragma unroll 1
+                    for (int w = 0; w < WGS; w++) load_q(w);
+                };
+#if CLASSES
+                // Q comes while the list is made, if its place is not the last tile's.
+                if (lane == 0 && QBUF > 1) load_all_q();
+                bar_wait(listed + 8 * rq.slot(), rq.phase() ^ 1);
+                n = sh->list_len[rq.slot()];
+#define TILE_AT(i) (sh->list[rq.slot()][i] & 0x3ff)
+#else
+#define TILE_AT(i) (t.hi - 1 - (i))
+#endif
                 if (lane == 0) {
                     for (int i = 0; i <= n; i++) {
                         if (i < n) {
@@ -188,10 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                  TILE_AT(i));
                             rk.next();
                         }
-                        if (i == 0) {
-#pragma unroll 1
-                            for (int w = 0; w < WGS; w++) load_q(w);
-                        }
+                        if (i == 0 && !(CLASSES && QBUF > 1)) load_all_q();
                         if (i > 0) {
                             bar_wait(v_empty + 8 * rv.slot(), rv.phase());
                             load(&map_v, sm_v + rv.slot() * TILE_BYTES, v_full + 8 * rv.slot(),
@@ -351,8 +354,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #else
         const int tile0 = hi - 1;
 #endif
+        Cells cells;
 #if MASK
         prefetch_mask<BN>(p, t, rows(), wg * 64, tile0, tid);
+        cells = cells_of(p, rows(), tile0);
 #endif
         bar_wait(k_full + 8 * rk.slot(), rk.phase());
         wgmma_fence();
@@ -361,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         wgmma_wait<0>();
         pin(s);
         done_k();
-        modify<BN>(s, p, rows(), tile0, true);
+        modify<BN>(s, p, rows(), tile0, true, cells);
         softmax<BN>(s, soft, sc, tile_unit(p, true), true, true);
         soft.scaled = false;
         pack(s);
@@ -377,13 +382,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             wgmma_fence();
             issue_pv(rv.slot());
             wgmma_commit();
+            Cells cells;
 #if MASK
-            if (masked) prefetch_mask<BN>(p, t, rows(), wg * 64, tile, tid);
+            if (masked) {
+                prefetch_mask<BN>(p, t, rows(), wg * 64, tile, tid);
+                cells = cells_of(p, rows(), tile);
+            }
 #endif
             wgmma_wait<1>();
             pin(s);
             done_k();
-            if (masked) modify<BN>(s, p, rows(), tile, true);
+            if (masked) modify<BN>(s, p, rows(), tile, true, cells);
             else modify<BN>(s, p, rows(), tile, false);
             softmax<BN>(s, soft, sc, tile_unit(p, masked), masked, careful);
             pin(s);

@@ -219,6 +219,20 @@ DEV float add_mask(float x, MaskElement v, const Params& p) {
 #endif
 }
 
+// What classes hidden and free of mask say of two neighbours.
+DEV MaskPair pair_of(bool hidden) {
+#if MASK == 1
+    return hidden ? 0xff80ff80u : 0u;
+#elif MASK == 2
+    return hidden ? 0xfc00fc00u : 0u;
+#elif MASK == 3
+    const float f = hidden ? NEG_INF : 0.0f;
+    return make_float2(f, f);
+#else
+    return hidden ? 0 : 0x0101;
+#endif
+}
+
 // Brings a warpgroup's rows of the mask for key tile `tile` near.
 template <int N>
 DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, int tile, int tid) {
@@ -235,9 +249,47 @@ DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, 
 }
 #endif
 
+#if CLASSES
+#define ACROSS (BN / CLASS_KEYS) // classes of a row of class tiles that a key tile has
+// Whether those can be read four at a time.
+DEV bool classes_in_words(const Params& p) {
+    return ACROSS % 4 == 0 && (((u64)p.classes | p.classes_stride) & 3) == 0;
+}
+#endif
+
+// Whether a masked tile's classes are looked up again: they are the same for a warp's 16 rows, and f32
+// masks over 128 keys leave no registers for them.
+#define CELLS (CLASSES && CLASS_ROWS >= 16 && ACROSS % 4 == 0 && (MASK != 3 || BN <= 64))
+
+// The classes of a warp's rows in a key tile, so that no more of the mask is read than it takes: 1
+// stands for "read it".
+struct Cells {
+#if CELLS
+    u32 word[ACROSS / 4];
+    DEV_MEMBER u32 of(int column) const {
+        const int at = column / CLASS_KEYS;
+        return word[at / 4] >> (8 * (at % 4)) & 0xff;
+    }
+#else
+    DEV_MEMBER u32 of(int) const { return 1; }
+#endif
+};
+
+DEV Cells cells_of(const Params& p, const Rows& r, int tile) {
+    Cells cells;
+#if CELLS
+    const u8* at = p.classes + min(r.row, r.sq - 1) / CLASS_ROWS * p.classes_stride + tile * ACROSS;
+    const bool known = classes_in_words(p) && (tile + 1) * BN <= r.sk;
+#pragma unroll
+    for (int i = 0; i < ACROSS / 4; i++) cells.word[i] = known ? ((const u32*)at)[i] : 0x01010101u;
+#endif
+    return cells;
+}
+
 // What happens to scores before the softmax, for key tile `tile`.
 template <int N>
-DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, bool masked) {
+DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, bool masked,
+                const Cells& cells = Cells()) {
     const int c0 = tile * N + r.col;
 #if SCORE_MOD
 #pragma unroll
@@ -272,7 +324,8 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
         if (whole && pairs) {
 #pragma unroll
             for (int j = 0; j < N / 8; j++) {
-                const MaskPair v = *(const MaskPair*)(at + 8 * j);
+                MaskPair v = pair_of(cells.of(8 * j) == 0);
+                if (cells.of(8 * j) == 1) v = *(const MaskPair*)(at + 8 * j);
                 float& a = s[4 * j + 2 * half];
                 float& b = s[4 * j + 2 * half + 1];
 #if MASK == 3
@@ -504,43 +557,50 @@ DEV void clear_rows(u8* panels, int first, int tid) {
 // What the class tiles of query tile `t` and key tile `tile` say of each 64 rows w: bit w, some key is
 // visible to some row; bit 8 + w, some is hidden or biased.
 DEV u32 class_of(const Params& p, const Tile& t, int tile) {
-    const int across = BN / CLASS_KEYS, down = 64 / CLASS_ROWS;
-    const int keys = min(across, (t.sk + CLASS_KEYS - 1) / CLASS_KEYS - tile * across);
-    const u8* at = p.classes + tile * across;
-    const bool words = across % 4 == 0 && keys == across && (((u64)at | p.classes_stride) & 3) == 0;
+    const int down = 64 / CLASS_ROWS;
+    const int keys = min(ACROSS, (t.sk + CLASS_KEYS - 1) / CLASS_KEYS - tile * ACROSS);
+    const bool words = classes_in_words(p) && keys == ACROSS;
+    const int rows = (t.sq - 1) / CLASS_ROWS - t.m0 / CLASS_ROWS; // past the last that one again
+    const u8* first = p.classes + tile * ACROSS + t.m0 / CLASS_ROWS * p.classes_stride;
+    u32 zero[BM / 64], two[BM / 64]; // bits of the classes, and of their difference from 2
+    if (words) {
+        // No load waits for another.
+#pragma unroll
+        for (int w = 0; w < BM / 64; w++) {
+            u32 x[down * (ACROSS + 3) / 4];
+#pragma unroll
+            for (int i = 0; i < down * ACROSS / 4; i++)
+                x[i] = ((const u32*)(first + min(w * down + i % down, rows) * p.classes_stride))[i / down];
+            zero[w] = two[w] = 0;
+#pragma unroll
+            for (int i = 0; i < down * ACROSS / 4; i++) {
+                zero[w] |= x[i];
+                two[w] |= x[i] ^ 0x02020202u;
+            }
+        }
+    } else {
+#pragma unroll
+        for (int w = 0; w < BM / 64; w++) {
+            zero[w] = two[w] = 0;
+#pragma unroll 1
+            for (int i = 0; i < down * keys; i++) {
+                const u8 x = first[min(w * down + i % down, rows) * p.classes_stride + i / down];
+                zero[w] |= x;
+                two[w] |= x ^ 2;
+            }
+        }
+    }
     u32 out = 0;
 #pragma unroll
     for (int w = 0; w < BM / 64; w++) {
-        const int row0 = t.m0 + 64 * w;
-        u32 zero = 0, two = 0; // bits of the classes, and of their difference from 2
         bool part = (tile + 1) * BN > t.sk;
 #if RIGHT
-        part |= (tile + 1) * BN - 1 > row0 + t.q_off + p.right;
+        part |= (tile + 1) * BN - 1 > t.m0 + 64 * w + t.q_off + p.right;
 #endif
 #if LEFT
-        part |= tile * BN < min(row0 + 64, t.sq) - 1 + t.q_off - p.left;
+        part |= tile * BN < min(t.m0 + 64 * w + 64, t.sq) - 1 + t.q_off - p.left;
 #endif
-#pragma unroll(D >= 512 ? 1 : down)
-        for (int r = 0; r < down; r++) {
-            // Past the last row that one again, so that no load waits for another.
-            const int row = min(row0 / CLASS_ROWS + r, (t.sq - 1) / CLASS_ROWS);
-            const u8* cells = at + row * p.classes_stride;
-            if (words) {
-#pragma unroll
-                for (int c = 0; c < across / 4; c++) {
-                    const u32 x = ((const u32*)cells)[c];
-                    zero |= x;
-                    two |= x ^ 0x02020202u;
-                }
-            } else {
-                for (int c = 0; c < keys; c++) {
-                    zero |= cells[c];
-                    two |= cells[c] ^ 2;
-                }
-            }
-        }
-        if (zero) out |= (two || part ? 0x101 : 1) << w;
-        else out |= 0x100 << w;
+        out |= (zero[w] ? (two[w] || part ? 0x101 : 1) : 0x100) << w;
     }
     return out;
 }

@@ -195,13 +195,6 @@ impl Launch<'_> {
             None
         };
         self.prepare()?;
-        if let Some((q, k)) = problem.cu_seqlens() {
-            let cu = [q, k].concat();
-            let copy = Scratch::copy_of(self.gpu, bytemuck::cast_slice(&cu), self.stream)?;
-            p.cu_q = copy.at();
-            p.cu_k = p.cu_q + size_of_val(q) as u64;
-            self.temporaries.push(copy);
-        }
         let splits = p.splits.unsigned_abs() as usize;
         let rows = p.rows.unsigned_abs() as usize
             * p.heads.unsigned_abs() as usize
@@ -211,9 +204,14 @@ impl Launch<'_> {
                 .checked_mul(4 * splits)
                 .and_then(|n| n.checked_mul(rows))
                 .ok_or_else(|| self.fail("the partial results overflow"))?;
-            let partials = Scratch::take(self.gpu, bytes)?;
-            p.partials = partials.at();
-            self.temporaries.push(partials);
+            p.partials = self.reused(bytes)?;
+        }
+        if let Some((q, k)) = problem.cu_seqlens() {
+            let cu = [q, k].concat();
+            let copy = Scratch::copy_of(self.gpu, bytemuck::cast_slice(&cu), self.stream)?;
+            p.cu_q = copy.at();
+            p.cu_k = p.cu_q + size_of_val(q) as u64;
+            self.temporaries.push(copy);
         }
         let mut blocks = p.tiles.unsigned_abs() as u64 * splits as u64 * form.row.ctas() as u64;
         if form.row.shares(needs, problem.shape().query_len) {
@@ -230,6 +228,18 @@ impl Launch<'_> {
             self.combine(&combine, p, rows)?;
         }
         Ok(())
+    }
+
+    /// The address of at least `bytes` bytes: an earlier dispatch's of this command where those are
+    /// enough, for on one stream it has run by then. Asked for before this dispatch has other memory.
+    fn reused(&mut self, bytes: usize) -> Result<u64> {
+        if let Some(kept) = self.temporaries.iter().find(|kept| kept.len() >= bytes) {
+            return Ok(kept.at());
+        }
+        let taken = Scratch::take(self.gpu, bytes)?;
+        let at = taken.at();
+        self.temporaries.push(taken);
+        Ok(at)
     }
 
     fn combine(&self, function: &Function, mut p: CudaParams, rows: usize) -> Result<()> {

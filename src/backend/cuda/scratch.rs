@@ -78,6 +78,11 @@ impl Scratch {
         Ok(scratch)
     }
 
+    /// Bytes that there are.
+    pub(super) fn len(&self) -> usize {
+        self.block.as_ref().map_or(0, |block| block.len)
+    }
+
     pub(super) fn at(&self) -> sys::CUdeviceptr {
         self.block.as_ref().map_or(0, |block| block.at)
     }
