@@ -29,6 +29,8 @@ pub(super) struct Call<'a> {
     pub(super) dim: usize,
     /// Units of a row of Q or K.
     pub(super) dim_units: usize,
+    /// The same, up to whole tiles where those multiply: packed rows of Q or K hold zeros there.
+    pub(super) depth: usize,
     /// Units from one packed row of Q to the next: off the powers of two that would put all rows into
     /// the same cache sets.
     pub(super) query_row: usize,
@@ -64,6 +66,7 @@ impl<'a> Call<'a> {
         let problem = job.problem;
         let dim = problem.shape().head_dim;
         let dim_units = dim / kernels.pair;
+        let depth = dim_units.next_multiple_of(kernels.side);
         let seq_stride = |role| problem.strides(role).map_or(0, |s| s.seq);
         Self {
             problem,
@@ -71,7 +74,8 @@ impl<'a> Call<'a> {
             kernels,
             dim,
             dim_units,
-            query_row: dim_units + 16,
+            depth,
+            query_row: depth + 16,
             strip: STRIP.min(STRIP_BYTES / (4 * dim_units)),
             run: if problem.dtype() == DType::F32 {
                 128
@@ -122,7 +126,7 @@ impl<'a> Call<'a> {
 
     /// Packed units of one strip of K or V.
     pub(super) fn strip_units(&self) -> usize {
-        self.strip * self.dim_units
+        self.strip * self.depth
     }
 
     /// Packed bytes of the K and V of a unit.
@@ -132,7 +136,7 @@ impl<'a> Call<'a> {
 
     /// Bytes of state that a query row takes while its keys go by.
     pub(super) fn row_bytes(&self) -> usize {
-        4 * (self.dim + self.dim_units)
+        4 * (self.dim + self.depth)
     }
 }
 

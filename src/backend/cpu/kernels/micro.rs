@@ -3,7 +3,10 @@
 //!
 //! A unit is four bytes: one f32, or two neighbouring bf16 under a kernel with dot products. Where an
 //! instruction multiplies small matrices, it takes `SIDE` rows of A at once, and `SIDE` units of each;
-//! B and the sums then lie in its own order while the micro-kernel runs.
+//! B and the sums then lie in its own order while the micro-kernel runs. Where there are registers for
+//! whole tiles, they take the place of all of it.
+
+use std::mem::MaybeUninit;
 
 use super::simd::{Elem, Simd};
 
@@ -14,6 +17,8 @@ pub(super) trait Kernel: Copy + 'static {
     const PAIR: usize;
     /// Rows of A that a multiplication takes, and units of each: 1, or 2 with products of matrices.
     const SIDE: usize = 1;
+    /// Rows of A in a tile, and units of each, where there are tiles; `MR` is then one or two of them.
+    const TILE: usize = 0;
     /// Degree of exp2's polynomial for probabilities.
     const DEGREE: usize;
 
@@ -43,10 +48,28 @@ pub(super) trait Kernel: Copy + 'static {
     fn weave(self, units: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
         units
     }
-    /// Sums of two rows from the order of [`Self::multiply_rows`], or back into it.
+    /// Sums of two rows from the order of [`Self::multiply_rows`].
     #[inline(always)]
     fn exchange(self, sums: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
         sums
+    }
+    /// Makes tiles ready on this thread, before [`Self::product_of_tiles`].
+    #[inline(always)]
+    fn open_tiles(self) {}
+    /// Lets go of them, after it.
+    #[inline(always)]
+    fn close_tiles(self) {}
+    /// As [`product`], written to `sums`, `NV` vectors for each of `MR` rows. Only where there are
+    /// tiles.
+    #[inline(always)]
+    unsafe fn product_of_tiles<const MR: usize, const NV: usize>(
+        self,
+        _steps: usize,
+        _row: usize,
+        _a: *const u32,
+        _b: *const u32,
+        _sums: *mut f32,
+    ) {
     }
     /// The first `count` of `LANES` units of a row of Q or K, zeros after them.
     unsafe fn row_units<T: Elem>(self, at: *const T, count: usize) -> Vector<Self>;
@@ -107,7 +130,7 @@ pub(super) fn weave<K: Kernel>(kernel: K, units: &mut [Vector<K>]) {
     }
 }
 
-/// Sums into the order of [`Kernel::multiply_rows`], or back.
+/// Sums out of the order of [`Kernel::multiply_rows`].
 #[inline(always)]
 fn exchange<K: Kernel, const NR: usize>(kernel: K, acc: &mut [[Vector<K>; NR]]) {
     if K::SIDE == 2 {
@@ -121,8 +144,13 @@ fn exchange<K: Kernel, const NR: usize>(kernel: K, acc: &mut [[Vector<K>; NR]]) 
     }
 }
 
-/// Multiplies on top of `acc` over `steps` units: row `r`'s unit `k` is `a[r * row + k]`, and `b`
-/// holds `NR` vectors for each step, brought into order by [`weave`]. `SIDE` divides `MR` and `steps`.
+/// What the rows of [`product`] must be a multiple of.
+pub(super) const fn side<K: Kernel>() -> usize {
+    if K::TILE > 0 { K::TILE } else { K::SIDE }
+}
+
+/// The product over `steps` units: row `r`'s unit `k` is `a[r * row + k]`, and `b` holds `NR` vectors
+/// for each step, brought into order by [`weave`]. [`side`] divides `MR` and `steps`.
 #[inline(always)]
 pub(super) unsafe fn product<K: Kernel, const MR: usize, const NR: usize>(
     kernel: K,
@@ -130,11 +158,18 @@ pub(super) unsafe fn product<K: Kernel, const MR: usize, const NR: usize>(
     row: usize,
     mut a: *const u32,
     mut b: *const u32,
-    mut acc: [[Vector<K>; NR]; MR],
 ) -> [[Vector<K>; NR]; MR] {
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
-    exchange(kernel, &mut acc);
+    if K::TILE > 0 {
+        let mut sums = MaybeUninit::<[[Vector<K>; NR]; MR]>::uninit();
+        // SAFETY: the caller's addresses cover `steps` steps, and all sums are written.
+        return unsafe {
+            kernel.product_of_tiles::<MR, NR>(steps, row, a, b, sums.as_mut_ptr().cast());
+            sums.assume_init()
+        };
+    }
+    let mut acc = [[s.splat(0.0); NR]; MR];
     for _ in 0..steps / K::SIDE {
         for part in 0..K::SIDE {
             // SAFETY: the caller's addresses cover `steps` steps.

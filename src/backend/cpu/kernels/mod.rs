@@ -4,6 +4,8 @@
 //! [`table`].
 
 #[cfg(target_arch = "x86_64")]
+mod amxbf16;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -38,6 +40,8 @@ mod tile;
 use super::isa::Isa;
 use super::job::Job;
 use crate::DType;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use amxbf16::available as tiles_available;
 use mask_map::MaskMap;
 pub(crate) use team::Team;
 

@@ -97,7 +97,7 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
     let width = NR * lanes;
-    let depth = call.dim_units;
+    let depth = call.depth;
     for block in 0..count.div_ceil(width) * NR {
         let first = block * lanes;
         let there = count.saturating_sub(first).min(lanes);
@@ -105,6 +105,7 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
         let panel = unsafe { to.add(first / width * depth * width + first % width) };
         for c in (0..depth).step_by(lanes) {
             let columns = (depth - c).min(lanes);
+            let held = (call.dim_units - c).min(lanes);
             let mut tile = s.zeros();
             // SAFETY: rows below `there` and units below `depth` exist.
             unsafe {
@@ -112,12 +113,12 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
                     for (r, v) in tile.as_mut().iter_mut().enumerate() {
                         let at = rows.add((first + r) * call.key_stride + c * K::PAIR);
                         s.prefetch_far(at.wrapping_add(lanes * call.key_stride).cast());
-                        *v = kernel.row_units(at, columns);
+                        *v = kernel.row_units(at, held);
                     }
                 } else {
                     for (r, v) in tile.as_mut().iter_mut().take(there).enumerate() {
                         let at = rows.add((first + r) * call.key_stride + c * K::PAIR);
-                        *v = kernel.row_units(at, columns);
+                        *v = kernel.row_units(at, held);
                     }
                 }
                 let mut tile = s.transpose(tile);

@@ -5,6 +5,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use super::micro::{self, Kernel};
+use super::scratch::Buffer;
 use super::simd::Simd;
 use super::table::Kernels;
 
@@ -23,24 +24,20 @@ pub(super) unsafe fn rounds<K: Kernel, const MR: usize, const NR: usize>(
 ) -> f64 {
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
-    let a = vec![0u32; MR * STEPS];
-    let b = vec![0u32; STEPS * NR * lanes];
-    let mut acc = [[s.splat(0.0); NR]; MR];
+    let (mut a, mut b) = (Buffer::default(), Buffer::default());
+    let (a, b) = (a.reserve(MR * STEPS), b.reserve(STEPS * NR * lanes));
+    let mut totals = [[s.splat(0.0); NR]; MR];
+    kernel.open_tiles();
     for _ in 0..rounds {
         // SAFETY: A holds `MR` rows of `STEPS` units, B `NR` vectors for each step.
-        acc = unsafe {
-            micro::product::<K, MR, NR>(
-                kernel,
-                STEPS,
-                STEPS,
-                black_box(a.as_ptr()),
-                b.as_ptr(),
-                acc,
-            )
-        };
+        let sums = unsafe { micro::product::<K, MR, NR>(kernel, STEPS, STEPS, black_box(a), b) };
+        for (total, sum) in totals.iter_mut().flatten().zip(sums.iter().flatten()) {
+            *total = s.add(*total, *sum);
+        }
     }
-    for vector in acc.iter().flatten() {
-        black_box(s.hsum(*vector));
+    kernel.close_tiles();
+    for total in totals.iter().flatten() {
+        black_box(s.hsum(*total));
     }
     2.0 * (rounds * STEPS * K::PAIR * MR * NR * lanes) as f64
 }

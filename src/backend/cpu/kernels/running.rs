@@ -8,8 +8,8 @@ use super::math::LOG2_E;
 use super::scratch::Buffer;
 use super::simd::Simd;
 
-/// Most rows that are worked on together, rounded up to whole vectors.
-pub(super) const GROUP: usize = 16;
+/// Most rows that are worked on together, in whole vectors.
+pub(super) const GROUP: usize = 32;
 
 /// One number for each of some rows.
 pub(super) type Lanes = [f32; GROUP];
@@ -84,7 +84,7 @@ impl Running {
             first: true,
         };
         let (zero, hidden) = (s.splat(0.0), s.splat(f32::NEG_INFINITY));
-        for lane in (0..GROUP).step_by(S::LANES) {
+        for lane in (0..rows.len()).step_by(S::LANES) {
             // SAFETY: as promised by the caller.
             unsafe {
                 let before = s.load(self.maxima.add(rows.start + lane));
@@ -94,7 +94,7 @@ impl Running {
                 let top = s.pick(s.gt(max, hidden), max, zero);
                 let factor = factors(s, s.sub(before, top));
                 let seen = s.gt(before, hidden) << lane;
-                raised.first &= seen & ((1 << rows.len()) - 1) == 0;
+                raised.first &= seen & (u32::MAX >> (32 - rows.len())) == 0;
                 s.store(self.maxima.add(rows.start + lane), max);
                 s.store(raised.maxima.as_mut_ptr().add(lane), max);
                 s.store(raised.factors.as_mut_ptr().add(lane), factor);
@@ -103,16 +103,22 @@ impl Running {
         raised
     }
 
-    /// Adds the sums of a strip to those of the rows from `row` on.
+    /// Adds the sums of a strip to those of `rows`.
     ///
     /// # Safety
-    /// There is such a row, and lanes past the last of these rows hold 0.
+    /// There are such rows, and lanes past the last of these rows hold 0.
     #[inline(always)]
-    pub(super) unsafe fn add<S: Simd>(self, s: S, row: usize, raised: &Raised, sums: &Lanes) {
-        for lane in (0..GROUP).step_by(S::LANES) {
+    pub(super) unsafe fn add<S: Simd>(
+        self,
+        s: S,
+        rows: Range<usize>,
+        raised: &Raised,
+        sums: &Lanes,
+    ) {
+        for lane in (0..rows.len()).step_by(S::LANES) {
             // SAFETY: as promised by the caller.
             unsafe {
-                let at = self.sums.add(row + lane);
+                let at = self.sums.add(rows.start + lane);
                 let factor = s.load(raised.factors.as_ptr().add(lane));
                 let sum = s.load(sums.as_ptr().add(lane));
                 s.store(at, s.fma(s.load(at), factor, sum));

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::call::{Call, STRIP, Unit};
 use super::in_place::{FEW_ROWS, InPlace};
-use super::micro::{Kernel, product};
+use super::micro::{self, Kernel, product};
 use super::pack;
 use super::running::{GROUP, Lanes};
 use super::simd::Simd;
@@ -13,7 +13,7 @@ use super::span::{self, Span};
 use super::tile::Tile;
 
 /// Most rows of a micro-kernel.
-pub(super) const MOST_ROWS: usize = 12;
+pub(super) const MOST_ROWS: usize = 32;
 const _: () = assert!(MOST_ROWS <= GROUP);
 
 /// Packed K and V of a strip.
@@ -36,8 +36,10 @@ pub(super) unsafe fn step<K: Kernel, const MR: usize, const NR: usize>(
     tile: &mut Tile<'_>,
     packed: Packed<'_>,
 ) {
+    kernel.open_tiles();
     // SAFETY: as promised by the caller.
     unsafe { step_through::<K, Packed<'_>, MR, NR>(kernel, tile, packed.strip, packed) }
+    kernel.close_tiles();
 }
 
 /// As [`step`], with K and V as they lie in memory.
@@ -107,6 +109,7 @@ macro_rules! by_rows {
             2 => $strip.$method::<K, 2, NR>($kernel, $of),
             3 | 4 if MR > 4 => $strip.$method::<K, 4, NR>($kernel, $of),
             5..=8 if MR > 8 => $strip.$method::<K, 8, NR>($kernel, $of),
+            9..=16 if MR > 16 => $strip.$method::<K, 16, NR>($kernel, $of),
             _ => $strip.$method::<K, MR, NR>($kernel, $of),
         }
     };
@@ -172,7 +175,7 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
             let at = products.scores.add(i * STRIP);
             *sum = softmax::probabilities::<K, NR>(kernel, at, place(i), raised.maxima[i]);
         }
-        tile.running.add(s, rows.start, &raised, &sums);
+        tile.running.add(s, rows.clone(), &raised, &sums);
         products.keep = (!raised.first).then_some(&raised.factors);
         by_rows!(rows.len(), from.values(kernel, &products));
     }
@@ -211,7 +214,7 @@ impl Products<'_> {
 
 impl Strip for Packed<'_> {
     fn side<K: Kernel>() -> usize {
-        K::SIDE
+        micro::side::<K>()
     }
 
     #[inline(always)]
@@ -236,7 +239,7 @@ impl Strip for Packed<'_> {
         let s = kernel.simd();
         let lanes = <K::S as Simd>::LANES;
         let width = NR * lanes;
-        let depth = of.call.dim_units;
+        let depth = of.call.depth;
         let scale = s.splat(of.call.scale);
         for panel in of.all.first..of.all.end {
             // SAFETY: rows and panels are there.
@@ -246,9 +249,8 @@ impl Strip for Packed<'_> {
                 let mut from = 0;
                 while from < depth {
                     let run = of.call.run.min(depth - from);
-                    let acc = [[s.splat(0.0); NR]; MR];
                     let (a, b) = (of.queries.add(from), b.add(from * width));
-                    let acc = product::<K, MR, NR>(kernel, run, of.query_row, a, b, acc);
+                    let acc = product::<K, MR, NR>(kernel, run, of.query_row, a, b);
                     let (first, last) = (from == 0, from + run == depth);
                     for (r, row) in acc.iter().enumerate() {
                         for (j, x) in row.iter().enumerate() {
@@ -304,8 +306,7 @@ impl Packed<'_> {
                 .add(column * of.call.strip / K::PAIR + first * NV * lanes);
             let count = steps(of.all.end) - first;
             // From 0 in each strip: the sum of a long row is the more exact for it.
-            let acc = [[s.splat(0.0); NV]; MR];
-            let acc = product::<K, MR, NV>(kernel, count, STRIP, a, b, acc);
+            let acc = product::<K, MR, NV>(kernel, count, STRIP, a, b);
             for (r, row) in acc.iter().enumerate() {
                 for (j, x) in row.iter().enumerate() {
                     of.put(s, r, column + j * lanes, *x);

@@ -3,7 +3,7 @@
 
 use super::call::{Call, Unit};
 use super::mask_map::{self, Panels};
-use super::micro::{Kernel, MultiplyAdd};
+use super::micro::{self, Kernel, MultiplyAdd};
 use super::pack;
 use super::peak;
 use super::portable::Portable;
@@ -18,7 +18,7 @@ use crate::backend::cpu::isa::Isa;
 pub(super) struct Kernels {
     /// Elements in a unit.
     pub(super) pair: usize,
-    /// Rows that a multiplication takes at once.
+    /// What the rows of a micro-kernel must be a multiple of.
     pub(super) side: usize,
     /// Rows of the micro-kernel.
     pub(super) rows: usize,
@@ -39,7 +39,7 @@ macro_rules! kernels {
             use super::*;
 
             const ROWS: usize = $mr;
-            const _: () = assert!(ROWS.is_multiple_of(<$kernel as Kernel>::SIDE));
+            const _: () = assert!(ROWS.is_multiple_of(micro::side::<$kernel>()));
 
             $(#[target_feature(enable = $features)])?
             unsafe fn pack(
@@ -81,7 +81,7 @@ macro_rules! kernels {
 
             pub(super) static $name: Kernels = Kernels {
                 pair: <$kernel as Kernel>::PAIR,
-                side: <$kernel as Kernel>::SIDE,
+                side: micro::side::<$kernel>(),
                 rows: ROWS,
                 pack,
                 begin,
@@ -98,7 +98,7 @@ macro_rules! kernels {
 kernels!(PORTABLE, portable, MultiplyAdd<Portable>, MultiplyAdd(Portable), 4 x 2);
 
 #[cfg(target_arch = "x86_64")]
-use super::{avx2::Avx2, avx512::Avx512, avx512bf16::Bf16Dot};
+use super::{amxbf16::Bf16Tiles, avx2::Avx2, avx512::Avx512, avx512bf16::Bf16Dot};
 #[cfg(target_arch = "x86_64")]
 kernels!(AVX2, avx2, MultiplyAdd<Avx2>, MultiplyAdd(Avx2::assume()), 6 x 2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
@@ -106,6 +106,10 @@ kernels!(AVX512, avx512, MultiplyAdd<Avx512>, MultiplyAdd(Avx512::assume()), 12 
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl");
 #[cfg(target_arch = "x86_64")]
 kernels!(AVX512_BF16, avx512bf16, Bf16Dot, Bf16Dot::assume(), 12 x 2,
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16");
+// Its own features are no part of this: the compiler is told nothing of tiles.
+#[cfg(target_arch = "x86_64")]
+kernels!(AMX_BF16, amxbf16, Bf16Tiles, Bf16Tiles::assume(), 32 x 2,
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16");
 
 #[cfg(target_arch = "aarch64")]
@@ -123,9 +127,11 @@ pub(super) fn select(isa: Isa, dtype: DType) -> &'static Kernels {
     }
     match (isa, dtype) {
         #[cfg(target_arch = "x86_64")]
+        (Isa::AmxBf16, DType::BF16) => &amxbf16::AMX_BF16,
+        #[cfg(target_arch = "x86_64")]
         (Isa::Avx512Bf16, DType::BF16) => &avx512bf16::AVX512_BF16,
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512 | Isa::Avx512Bf16, _) => &avx512::AVX512,
+        (Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16, _) => &avx512::AVX512,
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, _) => &avx2::AVX2,
         #[cfg(target_arch = "aarch64")]

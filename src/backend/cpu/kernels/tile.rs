@@ -153,7 +153,9 @@ fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[Row]) -> usize {
     let aligned = (query_at(call, unit, first).addr() | step).is_multiple_of(4);
     // Rows that far apart would share the same few sets of the first-level cache.
     let packed = !unit.in_place(call);
-    if !units || !aligned || !packed || call.group != 1 || step.is_multiple_of(4096) {
+    let whole_tiles = call.depth == call.dim_units;
+    if !units || !aligned || !packed || !whole_tiles || call.group != 1 || step.is_multiple_of(4096)
+    {
         return 0;
     }
     let whole = rows.len() / call.kernels.rows * call.kernels.rows;
@@ -190,7 +192,7 @@ unsafe fn pack_queries<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
         // SAFETY: the row of Q and its packed place are there.
         unsafe {
             let to = tile.queries.add(r * call.query_row);
-            for c in (0..call.dim_units).step_by(lanes) {
+            for c in (0..call.depth).step_by(lanes) {
                 let units = kernel.row_units(from.add(c * K::PAIR), call.dim_units - c);
                 s.store(to.add(c).cast(), units);
             }

@@ -24,7 +24,7 @@ fn everywhere(task: &impl Task) {
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx512 => task.run(crate::backend::cpu::kernels::avx512::Avx512::assume()),
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512Bf16 => {}
+                Isa::Avx512Bf16 | Isa::AmxBf16 => {}
                 #[cfg(target_arch = "aarch64")]
                 Isa::NeonBf16 => {}
                 #[cfg(target_arch = "aarch64")]

@@ -1,0 +1,191 @@
+//! AVX-512 with tiles of bf16 (AMX). The compiler knows no tiles without its unstable features, so a
+//! whole product is one piece of assembly; all else is that of [`super::avx512bf16`].
+
+use std::arch::asm;
+use std::sync::LazyLock;
+
+use super::avx512::Avx512;
+use super::avx512bf16::Bf16Dot;
+use super::micro::{Kernel, Vector};
+use super::simd::Elem;
+use crate::backend::cpu::isa::cpuid;
+
+/// Products of 16 x 16 units of two bf16.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bf16Tiles(Bf16Dot);
+
+impl Bf16Tiles {
+    /// # Safety
+    /// The processor has AVX-512 F, BW, DQ, VL and BF16, and AMX-BF16, which the process may use.
+    #[inline(always)]
+    pub(super) unsafe fn assume() -> Self {
+        // SAFETY: as promised by the caller.
+        Self(unsafe { Bf16Dot::assume() })
+    }
+}
+
+/// Shapes of the eight tiles, as `ldtilecfg` reads them.
+#[repr(C, align(64))]
+struct Shapes {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// All whole: 0 to 3 are sums, 4 and 5 rows of A, 6 and 7 columns of B.
+static SHAPES: Shapes = Shapes {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// An assembly block that leaves nothing in the tiles.
+macro_rules! tiles {
+    ($($part:tt)*) => {
+        asm!($($part)*,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack))
+    };
+}
+
+impl Kernel for Bf16Tiles {
+    type S = Avx512;
+    const PAIR: usize = 2;
+    const TILE: usize = 16;
+    const DEGREE: usize = Bf16Dot::DEGREE;
+
+    #[inline(always)]
+    fn simd(self) -> Self::S {
+        self.0.simd()
+    }
+    #[inline(always)]
+    fn multiply(self, a: Vector<Self>, b: Vector<Self>, acc: Vector<Self>) -> Vector<Self> {
+        self.0.multiply(a, b, acc)
+    }
+    #[inline(always)]
+    fn open_tiles(self) {
+        // SAFETY: the token proves the features; the shapes are ones that the processor takes.
+        unsafe { tiles!("ldtilecfg [{shapes}]", shapes = in(reg) &raw const SHAPES) }
+    }
+    #[inline(always)]
+    fn close_tiles(self) {
+        // SAFETY: the token proves the features.
+        unsafe { tiles!("tilerelease") }
+    }
+    #[inline(always)]
+    unsafe fn product_of_tiles<const MR: usize, const NV: usize>(
+        self,
+        steps: usize,
+        row: usize,
+        a: *const u32,
+        b: *const u32,
+        sums: *mut f32,
+    ) {
+        debug_assert!(matches!(MR, 16 | 32) && matches!(NV, 1 | 2));
+        // SAFETY: the caller's addresses cover `MR` rows of `steps` units of A, `steps` rows of `NV`
+        // vectors of B and `MR` of the sums, and the tiles are open. The second rows of A are those
+        // below the first; where there are none, they are not read.
+        unsafe {
+            tiles!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "2:",
+                "tileloadd tmm4, [{a} + {row} * 1]",
+                "tileloadd tmm6, [{b} + {width} * 1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                ".if {wide}",
+                "tileloadd tmm7, [{b} + {width} * 1 + 64]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                ".endif",
+                ".if {tall}",
+                "tileloadd tmm5, [{below} + {row} * 1]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                ".endif",
+                ".if {tall} & {wide}",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                ".endif",
+                "add {a}, 64",
+                "add {below}, 64",
+                "add {b}, 1024 + 1024 * {wide}",
+                "sub {steps}, 16",
+                "ja 2b",
+                "tilestored [{sums} + {width} * 1], tmm0",
+                ".if {wide}",
+                "tilestored [{sums} + {width} * 1 + 64], tmm1",
+                ".endif",
+                ".if {tall}",
+                "tilestored [{sums} + {width} * 1 + 1024 + 1024 * {wide}], tmm2",
+                ".endif",
+                ".if {tall} & {wide}",
+                "tilestored [{sums} + {width} * 1 + 2048 + 64], tmm3",
+                ".endif",
+                a = inout(reg) a => _,
+                below = inout(reg) a.wrapping_add(16 * row) => _,
+                b = inout(reg) b => _,
+                steps = inout(reg) steps => _,
+                row = in(reg) 4 * row,
+                width = in(reg) 64 * NV,
+                sums = in(reg) sums,
+                tall = const MR / 32,
+                wide = const NV / 2
+            );
+        }
+    }
+    #[inline(always)]
+    unsafe fn row_units<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
+        // SAFETY: as promised by the caller.
+        unsafe { self.0.row_units(at, count) }
+    }
+    #[inline(always)]
+    unsafe fn value_units<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
+        // SAFETY: as promised by the caller.
+        unsafe { self.0.value_units(rows) }
+    }
+    #[inline(always)]
+    unsafe fn store_probabilities<const NR: usize>(self, at: *mut u32, p: [Vector<Self>; NR]) {
+        // SAFETY: as promised by the caller.
+        unsafe { self.0.store_probabilities(at, p) }
+    }
+}
+
+/// Whether the processor has these tiles and this process may use them. Linux grants them when asked.
+pub(crate) fn available() -> bool {
+    static AVAILABLE: LazyLock<bool> = LazyLock::new(|| {
+        if !cfg!(target_os = "linux") {
+            return false;
+        }
+        // AMX-BF16 and AMX-TILE.
+        let has = cpuid(7).edx;
+        has & 1 << 22 != 0 && has & 1 << 24 != 0 && granted()
+    });
+    *AVAILABLE
+}
+
+/// Asks for the tiles' state, and sees whether it was given.
+fn granted() -> bool {
+    const ARCH_PRCTL: i64 = 158;
+    const GET_PERMITTED: i64 = 0x1022;
+    const REQUEST: i64 = 0x1023;
+    const TILE_DATA: u64 = 18;
+    let call = |code: i64, argument: u64| -> i64 {
+        let result;
+        // SAFETY: a system call of Linux on x86-64, which changes these registers; what it writes is
+        // a number to the address that the caller gives.
+        unsafe {
+            asm!("syscall", inlateout("rax") ARCH_PRCTL => result, in("rdi") code, in("rsi") argument,
+                out("rcx") _, out("r11") _, options(nostack));
+        }
+        result
+    };
+    let mut permitted = 0u64;
+    call(REQUEST, TILE_DATA) == 0
+        && call(GET_PERMITTED, (&raw mut permitted).addr() as u64) == 0
+        && permitted >> TILE_DATA & 1 != 0
+}
