@@ -13,6 +13,9 @@ pub(crate) enum Attention {
     Ours,
     /// What `candle_transformers::models::quantized_gemma3` does.
     Candle,
+    /// The same, each cell of its result off by a rounding or by nothing.
+    #[cfg(test)]
+    Nudged,
 }
 
 /// Time spent.
@@ -56,6 +59,8 @@ impl Attention {
                 clock.masks += start.elapsed();
                 candles([q, k, v], mask.as_ref())?
             }
+            #[cfg(test)]
+            Self::Nudged => return nudged(&Self::Candle.run([q, k, v], window, clock)?),
         };
         device.synchronize()?;
         clock.attention += start.elapsed();
@@ -98,6 +103,14 @@ fn candles([q, k, v]: [&Tensor; 3], mask: Option<&Tensor>) -> Result<Tensor> {
         weights = mask.eq(0_u32)?.where_cond(&hidden, &weights)?;
     }
     candle_nn::ops::softmax_last_dim(&weights)?.matmul(&v)
+}
+
+/// Each cell times 1, or times one of f32's numbers beside it.
+#[cfg(test)]
+fn nudged(x: &Tensor) -> Result<Tensor> {
+    let places = Tensor::arange(0_u32, x.elem_count() as u32, x.device())?;
+    let by = ((places.to_dtype(DType::F32)?.sin()? * f64::from(f32::EPSILON))? + 1.0)?;
+    x * by.reshape(x.shape())?
 }
 
 /// How many keys the last of `rows` sees in a window: with queries of zeros it weighs them all alike,
