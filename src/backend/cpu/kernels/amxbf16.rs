@@ -34,13 +34,13 @@ struct Shapes {
     rows: [u8; 16],
 }
 
-/// All whole: 0 to 3 are sums, 4 and 5 rows of A, 6 and 7 columns of B.
+/// All whole: 0 and 1 are sums, 2 is rows of A, 3 and 4 are columns of B.
 static SHAPES: Shapes = Shapes {
     palette: 1,
     start_row: 0,
     reserved: [0; 14],
-    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+    row_bytes: [64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
 /// An assembly block that leaves nothing in the tiles.
@@ -78,7 +78,7 @@ impl Kernel for Bf16Tiles {
         unsafe { tiles!("tilerelease") }
     }
     #[inline(always)]
-    unsafe fn product_of_tiles<const MR: usize, const NV: usize>(
+    unsafe fn product_of_tiles<const NV: usize>(
         self,
         steps: usize,
         row: usize,
@@ -86,33 +86,22 @@ impl Kernel for Bf16Tiles {
         b: *const u32,
         sums: *mut f32,
     ) {
-        debug_assert!(matches!(MR, 16 | 32) && matches!(NV, 1 | 2));
-        // SAFETY: the caller's addresses cover `MR` rows of `steps` units of A, `steps` rows of `NV`
-        // vectors of B and `MR` of the sums, and the tiles are open. The second rows of A are those
-        // below the first; where there are none, they are not read.
+        const { assert!(NV == 1 || NV == 2) };
+        // SAFETY: the caller's addresses cover 16 rows of `steps` units of A, `steps` rows of `NV`
+        // vectors of B and 16 of the sums, 16 divides `steps`, and the tiles are open.
         unsafe {
             tiles!(
                 "tilezero tmm0",
                 "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
                 "2:",
-                "tileloadd tmm4, [{a} + {row} * 1]",
-                "tileloadd tmm6, [{b} + {width} * 1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm2, [{a} + {row} * 1]",
+                "tileloadd tmm3, [{b} + {width} * 1]",
+                "tdpbf16ps tmm0, tmm2, tmm3",
                 ".if {wide}",
-                "tileloadd tmm7, [{b} + {width} * 1 + 64]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                ".endif",
-                ".if {tall}",
-                "tileloadd tmm5, [{below} + {row} * 1]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                ".endif",
-                ".if {tall} & {wide}",
-                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm4, [{b} + {width} * 1 + 64]",
+                "tdpbf16ps tmm1, tmm2, tmm4",
                 ".endif",
                 "add {a}, 64",
-                "add {below}, 64",
                 "add {b}, 1024 + 1024 * {wide}",
                 "sub {steps}, 16",
                 "ja 2b",
@@ -120,20 +109,12 @@ impl Kernel for Bf16Tiles {
                 ".if {wide}",
                 "tilestored [{sums} + {width} * 1 + 64], tmm1",
                 ".endif",
-                ".if {tall}",
-                "tilestored [{sums} + {width} * 1 + 1024 + 1024 * {wide}], tmm2",
-                ".endif",
-                ".if {tall} & {wide}",
-                "tilestored [{sums} + {width} * 1 + 2048 + 64], tmm3",
-                ".endif",
                 a = inout(reg) a => _,
-                below = inout(reg) a.wrapping_add(16 * row) => _,
                 b = inout(reg) b => _,
                 steps = inout(reg) steps => _,
                 row = in(reg) 4 * row,
                 width = in(reg) 64 * NV,
                 sums = in(reg) sums,
-                tall = const MR / 32,
                 wide = const NV / 2
             );
         }
@@ -156,6 +137,7 @@ impl Kernel for Bf16Tiles {
 }
 
 /// Whether the processor has these tiles and this process may use them. Linux grants them when asked.
+#[cfg_attr(miri, allow(dead_code))]
 pub(crate) fn available() -> bool {
     static AVAILABLE: LazyLock<bool> = LazyLock::new(|| {
         if !cfg!(target_os = "linux") {

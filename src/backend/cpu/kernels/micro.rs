@@ -17,7 +17,7 @@ pub(super) trait Kernel: Copy + 'static {
     const PAIR: usize;
     /// Rows of A that a multiplication takes, and units of each: 1, or 2 with products of matrices.
     const SIDE: usize = 1;
-    /// Rows of A in a tile, and units of each, where there are tiles; `MR` is then one or two of them.
+    /// Rows of A in a tile, and units of each, where there are tiles; `MR` is then the same. Or 0.
     const TILE: usize = 0;
     /// Degree of exp2's polynomial for probabilities.
     const DEGREE: usize;
@@ -59,10 +59,10 @@ pub(super) trait Kernel: Copy + 'static {
     /// Lets go of them, after it.
     #[inline(always)]
     fn close_tiles(self) {}
-    /// As [`product`], written to `sums`, `NV` vectors for each of `MR` rows. Only where there are
+    /// As [`product`], written to `sums`, `NV` vectors for each of `TILE` rows. Only where there are
     /// tiles.
     #[inline(always)]
-    unsafe fn product_of_tiles<const MR: usize, const NV: usize>(
+    unsafe fn product_of_tiles<const NV: usize>(
         self,
         _steps: usize,
         _row: usize,
@@ -163,9 +163,9 @@ pub(super) unsafe fn product<K: Kernel, const MR: usize, const NR: usize>(
     let lanes = <K::S as Simd>::LANES;
     if K::TILE > 0 {
         let mut sums = MaybeUninit::<[[Vector<K>; NR]; MR]>::uninit();
-        // SAFETY: the caller's addresses cover `steps` steps, and all sums are written.
+        // SAFETY: the caller's addresses cover `steps` steps; `MR` is `TILE`, and all sums are written.
         return unsafe {
-            kernel.product_of_tiles::<MR, NR>(steps, row, a, b, sums.as_mut_ptr().cast());
+            kernel.product_of_tiles::<NR>(steps, row, a, b, sums.as_mut_ptr().cast());
             sums.assume_init()
         };
     }

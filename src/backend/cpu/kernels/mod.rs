@@ -40,7 +40,7 @@ mod tile;
 use super::isa::Isa;
 use super::job::Job;
 use crate::DType;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 pub(crate) use amxbf16::available as tiles_available;
 use mask_map::MaskMap;
 pub(crate) use team::Team;

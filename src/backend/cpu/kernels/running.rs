@@ -8,8 +8,8 @@ use super::math::LOG2_E;
 use super::scratch::Buffer;
 use super::simd::Simd;
 
-/// Most rows that are worked on together, in whole vectors.
-pub(super) const GROUP: usize = 32;
+/// Most rows that are worked on together, rounded up to whole vectors.
+pub(super) const GROUP: usize = 16;
 
 /// One number for each of some rows.
 pub(super) type Lanes = [f32; GROUP];
@@ -94,7 +94,7 @@ impl Running {
                 let top = s.pick(s.gt(max, hidden), max, zero);
                 let factor = factors(s, s.sub(before, top));
                 let seen = s.gt(before, hidden) << lane;
-                raised.first &= seen & (u32::MAX >> (32 - rows.len())) == 0;
+                raised.first &= seen & ((1 << rows.len()) - 1) == 0;
                 s.store(self.maxima.add(rows.start + lane), max);
                 s.store(raised.maxima.as_mut_ptr().add(lane), max);
                 s.store(raised.factors.as_mut_ptr().add(lane), factor);

@@ -13,7 +13,7 @@ use super::span::{self, Span};
 use super::tile::Tile;
 
 /// Most rows of a micro-kernel.
-pub(super) const MOST_ROWS: usize = 32;
+pub(super) const MOST_ROWS: usize = 16;
 const _: () = assert!(MOST_ROWS <= GROUP);
 
 /// Packed K and V of a strip.
@@ -109,7 +109,6 @@ macro_rules! by_rows {
             2 => $strip.$method::<K, 2, NR>($kernel, $of),
             3 | 4 if MR > 4 => $strip.$method::<K, 4, NR>($kernel, $of),
             5..=8 if MR > 8 => $strip.$method::<K, 8, NR>($kernel, $of),
-            9..=16 if MR > 16 => $strip.$method::<K, 16, NR>($kernel, $of),
             _ => $strip.$method::<K, MR, NR>($kernel, $of),
         }
     };

@@ -109,7 +109,7 @@ kernels!(AVX512_BF16, avx512bf16, Bf16Dot, Bf16Dot::assume(), 12 x 2,
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16");
 // Its own features are no part of this: the compiler is told nothing of tiles.
 #[cfg(target_arch = "x86_64")]
-kernels!(AMX_BF16, amxbf16, Bf16Tiles, Bf16Tiles::assume(), 32 x 2,
+kernels!(AMX_BF16, amxbf16, Bf16Tiles, Bf16Tiles::assume(), 16 x 2,
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16");
 
 #[cfg(target_arch = "aarch64")]
