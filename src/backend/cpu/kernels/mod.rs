@@ -48,7 +48,10 @@ pub(crate) use team::Team;
 /// Computes O, and the log-sum-exp where it is asked for. The bits of the result depend on `isa` but
 /// not on the threads.
 pub(crate) fn run(job: &Job<'_>, isa: Isa, team: Team<'_>) {
-    let kernels = table::select(isa, job.problem.kv_dtype());
+    run_with(job, table::select(isa, job.problem.kv_dtype()), team);
+}
+
+fn run_with(job: &Job<'_>, kernels: &'static table::Kernels, team: Team<'_>) {
     let mut call = call::Call::new(job, kernels);
     call.map = MaskMap::of(&call, team);
     schedule::run(&call, team);

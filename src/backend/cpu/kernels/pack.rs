@@ -105,7 +105,7 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
         let panel = unsafe { to.add(first / width * depth * width + first % width) };
         for c in (0..depth).step_by(lanes) {
             let columns = (depth - c).min(lanes);
-            let held = (call.dim_units - c).min(lanes);
+            let held = call.dim_units.saturating_sub(c).min(lanes);
             let mut tile = s.zeros();
             // SAFETY: rows below `there` and units below `depth` exist.
             unsafe {

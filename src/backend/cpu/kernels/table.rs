@@ -95,6 +95,11 @@ macro_rules! kernels {
     };
 }
 
+#[cfg(test)]
+use super::tests::tiles::PlainTiles;
+#[cfg(test)]
+kernels!(PLAIN_TILES, plain_tiles, PlainTiles, PlainTiles, 16 x 8);
+
 kernels!(PORTABLE, portable, MultiplyAdd<Portable>, MultiplyAdd(Portable), 4 x 2);
 
 #[cfg(target_arch = "x86_64")]
@@ -118,6 +123,12 @@ use super::{neon::Neon, neonbf16::Bf16Matrix};
 kernels!(NEON, neon, MultiplyAdd<Neon>, MultiplyAdd(Neon::assume()), 6 x 4, "neon");
 #[cfg(target_arch = "aarch64")]
 kernels!(NEON_BF16, neonbf16, Bf16Matrix, Bf16Matrix::assume(), 6 x 4, "neon,bf16");
+
+/// What tiles do, where nothing has them.
+#[cfg(test)]
+pub(super) fn plain_tiles() -> &'static Kernels {
+    &plain_tiles::PLAIN_TILES
+}
 
 /// The kernels for K and V of `dtype` under `isa`, or under the portable one where this machine
 /// lacks it.

@@ -193,7 +193,8 @@ unsafe fn pack_queries<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
         unsafe {
             let to = tile.queries.add(r * call.query_row);
             for c in (0..call.depth).step_by(lanes) {
-                let units = kernel.row_units(from.add(c * K::PAIR), call.dim_units - c);
+                let units =
+                    kernel.row_units(from.add(c * K::PAIR), call.dim_units.saturating_sub(c));
                 s.store(to.add(c).cast(), units);
             }
         }

@@ -10,7 +10,8 @@ use crate::attention::tolerance::{self, Comparison};
 use crate::attention::{Problem, ProblemBuilder, Role, Shape};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::job::{Job, Pointers};
-use crate::backend::cpu::kernels::Team;
+use crate::backend::cpu::kernels::table::{self, Kernels};
+use crate::backend::cpu::kernels::{self, Team};
 
 /// Elements around outputs that must stay as they are.
 const GUARD: usize = 48;
@@ -262,8 +263,12 @@ impl Data {
         oracle::attention(&self.problem, &inputs, precision).unwrap()
     }
 
-    /// Runs the kernels and checks that they wrote what they own and nothing else.
     pub(super) fn run(&self, isa: Isa, threads: usize) -> Output {
+        self.run_with(table::select(isa, self.problem.kv_dtype()), threads)
+    }
+
+    /// Runs the kernels and checks that they wrote what they own and nothing else.
+    pub(super) fn run_with(&self, kernels: &'static Kernels, threads: usize) -> Output {
         let problem = &self.problem;
         let shape = problem.shape();
         let elements = problem.operand(Role::Output).unwrap().elements;
@@ -275,30 +280,18 @@ impl Data {
         let size = problem.dtype().size_of();
         let o_at = o.words.as_mut_ptr().cast::<u8>().wrapping_add(GUARD * size);
         let job = self.job(o_at, lse.as_mut_ptr().wrapping_add(GUARD));
+        let team = Team {
+            pool: None,
+            threads,
+        };
         if threads == 1 {
-            super::super::run(
-                &job,
-                isa,
-                Team {
-                    pool: None,
-                    threads: 1,
-                },
-            );
+            kernels::run_with(&job, kernels, team);
         } else {
             let pool = rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)
                 .build()
                 .unwrap();
-            pool.install(|| {
-                super::super::run(
-                    &job,
-                    isa,
-                    Team {
-                        pool: None,
-                        threads,
-                    },
-                )
-            });
+            pool.install(|| kernels::run_with(&job, kernels, team));
         }
         let mut owned = vec![false; elements + 2 * GUARD];
         let mut dense = vec![0.0; rows * shape.head_dim];
@@ -379,22 +372,26 @@ impl Data {
         }
     }
 
-    /// Holds every instruction set against the oracle; gives the largest relative errors.
+    /// Holds every instruction set, and tiles in plain Rust, against the oracle; gives the largest relative
+    /// error.
     pub(super) fn check(&self, what: &str) -> f64 {
         let (exact, naive) = (
             self.reference(Precision::Exact),
             self.reference(Precision::Naive),
         );
         let mut worst = 0.0f64;
-        for isa in isas() {
-            let got = self.run(isa, 1);
+        let dtype = self.problem.kv_dtype();
+        let kernels = isas().map(|isa| (isa.name(), table::select(isa, dtype)));
+        let tiles = (dtype == DType::BF16).then(|| ("plain tiles", table::plain_tiles()));
+        for (name, kernels) in kernels.chain(tiles) {
+            let got = self.run_with(kernels, 1);
             let result = tolerance::compare(&self.problem, &got.o, &exact, &naive);
-            assert!(result.ok, "{what}, {isa}: {result:?}");
+            assert!(result.ok, "{what}, {name}: {result:?}");
             if self.problem.has_lse() {
                 let (error, bound) = tolerance::compare_lse(&got.lse, &exact);
                 assert!(
                     error <= bound,
-                    "{what}, {isa}: lse off by {error}, may be {bound}"
+                    "{what}, {name}: lse off by {error}, may be {bound}"
                 );
             }
             worst = worst.max(result.rel_fro);

@@ -5,4 +5,5 @@ mod features;
 mod harness;
 mod shapes;
 mod speed;
+pub(super) mod tiles;
 mod vectors;
