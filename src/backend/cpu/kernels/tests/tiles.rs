@@ -76,8 +76,8 @@ impl Kernel for PlainTiles {
         }
     }
     unsafe fn row_units<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
-        // SAFETY: as promised by the caller; T is bf16.
         from_fn(|i| match i < count {
+            // SAFETY: the unit is there; T is bf16.
             true => unsafe { at.cast::<f32>().add(i).read_unaligned() },
             false => 0.0,
         })
