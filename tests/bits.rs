@@ -165,6 +165,29 @@ fn every_run_gives_the_same_bits() {
 }
 
 #[test]
+fn what_was_asked_before_changes_no_bit() {
+    each(|device, what, dtype, dim| {
+        // All take one kernel with the same constants.
+        let asked = [(37, 75, 0.2), (37, 75, 0.1), (41, 77, 0.2)].map(|(ql, kl, scale)| {
+            let data = Qkv::new(40, dtype, shape([1, 2, 1], (ql, kl), dim));
+            let problem = data.builder().causal(true).scale(scale).build().unwrap();
+            let alone = data.run(device, &problem).0;
+            (data, problem, alone)
+        });
+        let mut registry = KernelRegistry::new();
+        for n in [0, 0, 1, 2, 0, 1, 1] {
+            let (data, problem, alone) = &asked[n];
+            let [q, k, v, out] = data.buffers(device);
+            let operands = Operands::new(&q, &k, &v, &out);
+            commit(device, |e| {
+                ops::attention(e, device, &mut registry, problem, &operands)
+            });
+            assert!(*alone == bytes(&out), "{what}: problem {n}");
+        }
+    });
+}
+
+#[test]
 fn tile_classes_change_no_bit() {
     each(|device, what, dtype, dim| {
         for causal in [false, true] {

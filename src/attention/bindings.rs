@@ -18,6 +18,14 @@ pub mod prefill {
     /// Cumulative key lengths, `u32[B + 1]`; bound for packed sequences.
     pub const CU_SEQLENS_K: usize = 13;
 
+    /// Whether what is bound there says what is asked, and is no operand.
+    pub const fn is_params(index: usize) -> bool {
+        matches!(
+            index,
+            PARAMS | MASK_PARAMS | EXTRA_PARAMS | CU_SEQLENS_Q | CU_SEQLENS_K
+        )
+    }
+
     /// Index of an operand.
     pub const fn index(role: Role) -> usize {
         match role {
@@ -132,8 +140,27 @@ pub mod other {
     pub const REDUCE_PARAMS: usize = 2;
 }
 
-/// How `kernel` uses the buffer at each index; a kernel that is not ours may do anything.
-pub fn accesses(kernel: &str) -> impl Fn(usize) -> Access + Copy {
+/// How a kernel uses its buffers.
+#[derive(Debug, Clone, Copy)]
+pub struct Accesses {
+    /// Indices that it writes; none where the kernel is not ours.
+    written: &'static [usize],
+}
+
+impl Accesses {
+    /// How it uses the buffer at `index`. A kernel that is not ours may do anything.
+    pub fn of(self, index: usize) -> Access {
+        // Every kernel of ours writes something.
+        match self.written {
+            [] => Access::ReadWrite,
+            written if written.contains(&index) => Access::Write,
+            _ => Access::Read,
+        }
+    }
+}
+
+/// How `kernel` uses its buffers.
+pub fn accesses(kernel: &str) -> Accesses {
     let written: &[usize] = match kernel {
         names::MASK_FILL => &[other::FILL_OUT],
         names::BLK => &[other::BLK_OUT],
@@ -144,18 +171,7 @@ pub fn accesses(kernel: &str) -> impl Fn(usize) -> Access + Copy {
         }
         _ => &[],
     };
-    // Every kernel of ours writes something.
-    let ours = !written.is_empty();
-    move |index| match ours {
-        false => Access::ReadWrite,
-        true if written.contains(&index) => Access::Write,
-        true => Access::Read,
-    }
-}
-
-/// How `kernel` uses the buffer at `index`.
-pub fn access(kernel: &str, index: usize) -> Access {
-    accesses(kernel)(index)
+    Accesses { written }
 }
 
 /// Code of an operand's element type for [`constant::MASK_DTYPE`] and [`constant::KV_DTYPE`].

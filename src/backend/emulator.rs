@@ -12,7 +12,7 @@ use super::host_memory::HostMemory;
 use super::{
     Arg, Backend, DeviceKind, Dispatch, Done, Kernel, Limits, Memory, Pending, Step, Timing,
 };
-use crate::attention::bindings::{Constants, access, constant};
+use crate::attention::bindings::{Constants, constant};
 use crate::attention::variant::{self, APPLE_THREADGROUP_BYTES, Family};
 use crate::error::{MlxError, Result};
 use crate::sources;
@@ -107,7 +107,7 @@ impl Emulator {
                     offset,
                     len,
                 } => {
-                    let use_ = access(name, *index);
+                    let use_ = dispatch.kernel.accesses.of(*index);
                     // SAFETY: the encoder keeps `offset + len` inside the memory.
                     let ptr = unsafe { memory.host(use_)?.add(*offset) };
                     call.bind(slot, Binding::raw(ptr, *len, use_.writes()))
@@ -202,16 +202,12 @@ impl Backend for Emulator {
             max_threads: info.max_threads.map_or(1024, u64::from),
             static_threadgroup_bytes: u64::from(info.threadgroup_bytes),
         };
-        Ok(Kernel {
-            name: kernel.into(),
-            constants: constants.clone(),
-            limits,
-            state: Box::new(Built {
-                library: Arc::clone(&library),
-                constants: values,
-                own,
-            }),
-        })
+        let built = Built {
+            library: Arc::clone(&library),
+            constants: values,
+            own,
+        };
+        Ok(Kernel::new(kernel, constants, limits, built))
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {

@@ -5,7 +5,7 @@ use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::attention::bindings::{Access, Constants};
+use crate::attention::bindings::{self, Access, Accesses, Constants};
 use crate::attention::variant::Family;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -90,8 +90,28 @@ pub(crate) struct Kernel {
     pub(crate) name: String,
     pub(crate) constants: Constants,
     pub(crate) limits: Limits,
+    pub(crate) accesses: Accesses,
+    stated: checked::Stated,
     /// The backend's own.
     pub(crate) state: Box<dyn Any + Send + Sync>,
+}
+
+impl Kernel {
+    pub(crate) fn new(
+        name: &str,
+        constants: &Constants,
+        limits: Limits,
+        state: impl Any + Send + Sync,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            constants: constants.clone(),
+            limits,
+            accesses: bindings::accesses(name),
+            stated: checked::Stated::default(),
+            state: Box::new(state),
+        }
+    }
 }
 
 impl fmt::Debug for Kernel {

@@ -7,7 +7,7 @@ pub mod flash_attn_prefill_d512;
 pub mod flash_attn_prefill_mask;
 pub mod flash_attn_vec;
 
-use crate::attention::plan::{Plan, PlanArg, PlanOptions};
+use crate::attention::plan::{PlanArg, PlanOptions};
 use crate::attention::variant;
 use crate::attention::{Problem, Role};
 use crate::error::{MlxError, Result};
@@ -102,7 +102,7 @@ pub(crate) fn encode(
     options: PlanOptions,
 ) -> Result<()> {
     check_operands(problem, operands)?;
-    let plan = Plan::new(problem, device.family(), options)?;
+    let (plan, pipeline) = registry.plan(device.metal_device(), problem, options)?;
     let mut args = Vec::with_capacity(plan.args.len());
     for (index, arg) in &plan.args {
         let arg = match arg {
@@ -114,9 +114,8 @@ pub(crate) fn encode(
         };
         args.push((*index as u64, arg));
     }
-    let pipeline = registry.get(plan.variant.kernel, device.metal_device(), plan.constants)?;
     encoder.set_op_kind(CapturedOpKind::Sdpa);
-    encoder.try_encode(pipeline, &args, plan.grid.into(), plan.threadgroup.into())
+    encoder.try_encode(&pipeline, &args, plan.grid.into(), plan.threadgroup.into())
 }
 
 fn check_operands(problem: &Problem, operands: &Operands<'_>) -> Result<()> {

@@ -51,7 +51,7 @@ pub struct MlxBuffer {
     offset: usize,
     len: usize,
     dtype: DType,
-    shape: Vec<usize>,
+    shape: Arc<[usize]>,
     /// Why the view cannot be used: it was made past the end of its parent.
     fault: Option<Arc<str>>,
 }
@@ -74,7 +74,7 @@ impl MlxBuffer {
             offset: 0,
             len,
             dtype,
-            shape,
+            shape: shape.into(),
             fault: None,
         }
     }
@@ -144,7 +144,7 @@ impl MlxBuffer {
     /// its parent's bounds is empty, and every use of it is refused with the reason.
     pub fn slice_view(&self, byte_offset: u64, n_elements: usize) -> Self {
         let mut view = Self {
-            shape: vec![n_elements],
+            shape: [n_elements].into(),
             ..self.clone()
         };
         let range = (|| {
@@ -159,7 +159,7 @@ impl MlxBuffer {
             }
             None => {
                 view.len = 0;
-                view.shape = vec![0];
+                view.shape = [0].into();
                 view.fault.get_or_insert_with(|| {
                     let size = self.dtype.size_of();
                     format!(

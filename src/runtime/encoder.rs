@@ -10,7 +10,6 @@ pub use super::capture::{CapturedNode, CapturedOpKind};
 use super::device::DeviceHandle;
 use super::hazards::{Hazards, Use};
 use super::registry::Pipeline;
-use crate::attention::bindings;
 use crate::backend::{self, Arg, Dispatch, Pending, Step};
 use crate::error::{MlxError, Result};
 
@@ -206,12 +205,12 @@ impl CommandEncoder {
     ) -> Result<()> {
         let op_kind = std::mem::take(&mut self.op_kind);
         let kernel = Arc::clone(pipeline.kernel());
-        let access = bindings::accesses(&kernel.name);
         let mut bindings = Vec::with_capacity(args.len());
         for (index, arg) in args {
             let index = usize::try_from(*index)
                 .map_err(|_| MlxError::expected(&kernel.name, "a buffer index", index))?;
-            let buffer = |buffer: MlxBuffer| CapturedBinding::Buffer(buffer, access(index));
+            let buffer =
+                |buffer: MlxBuffer| CapturedBinding::Buffer(buffer, kernel.accesses.of(index));
             let binding = match arg {
                 KernelArg::Buffer(b) => buffer((*b).clone()),
                 KernelArg::BufferWithOffset(b, offset) => buffer(from_offset(b, *offset)?),

@@ -1,12 +1,14 @@
 //! Kernels by name, and the pipelines built from them.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::device::DeviceHandle;
+use crate::attention::Problem;
 use crate::attention::bindings::Constants;
+use crate::attention::plan::{Plan, PlanOptions};
 use crate::backend::Kernel;
 use crate::error::{MlxError, Result};
 use crate::sources;
@@ -58,6 +60,21 @@ pub struct KernelRegistry {
     local: HashMap<Key, Pipeline>,
     /// Pipelines that any clone has built.
     shared: Arc<Mutex<HashMap<Key, Pipeline>>>,
+    /// The last few problems, for those that follow are mostly among them.
+    planned: VecDeque<Planned>,
+}
+
+/// Most problems that are remembered: the kinds of layer of a model.
+const REMEMBERED: usize = 4;
+
+/// A problem with its plan and pipeline.
+#[derive(Debug, Clone)]
+struct Planned {
+    device: u64,
+    options: PlanOptions,
+    problem: Problem,
+    plan: Arc<Plan>,
+    pipeline: Pipeline,
 }
 
 impl Default for KernelRegistry {
@@ -76,7 +93,34 @@ impl KernelRegistry {
             sources,
             local: HashMap::new(),
             shared: Arc::default(),
+            planned: VecDeque::new(),
         }
+    }
+
+    /// The plan of a problem on a device, and the pipeline that it dispatches.
+    pub(crate) fn plan(
+        &mut self,
+        device: &DeviceHandle,
+        problem: &Problem,
+        options: PlanOptions,
+    ) -> Result<(Arc<Plan>, Pipeline)> {
+        let same =
+            |p: &&Planned| (p.device, p.options) == (device.id, options) && p.problem == *problem;
+        if let Some(found) = self.planned.iter().find(same) {
+            return Ok((Arc::clone(&found.plan), found.pipeline.clone()));
+        }
+        let plan = Arc::new(Plan::new(problem, device.backend.family(), options)?);
+        let pipeline = self.get(plan.variant.kernel, device, plan.constants.clone())?;
+        let pipeline = pipeline.clone();
+        self.planned.truncate(REMEMBERED - 1);
+        self.planned.push_front(Planned {
+            device: device.id,
+            options,
+            problem: problem.clone(),
+            plan: Arc::clone(&plan),
+            pipeline: pipeline.clone(),
+        });
+        Ok((plan, pipeline))
     }
 
     /// Adds a kernel, or replaces its text; pipelines of an earlier text are dropped.
@@ -86,6 +130,7 @@ impl KernelRegistry {
             return;
         }
         self.local.retain(|key, _| key.kernel != name);
+        self.planned.clear();
         // Other clones keep what they built from the text they know.
         self.shared = Arc::new(Mutex::new(self.local.clone()));
         self.sources.insert(name, source);

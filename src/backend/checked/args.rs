@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytemuck::{AnyBitPattern, Pod};
 
-use crate::attention::bindings::{self, Access};
+use crate::attention::bindings::Access;
 use crate::backend::{Arg, Dispatch};
 use crate::error::{MlxError, Result};
 
@@ -175,7 +175,7 @@ impl<'a> Args<'a> {
 
     /// Refuses a dispatch in which a written binding overlaps another.
     pub(crate) fn check_aliasing(&self) -> Result<()> {
-        let access = bindings::accesses(&self.0.kernel.name);
+        let accesses = self.0.kernel.accesses;
         let buffers = self.0.args.iter().filter_map(|(index, arg)| match arg {
             Arg::Memory {
                 memory,
@@ -183,7 +183,7 @@ impl<'a> Args<'a> {
                 len,
             } => {
                 let at = Arc::as_ptr(memory).cast();
-                Some((*index, at, *offset..*offset + *len, access(*index)))
+                Some((*index, at, *offset..*offset + *len, accesses.of(*index)))
             }
             Arg::Bytes(_) => None,
         });

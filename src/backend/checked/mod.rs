@@ -12,6 +12,7 @@ mod vec;
 pub(crate) use args::{Args, Span};
 pub(crate) use masks::{Classes, Fill};
 pub(crate) use prefill::Prefill;
+pub(super) use prefill::Stated;
 pub(crate) use vec::{Partials, Reduce};
 
 /// Addresses of a problem's operands. Whoever makes one promises that each pointer is valid for the

@@ -1,5 +1,7 @@
 //! Prefill: the problem that a dispatch states, and where its operands lie.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use super::{Args, Pointers};
 use crate::attention::bindings::{Access, coded_dtype, constant, prefill};
 use crate::attention::layout::Strides;
@@ -7,21 +9,59 @@ use crate::attention::mask::MaskSpec;
 use crate::attention::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
 use crate::attention::variant::{self, MaskKind};
 use crate::attention::{Problem, QueryOffset, Role, Shape};
-use crate::backend::Dispatch;
+use crate::backend::{Arg, Dispatch};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
 /// A prefill, read back.
 pub(crate) struct Prefill {
-    pub(crate) problem: Problem,
+    pub(crate) problem: Arc<Problem>,
     pub(crate) at: Pointers,
+}
+
+/// The problem that a kernel's last dispatch stated, with the bytes that stated it: the next dispatch
+/// mostly states the same.
+#[derive(Debug, Default)]
+pub(crate) struct Stated(Mutex<Option<(Params, Arc<Problem>)>>);
+
+type Params = Vec<(usize, Arc<[u8]>)>;
+
+/// What a dispatch states in bytes.
+fn params(dispatch: &Dispatch) -> impl Iterator<Item = (usize, &Arc<[u8]>)> {
+    dispatch.args.iter().filter_map(|(index, arg)| match arg {
+        Arg::Bytes(bytes) if prefill::is_params(*index) => Some((*index, bytes)),
+        _ => None,
+    })
+}
+
+impl Stated {
+    fn problem(&self, dispatch: &Dispatch, args: &Args<'_>) -> Result<Arc<Problem>> {
+        let kept = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = kept().as_ref().and_then(|(stated, problem)| {
+            let same = stated.iter().map(|(i, bytes)| (*i, bytes));
+            same.eq(params(dispatch)).then(|| Arc::clone(problem))
+        });
+        if let Some(problem) = last {
+            return Ok(problem);
+        }
+        let problem = Arc::new(problem(dispatch, args)?);
+        // What a buffer says may change.
+        let all = |(index, arg): &(usize, Arg)| {
+            matches!(arg, Arg::Bytes(_)) || !prefill::is_params(*index)
+        };
+        if dispatch.args.iter().all(all) {
+            let params = params(dispatch).map(|(i, bytes)| (i, Arc::clone(bytes)));
+            *kept() = Some((params.collect(), Arc::clone(&problem)));
+        }
+        Ok(problem)
+    }
 }
 
 impl Prefill {
     pub(crate) fn read(dispatch: &Dispatch) -> Result<Self> {
         let args = Args::new(dispatch);
         args.check_aliasing()?;
-        let problem = problem(dispatch, &args)?;
+        let problem = dispatch.kernel.stated.problem(dispatch, &args)?;
         let at = pointers(&problem, &args)?;
         Ok(Self { problem, at })
     }

@@ -179,16 +179,12 @@ impl Backend for Cpu {
             message: "the CPU device runs this crate's own kernels only".into(),
         })?;
         let threads = variant::by_name(kernel).map_or(1024, |v| v.threads() as u64);
-        Ok(Kernel {
-            name: kernel.into(),
-            constants: constants.clone(),
-            limits: Limits {
-                thread_execution_width: 32,
-                max_threads: threads.max(32),
-                static_threadgroup_bytes: 0,
-            },
-            state: Box::new(native),
-        })
+        let limits = Limits {
+            thread_execution_width: 32,
+            max_threads: threads.max(32),
+            static_threadgroup_bytes: 0,
+        };
+        Ok(Kernel::new(kernel, constants, limits, native))
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {

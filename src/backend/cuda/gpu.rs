@@ -181,16 +181,12 @@ impl Backend for Cuda {
     fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Kernel> {
         let built: Built = built(&self.0, kernel, constants)?;
         let threads = variant::by_name(kernel).map_or(1024, |v| v.threads() as u64);
-        Ok(Kernel {
-            name: kernel.into(),
-            constants: constants.clone(),
-            limits: Limits {
-                thread_execution_width: 32,
-                max_threads: threads.max(32),
-                static_threadgroup_bytes: 0,
-            },
-            state: Box::new(built),
-        })
+        let limits = Limits {
+            thread_execution_width: 32,
+            max_threads: threads.max(32),
+            static_threadgroup_bytes: 0,
+        };
+        Ok(Kernel::new(kernel, constants, limits, built))
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {

@@ -4,17 +4,17 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::Stream;
-use super::fit::{self, Machine};
+use super::fit;
 use super::gpu::Gpu;
-use super::maps;
+use super::maps::{self, Maps};
 use super::memory::CudaMemory;
 use super::modules::Function;
-use super::params::params;
+use super::params;
 use super::scratch::Scratch;
 use super::spec::{self, Spec};
 use super::table::{self, Needs, Row};
 use crate::attention::Problem;
-use crate::attention::bindings::{self, Constants, names};
+use crate::attention::bindings::{Constants, names};
 use crate::attention::params::CudaParams;
 use crate::attention::variant;
 use crate::backend::checked::{Classes, Fill, Partials, Pointers, Prefill, Reduce};
@@ -28,27 +28,27 @@ pub(crate) type Temporary = Scratch;
 /// What a built kernel holds.
 #[derive(Debug)]
 pub(super) enum Built {
-    Prefill {
-        needs: Needs,
-        /// The kernels that may serve it, best first, compiled when one is first taken.
-        forms: Vec<Form>,
-    },
-    Fill(Arc<Function>),
-    /// Which of two kernels is taken is seen at each dispatch.
-    Classes,
+    Prefill(Attention),
+    Fill(Kept),
+    /// For any mask and tile, and for those that the wide kernel takes.
+    Classes(Kept, Kept),
     /// Compiled for the head dim of the first dispatch, and kept.
     Decode(Mutex<Option<Arc<Function>>>),
 }
 
-/// A kernel that may serve a prefill.
+/// A kernel, compiled when it is first taken, and kept.
 #[derive(Debug)]
-pub(super) struct Form {
-    row: &'static Row,
+pub(super) struct Kept {
     spec: Spec,
     function: OnceLock<Result<Arc<Function>>>,
 }
 
-impl Form {
+impl Kept {
+    fn new(spec: Spec) -> Self {
+        let function = OnceLock::new();
+        Self { spec, function }
+    }
+
     fn function(&self, gpu: &Gpu) -> Result<&Arc<Function>> {
         self.function
             .get_or_init(|| gpu.function(&self.spec))
@@ -57,28 +57,80 @@ impl Form {
     }
 }
 
-impl Built {
-    /// Compiles what a problem will run.
-    pub(super) fn warm_up(&self, gpu: &Gpu, problem: &Problem) -> Result<()> {
-        if let Self::Prefill { forms, .. } = self
-            && let Some(form) = choose(forms, problem, None, gpu.machine())
-        {
-            form.function(gpu)?;
-        }
-        Ok(())
+/// The kernels of a prefill.
+#[derive(Debug)]
+pub(super) struct Attention {
+    needs: Needs,
+    /// Those that may serve it, best first.
+    forms: Vec<(&'static Row, Kept)>,
+    /// Joins partial results.
+    combine: Kept,
+    ready: Mutex<Option<Arc<Ready>>>,
+}
+
+/// What a dispatch hands to its kernel, but for memory. It is kept for the next one, which mostly has
+/// the same problem.
+struct Ready {
+    problem: Arc<Problem>,
+    /// Index of the kernel.
+    form: usize,
+    params: CudaParams,
+    maps: Option<Maps>,
+}
+
+impl std::fmt::Debug for Ready {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ready")
+            .field("problem", &self.problem)
+            .field("form", &self.form)
+            .finish_non_exhaustive()
     }
 }
 
-/// The first kernel that takes the problem.
-fn choose<'a>(
-    forms: &'a [Form],
-    problem: &Problem,
-    at: Option<&Pointers>,
-    machine: Machine,
-) -> Option<&'a Form> {
-    forms
-        .iter()
-        .find(|form| fit::takes(form.row, problem, at, machine))
+impl Attention {
+    /// The first kernel that takes the problem.
+    fn choose(&self, problem: &Problem, at: Option<&Pointers>, gpu: &Gpu) -> Option<usize> {
+        let machine = gpu.machine();
+        let takes = |(row, _): &(&Row, Kept)| fit::takes(row, problem, at, machine);
+        self.forms.iter().position(takes)
+    }
+
+    /// What the last dispatch handed over, where this one has the same problem, else what `make` gives.
+    fn ready(
+        &self,
+        problem: &Arc<Problem>,
+        at: &Pointers,
+        make: impl FnOnce() -> Result<Ready>,
+    ) -> Result<Arc<Ready>> {
+        // Of the addresses, this alone decides what is handed over.
+        let round = [at.q, at.k, at.v, at.o.cast_const()]
+            .iter()
+            .all(|at| at.addr().is_multiple_of(16));
+        if !round {
+            return make().map(Arc::new);
+        }
+        let mut kept = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ready) = &*kept
+            && Arc::ptr_eq(&ready.problem, problem)
+        {
+            return Ok(Arc::clone(ready));
+        }
+        let ready = Arc::new(make()?);
+        *kept = Some(Arc::clone(&ready));
+        Ok(ready)
+    }
+}
+
+impl Built {
+    /// Compiles what a problem will run.
+    pub(super) fn warm_up(&self, gpu: &Gpu, problem: &Problem) -> Result<()> {
+        if let Self::Prefill(attention) = self
+            && let Some(form) = attention.choose(problem, None, gpu)
+        {
+            attention.forms[form].1.function(gpu)?;
+        }
+        Ok(())
+    }
 }
 
 /// Prepares what the kernel of this name and these constants runs.
@@ -88,25 +140,29 @@ pub(super) fn built(gpu: &Arc<Gpu>, kernel: &str, constants: &Constants) -> Resu
         message: message.into(),
     };
     match kernel {
-        names::MASK_FILL => Ok(Built::Fill(gpu.function(&spec::fill())?)),
-        names::BLK => Ok(Built::Classes),
+        names::MASK_FILL => Ok(Built::Fill(Kept::new(spec::fill()))),
+        names::BLK => {
+            let [any, wide] = [false, true].map(|wide| Kept::new(spec::classify(wide)));
+            Ok(Built::Classes(any, wide))
+        }
         names::VEC_F32 | names::VEC_F16 | names::VEC_REDUCE => Ok(Built::Decode(Mutex::default())),
         _ => {
             let variant = variant::by_name(kernel)
                 .ok_or_else(|| unknown("the CUDA device runs this crate's own kernels only"))?;
             let needs = Needs::of(variant, constants)
                 .ok_or_else(|| unknown("an unknown code of a dtype"))?;
-            let forms: Vec<Form> = table::attention(needs, gpu.context.capability)
-                .map(|row| Form {
-                    row,
-                    spec: row.spec(needs),
-                    function: OnceLock::new(),
-                })
+            let forms: Vec<_> = table::attention(needs, gpu.context.capability)
+                .map(|row| (row, Kept::new(row.spec(needs))))
                 .collect();
             if forms.is_empty() {
                 return Err(unknown("no CUDA kernel has this dtype and head dim"));
             }
-            Ok(Built::Prefill { needs, forms })
+            Ok(Built::Prefill(Attention {
+                needs,
+                forms,
+                combine: Kept::new(spec::combine(needs.head_dim, needs.dtype)),
+                ready: Mutex::default(),
+            }))
         }
     }
 }
@@ -152,9 +208,9 @@ impl Launch<'_> {
             return Err(self.fail("was built for another device"));
         };
         match built {
-            Built::Prefill { needs, forms } => self.prefill(*needs, forms),
-            Built::Fill(function) => self.fill(function),
-            Built::Classes => self.classes(),
+            Built::Prefill(attention) => self.prefill(attention),
+            Built::Fill(kernel) => self.fill(kernel),
+            Built::Classes(any, wide) => self.classes(any, wide),
             Built::Decode(kept) => match self.dispatch.kernel.name.as_str() {
                 names::VEC_REDUCE => self.reduce(kept),
                 _ => self.partials(kept),
@@ -165,7 +221,7 @@ impl Launch<'_> {
     /// Brings what is bound up to date on the GPU. Called once the dispatch has been read and found
     /// right.
     fn prepare(&self) -> Result<()> {
-        let access = bindings::accesses(&self.dispatch.kernel.name);
+        let accesses = self.dispatch.kernel.accesses;
         for (index, arg) in &self.dispatch.args {
             if let Arg::Memory { memory, .. } = arg {
                 let memory: &dyn Memory = &**memory;
@@ -173,28 +229,52 @@ impl Launch<'_> {
                     .downcast_ref::<CudaMemory>()
                     .filter(|memory| memory.is_of(self.gpu))
                     .ok_or_else(|| self.fail(format!("buffer {index}: is not this GPU's")))?;
-                memory.prepare(self.stream, access(*index))?;
+                memory.prepare(self.stream, accesses.of(*index))?;
             }
         }
         Ok(())
     }
 
-    fn prefill(&mut self, needs: Needs, forms: &[Form]) -> Result<()> {
-        let Prefill { problem, at } = Prefill::read(self.dispatch)?;
+    fn make_ready(
+        &self,
+        attention: &Attention,
+        problem: &Arc<Problem>,
+        at: &Pointers,
+    ) -> Result<Ready> {
+        let needs = attention.needs;
         if (problem.dtype(), problem.kv_dtype()) != (needs.dtype, needs.kv_dtype) {
             return Err(self.fail("params and constants disagree"));
         }
-        let machine = self.gpu.machine();
-        let form = choose(forms, &problem, Some(&at), machine)
+        let form = attention
+            .choose(problem, Some(at), self.gpu)
             .ok_or_else(|| self.fail("no kernel takes a problem of this shape"))?;
-        let function = form.function(self.gpu)?;
-        let mut p = params(&problem, &at, form.row, machine).map_err(|e| self.fail(e))?;
-        let mut maps = if form.row.maps() {
-            Some(maps::maps(&problem, &at, form.row)?)
-        } else {
-            None
-        };
+        let row = attention.forms[form].0;
+        let params = params::params(problem, at, row, self.gpu.machine());
+        Ok(Ready {
+            problem: Arc::clone(problem),
+            form,
+            params: params.map_err(|e| self.fail(e))?,
+            maps: if row.maps() {
+                Some(maps::maps(problem, at, row)?)
+            } else {
+                None
+            },
+        })
+    }
+
+    fn prefill(&mut self, attention: &Attention) -> Result<()> {
+        let Prefill { problem, at } = Prefill::read(self.dispatch)?;
+        let make = || self.make_ready(attention, &problem, &at);
+        let ready = attention.ready(&problem, &at, make)?;
+        let (row, kernel) = &attention.forms[ready.form];
+        let function = kernel.function(self.gpu)?;
+        let (mut p, mut maps) = (ready.params, ready.maps);
+        params::point(&mut p, &at);
+        if let Some(maps) = &mut maps {
+            maps::point(maps, &at, row)?;
+        }
         self.prepare()?;
+        let needs = attention.needs;
         let splits = p.splits.unsigned_abs() as usize;
         let rows = p.rows.unsigned_abs() as usize
             * p.heads.unsigned_abs() as usize
@@ -213,9 +293,9 @@ impl Launch<'_> {
             p.cu_k = p.cu_q + size_of_val(q) as u64;
             self.temporaries.push(copy);
         }
-        let mut blocks = p.tiles.unsigned_abs() as u64 * splits as u64 * form.row.ctas() as u64;
-        if form.row.shares(needs, problem.shape().query_len) {
-            blocks = blocks.min(machine.processors as u64);
+        let mut blocks = p.tiles.unsigned_abs() as u64 * splits as u64 * row.ctas() as u64;
+        if row.shares(needs, problem.shape().query_len) {
+            blocks = blocks.min(self.gpu.machine().processors as u64);
         }
         let mut args: Vec<*mut c_void> = maps.iter_mut().flatten().map(arg).collect();
         args.push(arg(&mut p));
@@ -223,9 +303,7 @@ impl Launch<'_> {
         // against the problem; the scratch memory is as large as it takes it to be and kept.
         unsafe { function.launch(self.stream, blocks, &mut args)? };
         if splits > 1 {
-            let spec = spec::combine(needs.head_dim, needs.dtype);
-            let combine = self.gpu.function(&spec)?;
-            self.combine(&combine, p, rows)?;
+            self.combine(attention.combine.function(self.gpu)?, p, rows)?;
         }
         Ok(())
     }
@@ -248,7 +326,8 @@ impl Launch<'_> {
         unsafe { function.launch(self.stream, blocks, &mut [arg(&mut p)]) }
     }
 
-    fn fill(&self, function: &Function) -> Result<()> {
+    fn fill(&self, kernel: &Kept) -> Result<()> {
+        let function = kernel.function(self.gpu)?;
         let Fill { mut params, mask } = Fill::read(self.dispatch)?;
         self.prepare()?;
         let mut mask = mask.ptr();
@@ -257,7 +336,7 @@ impl Launch<'_> {
         unsafe { function.launch(self.stream, params.seq_len_q.into(), args) }
     }
 
-    fn classes(&self) -> Result<()> {
+    fn classes(&self, any: &Kept, for_wide: &Kept) -> Result<()> {
         let Classes {
             mut params,
             tile,
@@ -287,7 +366,7 @@ impl Launch<'_> {
             arg(&mut bq),
             arg(&mut bk),
         ];
-        let function = self.gpu.function(&spec::classify(wide))?;
+        let function = if wide { for_wide } else { any }.function(self.gpu)?;
         // SAFETY: the kernel's parameters; mask and classes are as large as they say.
         unsafe { function.launch(self.stream, blocks, args) }
     }

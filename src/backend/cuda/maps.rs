@@ -130,6 +130,17 @@ pub(super) fn fit(problem: &Problem, at: Option<&Pointers>, row: &Row) -> bool {
     })
 }
 
+/// Points maps at the operands of another dispatch of the same problem, for which [`fit`] holds too.
+pub(super) fn point(maps: &mut Maps, at: &Pointers, row: &Row) -> Result<()> {
+    for (map, (_, at, _)) in maps.iter_mut().zip(operands(Some(at), row)) {
+        // SAFETY: `encode` made the map; the driver only looks at the address.
+        unsafe { sys::cuTensorMapReplaceAddress(map, at.cast_mut().cast()) }
+            .result()
+            .map_err(failed("pointing at an operand"))?;
+    }
+    Ok(())
+}
+
 /// The maps of a problem for which [`fit`] holds.
 pub(super) fn maps(problem: &Problem, at: &Pointers, row: &Row) -> Result<Maps> {
     let map = |(role, at, rows): (Role, *const u8, u32)| {

@@ -30,7 +30,22 @@ fn on(bytes: usize, size: usize, address: *const u8, strides: Option<Strides>) -
         })
 }
 
-/// The parameters, but for scratch memory: `cu_q`, `cu_k` and `partials` are left null.
+/// Points parameters at a dispatch's operands; scratch memory (`cu_q`, `cu_k`, `partials`) is not
+/// among them.
+pub(super) fn point(p: &mut CudaParams, at: &Pointers) {
+    p.sinks = at.sinks.addr() as u64;
+    p.slopes = at.alibi_slopes.addr() as u64;
+    p.lse = at.lse.addr() as u64;
+    p.mask = at.mask.addr() as u64;
+    p.classes = at.tile_classes.addr() as u64;
+    p.o = at.o.addr() as u64;
+    p.q = at.q.addr() as u64;
+    p.k = at.k.addr() as u64;
+    p.v = at.v.addr() as u64;
+}
+
+/// The parameters, but for scratch memory, which is left null. Of the addresses, only whether those of
+/// Q, K, V and O are on 16 bytes changes anything else.
 pub(super) fn params(
     problem: &Problem,
     at: &Pointers,
@@ -83,7 +98,7 @@ pub(super) fn params(
         && on(16, kv_size, at.v, of(Role::Value));
     let rows = problem.query_rows() as i64;
     let mask = problem.mask();
-    Ok(CudaParams {
+    let mut p = CudaParams {
         batch: int(shape.batch),
         heads: int(shape.heads),
         kv_group: int(problem.group()),
@@ -100,26 +115,14 @@ pub(super) fn params(
         scale_log2: problem.scale() * std::f32::consts::LOG2_E,
         softcap: problem.softcap().unwrap_or(0.0),
         inv_scale: 1.0 / problem.scale(),
-        sinks: at.sinks.addr() as u64,
-        slopes: at.alibi_slopes.addr() as u64,
-        lse: at.lse.addr() as u64,
-        mask: at.mask.addr() as u64,
-        classes: at.tile_classes.addr() as u64,
-        cu_q: 0,
-        cu_k: 0,
-        o: at.o.addr() as u64,
         o_strides: strides(of(Role::Output)),
         lse_strides: [if packed { 0 } else { shape.heads as i64 * rows }, rows],
         mask_strides: mask.map_or([0; 3], |m| {
             [m.batch_stride, m.head_stride, m.row_stride].map(|n| n as i64)
         }),
-        q: at.q.addr() as u64,
-        k: at.k.addr() as u64,
-        v: at.v.addr() as u64,
         q_strides: strides(of(Role::Query)),
         k_strides: strides(of(Role::Key)),
         v_strides: strides(of(Role::Value)),
-        partials: 0,
         rows,
         classes_stride: class_tile(shape.head_dim)
             .count(shape.query_len, shape.key_len)
@@ -129,6 +132,8 @@ pub(super) fn params(
         vector: i32::from(vector) | i32::from(on(4, size, at.o, of(Role::Output))) << 1,
         result_batch: if packed { 1 } else { int(shape.batch) },
         pack: int(pack),
-        _pad: 0,
-    })
+        ..bytemuck::Zeroable::zeroed()
+    };
+    point(&mut p, at);
+    Ok(p)
 }

@@ -116,7 +116,7 @@ impl Prefill {
         let tile = variant::class_tile(dim);
         let hidden = |i: usize, j: usize| {
             (i < tile.bq && (tile.bk..2 * tile.bk).contains(&j))
-                || (j >= 2 * tile.bk && (i + j) % 5 == 0)
+                || (j >= 2 * tile.bk && (i + j).is_multiple_of(5))
         };
         let cell = |c| {
             if hidden(c / kl, c % kl) {

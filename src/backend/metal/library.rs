@@ -53,12 +53,7 @@ impl Libraries {
         if let Some(reason) = limits::violation(kernel, constants, &limits) {
             return Err(failed(reason));
         }
-        Ok(Kernel {
-            name: kernel.into(),
-            constants: constants.clone(),
-            limits,
-            state: Box::new(pipeline),
-        })
+        Ok(Kernel::new(kernel, constants, limits, pipeline))
     }
 
     /// The text's library. The lock is held while it compiles, so that no text compiles twice.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::attention::bindings::{self, Access};
+use crate::attention::bindings::Access;
 use crate::backend::{Arg, Dispatch, Kernel, Memory, Step};
 use crate::error::{MlxError, Result};
 
@@ -84,7 +84,7 @@ fn bind<'a>(kernel: &Kernel, index: usize, arg: &'a Arg) -> Result<Op<'a>> {
             index,
             memory: &**memory,
             offset: *offset,
-            access: bindings::access(name, index),
+            access: kernel.accesses.of(index),
         },
         Arg::Bytes(bytes) if bytes.is_empty() => {
             return Err(MlxError::expected(
@@ -158,16 +158,12 @@ mod tests {
     }
 
     fn kernel(name: &str) -> Arc<Kernel> {
-        Arc::new(Kernel {
-            name: name.into(),
-            constants: Constants::default(),
-            limits: Limits {
-                thread_execution_width: 32,
-                max_threads: 128,
-                static_threadgroup_bytes: 0,
-            },
-            state: Box::new(()),
-        })
+        let limits = Limits {
+            thread_execution_width: 32,
+            max_threads: 128,
+            static_threadgroup_bytes: 0,
+        };
+        Arc::new(Kernel::new(name, &Constants::default(), limits, ()))
     }
 
     fn step(kernel: &Arc<Kernel>, args: Vec<(usize, Arg)>, threadgroup: [u64; 3]) -> Step {
