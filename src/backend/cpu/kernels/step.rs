@@ -10,7 +10,7 @@ use super::running::{GROUP, Lanes};
 use super::simd::Simd;
 use super::softmax::{self, Place};
 use super::span::{self, Span};
-use super::tile::Tile;
+use super::tile::{Row, Tile};
 
 /// Most rows of a micro-kernel.
 pub(super) const MOST_ROWS: usize = 16;
@@ -150,6 +150,7 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
         let mut products = Products {
             call,
             all,
+            keys: seen::<K>(&tile.rows[rows.clone()], keys.start, all, width),
             queries,
             query_row,
             scores: tile.scores,
@@ -180,12 +181,26 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     }
 }
 
+/// The first unit of a strip's keys, which begin at key `start`, that some row sees, and one past the
+/// last; in steps of what the micro-kernel takes at once.
+fn seen<K: Kernel>(rows: &[Row], start: usize, all: Span, width: usize) -> [usize; 2] {
+    let side = micro::side::<K>();
+    let panels = all.first * width..all.end * width;
+    let low = rows.iter().map(|row| row.keys.start).min().unwrap_or(0);
+    let high = rows.iter().map(|row| row.keys.end).max().unwrap_or(0);
+    let inside = |key: usize| key.saturating_sub(start).clamp(panels.start, panels.end);
+    let unit = |key: usize| key / (K::PAIR * side) * side;
+    [unit(inside(low)), unit(inside(high) + K::PAIR * side - 1)]
+}
+
 /// The two matrix products of some rows with a strip.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Products<'a> {
     pub(super) call: &'a Call<'a>,
     /// The panels to compute.
     pub(super) all: Span,
+    /// Of their units of keys, the first that some row sees, and one past the last.
+    pub(super) keys: [usize; 2],
     pub(super) queries: *const u32,
     /// Units from one row of Q to the next.
     pub(super) query_row: usize,
@@ -275,10 +290,10 @@ impl Strip for Packed<'_> {
         // SAFETY: rows, keys and columns are there.
         unsafe {
             for column in (0..panelled).step_by(width) {
-                self.columns::<K, MR, NR, NR>(kernel, of, column);
+                self.columns::<K, MR, NR>(kernel, of, column);
             }
             for column in (panelled..of.call.dim).step_by(<K::S as Simd>::LANES) {
-                self.columns::<K, MR, 1, NR>(kernel, of, column);
+                self.columns::<K, MR, 1>(kernel, of, column);
             }
         }
     }
@@ -287,7 +302,7 @@ impl Strip for Packed<'_> {
 impl Packed<'_> {
     /// `NV` vectors of columns of [`Strip::values`].
     #[inline(always)]
-    unsafe fn columns<K: Kernel, const MR: usize, const NV: usize, const NR: usize>(
+    unsafe fn columns<K: Kernel, const MR: usize, const NV: usize>(
         self,
         kernel: K,
         of: &Products<'_>,
@@ -295,17 +310,15 @@ impl Packed<'_> {
     ) {
         let s = kernel.simd();
         let lanes = <K::S as Simd>::LANES;
-        let steps = |panels: usize| panels * NR * lanes / K::PAIR;
-        let first = steps(of.all.first);
+        let [first, end] = of.keys;
         // SAFETY: rows, keys and columns are there.
         unsafe {
             let a = of.scores.cast::<u32>().add(first);
             let b = self
                 .v
                 .add(column * of.call.strip / K::PAIR + first * NV * lanes);
-            let count = steps(of.all.end) - first;
             // From 0 in each strip: the sum of a long row is the more exact for it.
-            let acc = product::<K, MR, NV>(kernel, count, STRIP, a, b);
+            let acc = product::<K, MR, NV>(kernel, end - first, STRIP, a, b);
             for (r, row) in acc.iter().enumerate() {
                 for (j, x) in row.iter().enumerate() {
                     of.put(s, r, column + j * lanes, *x);
