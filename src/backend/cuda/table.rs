@@ -207,7 +207,7 @@ const ATTENTION: &[Row] = &[
     ),
     hopper(&[32, 64], 192, 64, (32, 160), &[CLASSED & !SCORES]),
     hopper(&[32, 64], 128, 128, (40, 232), &[NO_MASK, CLASSED]),
-    hopper(&[80, 96], 128, 176, (40, 232), &[0]),
+    hopper(&[80, 96], 192, 112, (32, 160), &[0]),
     hopper(
         &[80, 96],
         128,
@@ -218,7 +218,6 @@ const ATTENTION: &[Row] = &[
     hopper(&[80, 96], 128, 112, (40, 232), &[CLASSED]),
     hopper(&[128], 128, 128, (40, 232), &[NO_MASK, CLASSED & !SCORES]),
     hopper(&[128], 128, 96, (40, 232), &[CLASSED]),
-    hopper(&[192], 128, 112, (24, 240), &[RIGHT]),
     hopper(
         &[192],
         128,
