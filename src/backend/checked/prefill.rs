@@ -197,3 +197,76 @@ fn pointers(problem: &Problem, args: &Args<'_>) -> Result<Pointers> {
         lse: pointer(Role::Lse)?.cast(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::plan::{Plan, PlanArg, PlanOptions};
+    use crate::attention::variant::Family;
+    use crate::backend::host_memory::HostMemory;
+    use crate::backend::{Kernel, Limits, Memory};
+
+    fn memory(bytes: &[u8]) -> Arg {
+        let memory = HostMemory::zeroed(bytes.len()).unwrap();
+        let to = memory.host(Access::Write).unwrap();
+        // SAFETY: the memory has as many bytes, and nobody else uses it yet.
+        unsafe { std::slice::from_raw_parts_mut(to, bytes.len()) }.copy_from_slice(bytes);
+        Arg::Memory {
+            memory: Arc::new(memory),
+            offset: 0,
+            len: bytes.len(),
+        }
+    }
+
+    /// The scales that two dispatches of one kernel are read to have, their params bound by `bind`.
+    fn scales(bind: fn(&[u8]) -> Arg) -> [f32; 2] {
+        let shape = Shape {
+            batch: 1,
+            heads: 2,
+            kv_heads: 1,
+            query_len: 3,
+            key_len: 5,
+            head_dim: 64,
+        };
+        let mut kernel = None;
+        [0.25, 0.5].map(|scale| {
+            let problem = Problem::builder(DType::F32, shape).scale(scale);
+            let problem = problem.build().unwrap();
+            let plan = Plan::new(&problem, Family::Cpu, PlanOptions::default()).unwrap();
+            let limits = Limits {
+                thread_execution_width: 32,
+                max_threads: 1024,
+                static_threadgroup_bytes: 0,
+            };
+            let kernel = kernel.get_or_insert_with(|| {
+                Arc::new(Kernel::new(
+                    plan.variant.kernel,
+                    &plan.constants,
+                    limits,
+                    (),
+                ))
+            });
+            let args = plan.args.iter().map(|(index, arg)| match arg {
+                PlanArg::Bytes(bytes) => (*index, bind(bytes)),
+                PlanArg::Operand(role) => {
+                    let spec = problem.operand(*role).unwrap();
+                    let bytes = spec.elements * spec.dtype.size_of();
+                    (*index, memory(&vec![0; bytes]))
+                }
+            });
+            let dispatch = Dispatch {
+                kernel: Arc::clone(kernel),
+                args: args.collect(),
+                grid: plan.grid,
+                threadgroup: plan.threadgroup,
+            };
+            Prefill::read(&dispatch).unwrap().problem.scale()
+        })
+    }
+
+    #[test]
+    fn each_dispatch_is_read_by_what_it_states_in_bytes_or_in_a_buffer() {
+        assert_eq!(scales(|bytes| Arg::Bytes(bytes.into())), [0.25, 0.5]);
+        assert_eq!(scales(memory), [0.25, 0.5]);
+    }
+}

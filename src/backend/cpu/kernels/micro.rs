@@ -70,7 +70,12 @@ pub(super) trait Kernel: Copy + 'static {
         _b: *const u32,
         _sums: *mut f32,
     ) {
-        const { assert!(Self::TILE == 0, "a kernel with tiles says how they multiply") }
+        const {
+            assert!(
+                Self::TILE == 0,
+                "a kernel with tiles says how they multiply"
+            )
+        }
     }
     /// The first `count` of `LANES` units of a row of Q or K, zeros after them.
     unsafe fn row_units<T: Elem>(self, at: *const T, count: usize) -> Vector<Self>;
