@@ -3,11 +3,11 @@
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::built::{Built, built};
 use super::compile::in_parallel;
 use super::driver::{Context, Event, Stream, unavailable};
 use super::fit::Machine;
 use super::images::Images;
-use super::launch::{Built, built};
 use super::memory::CudaMemory;
 use super::modules::{Function, Modules};
 use super::scratch::Pool;
