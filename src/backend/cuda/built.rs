@@ -20,7 +20,7 @@ use crate::error::{MlxError, Result};
 #[derive(Debug)]
 pub(super) enum Built {
     Prefill(Attention),
-    Fill(Kept),
+    Fill(Arc<Function>),
     /// For any mask and tile, and for those that the wide kernel takes.
     Classes(Kept, Kept),
     /// Compiled for the head dim of the first dispatch, and kept.
@@ -136,7 +136,7 @@ pub(super) fn built(gpu: &Arc<Gpu>, kernel: &str, constants: &Constants) -> Resu
         message: message.into(),
     };
     match kernel {
-        names::MASK_FILL => Ok(Built::Fill(Kept::new(spec::fill()))),
+        names::MASK_FILL => Ok(Built::Fill(gpu.function(&spec::fill())?)),
         names::BLK => {
             let [any, wide] = [false, true].map(|wide| Kept::new(spec::classify(wide)));
             Ok(Built::Classes(any, wide))

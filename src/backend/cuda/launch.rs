@@ -66,7 +66,7 @@ impl Launch<'_> {
         };
         match built {
             Built::Prefill(attention) => self.prefill(attention),
-            Built::Fill(kernel) => self.fill(kernel),
+            Built::Fill(function) => self.fill(function),
             Built::Classes(any, wide) => self.classes(any, wide),
             Built::Decode(kept) => match self.dispatch.kernel.name.as_str() {
                 names::VEC_REDUCE => self.reduce(kept),
@@ -183,8 +183,7 @@ impl Launch<'_> {
         unsafe { function.launch(self.stream, blocks, &mut [arg(&mut p)]) }
     }
 
-    fn fill(&self, kernel: &Kept) -> Result<()> {
-        let function = kernel.function(self.gpu)?;
+    fn fill(&self, function: &Function) -> Result<()> {
         let Fill { mut params, mask } = Fill::read(self.dispatch)?;
         self.prepare()?;
         let mut mask = mask.ptr();
