@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::fit;
 use super::gpu::Gpu;
-use super::maps::Maps;
+use super::maps::{self, Maps};
 use super::modules::Function;
 use super::spec::{self, Spec};
 use super::table::{self, Needs, Row};
@@ -63,6 +63,8 @@ pub(super) struct Attention {
 /// the same problem.
 pub(super) struct Ready {
     pub(super) problem: Arc<Problem>,
+    /// Whether the addresses are [`maps::round`].
+    pub(super) round: bool,
     /// Index of the kernel.
     pub(super) form: usize,
     pub(super) params: CudaParams,
@@ -73,6 +75,7 @@ impl std::fmt::Debug for Ready {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Ready")
             .field("problem", &self.problem)
+            .field("round", &self.round)
             .field("form", &self.form)
             .finish_non_exhaustive()
     }
@@ -80,38 +83,29 @@ impl std::fmt::Debug for Ready {
 
 impl Attention {
     /// The first kernel that takes the problem.
-    pub(super) fn choose(
-        &self,
-        problem: &Problem,
-        at: Option<&Pointers>,
-        gpu: &Gpu,
-    ) -> Option<usize> {
+    pub(super) fn choose(&self, problem: &Problem, round: bool, gpu: &Gpu) -> Option<usize> {
         let machine = gpu.machine();
-        let takes = |(row, _): &(&Row, Kept)| fit::takes(row, problem, at, machine);
+        let takes = |(row, _): &(&Row, Kept)| fit::takes(row, problem, round, machine);
         self.forms.iter().position(takes)
     }
 
-    /// What the last dispatch handed over, where this one has the same problem, else what `make` gives.
+    /// What the last dispatch handed over, where this one has the same problem and addresses as round,
+    /// else what `make` gives.
     pub(super) fn ready(
         &self,
         problem: &Arc<Problem>,
         at: &Pointers,
-        make: impl FnOnce() -> Result<Ready>,
+        make: impl FnOnce(bool) -> Result<Ready>,
     ) -> Result<Arc<Ready>> {
-        // Of the addresses, this alone decides what is handed over.
-        let round = [at.q, at.k, at.v, at.o.cast_const()]
-            .iter()
-            .all(|at| at.addr().is_multiple_of(16));
-        if !round {
-            return make().map(Arc::new);
-        }
+        let round = maps::round(at);
         let mut kept = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(ready) = &*kept
             && Arc::ptr_eq(&ready.problem, problem)
+            && ready.round == round
         {
             return Ok(Arc::clone(ready));
         }
-        let ready = Arc::new(make()?);
+        let ready = Arc::new(make(round)?);
         *kept = Some(Arc::clone(&ready));
         Ok(ready)
     }
@@ -121,7 +115,7 @@ impl Built {
     /// Compiles what a problem will run.
     pub(super) fn warm_up(&self, gpu: &Gpu, problem: &Problem) -> Result<()> {
         if let Self::Prefill(attention) = self
-            && let Some(form) = attention.choose(problem, None, gpu)
+            && let Some(form) = attention.choose(problem, true, gpu)
         {
             attention.forms[form].1.function(gpu)?;
         }

@@ -3,7 +3,6 @@
 use super::maps;
 use super::table::{MOST_LISTED, Row};
 use crate::attention::{Problem, QueryOffset};
-use crate::backend::checked::Pointers;
 
 /// What of the GPU decides how work is cut.
 #[derive(Debug, Clone, Copy)]
@@ -18,9 +17,9 @@ pub(super) const FAR: i32 = 1 << 30;
 /// Most parts that the keys would be cut into where a kernel that cannot cut them is still taken.
 const FEW_PARTS: usize = 3;
 
-/// Whether the kernel takes this problem, which it has the features for. Addresses that are not known
-/// yet are taken to be round.
-pub(super) fn takes(row: &Row, problem: &Problem, at: Option<&Pointers>, machine: Machine) -> bool {
+/// Whether the kernel takes this problem, which it has the features for, at addresses that are
+/// [`maps::round`] or not.
+pub(super) fn takes(row: &Row, problem: &Problem, round: bool, machine: Machine) -> bool {
     let shape = problem.shape();
     if shape.query_len.saturating_mul(problem.group()) > row.rows || shape.key_len > row.keys {
         return false;
@@ -46,7 +45,8 @@ pub(super) fn takes(row: &Row, problem: &Problem, at: Option<&Pointers>, machine
         && near(tiles)
         && parts(problem, row, tiles, machine) <= FEW_PARTS
         && apart <= together.saturating_mul(2)
-        && maps::fit(problem, at, row)
+        && round
+        && maps::fit(problem, row)
 }
 
 /// Keys before and after a query's own position that it sees; -1 for all.
@@ -142,7 +142,7 @@ mod tests {
         let plan = Plan::new(problem, Family::Nvidia, PlanOptions::default()).unwrap();
         let needs = Needs::of(plan.variant, &plan.constants).unwrap();
         attention(needs, gpu)
-            .find(|row| takes(row, problem, None, H200))
+            .find(|row| takes(row, problem, true, H200))
             .unwrap()
     }
 

@@ -97,18 +97,20 @@ impl Launch<'_> {
         attention: &Attention,
         problem: &Arc<Problem>,
         at: &Pointers,
+        round: bool,
     ) -> Result<Ready> {
         let needs = attention.needs;
         if (problem.dtype(), problem.kv_dtype()) != (needs.dtype, needs.kv_dtype) {
             return Err(self.fail("params and constants disagree"));
         }
         let form = attention
-            .choose(problem, Some(at), self.gpu)
+            .choose(problem, round, self.gpu)
             .ok_or_else(|| self.fail("no kernel takes a problem of this shape"))?;
         let row = attention.forms[form].0;
-        let params = params::params(problem, at, row, self.gpu.machine());
+        let params = params::params(problem, row, self.gpu.machine());
         Ok(Ready {
             problem: Arc::clone(problem),
+            round,
             form,
             params: params.map_err(|e| self.fail(e))?,
             maps: if row.maps() {
@@ -121,14 +123,14 @@ impl Launch<'_> {
 
     fn prefill(&mut self, attention: &Attention) -> Result<()> {
         let Prefill { problem, at } = Prefill::read(self.dispatch)?;
-        let make = || self.make_ready(attention, &problem, &at);
+        let make = |round| self.make_ready(attention, &problem, &at, round);
         let ready = attention.ready(&problem, &at, make)?;
         let (row, kernel) = &attention.forms[ready.form];
         let function = kernel.function(self.gpu)?;
         let (mut p, mut maps) = (ready.params, ready.maps);
         params::point(&mut p, &at);
         if let Some(maps) = &mut maps {
-            maps::point(maps, &at, row)?;
+            maps::point(maps, &at)?;
         }
         self.prepare()?;
         let needs = attention.needs;

@@ -111,28 +111,36 @@ impl View {
     }
 }
 
-/// The operands that are mapped, their addresses, and the rows that a copy brings.
-fn operands(at: Option<&Pointers>, row: &Row) -> [(Role, *const u8, u32); 4] {
-    let at = |of: fn(&Pointers) -> *const u8| at.map_or(std::ptr::null(), of);
+/// The operands that are mapped, and the rows that a copy brings.
+fn operands(row: &Row) -> [(Role, u32); 4] {
     [
-        (Role::Query, at(|at| at.q), 64),
-        (Role::Key, at(|at| at.k), row.bn as u32),
-        (Role::Value, at(|at| at.v), row.bn as u32),
-        (Role::Output, at(|at| at.o.cast_const()), 64),
+        (Role::Query, 64),
+        (Role::Key, row.bn as u32),
+        (Role::Value, row.bn as u32),
+        (Role::Output, 64),
     ]
 }
 
-/// Whether all operands can be mapped; addresses that are not known yet are taken to be.
-pub(super) fn fit(problem: &Problem, at: Option<&Pointers>, row: &Row) -> bool {
-    operands(at, row).into_iter().all(|(role, at, rows)| {
-        at.addr().is_multiple_of(16)
-            && View::new(problem, role, rows, row).is_some_and(|view| view.fits())
-    })
+/// Their addresses.
+fn addresses(at: &Pointers) -> [*const u8; 4] {
+    [at.q, at.k, at.v, at.o.cast_const()]
 }
 
-/// Points maps at the operands of another dispatch of the same problem, for which [`fit`] holds too.
-pub(super) fn point(maps: &mut Maps, at: &Pointers, row: &Row) -> Result<()> {
-    for (map, (_, at, _)) in maps.iter_mut().zip(operands(Some(at), row)) {
+/// Whether the addresses can be mapped.
+pub(super) fn round(at: &Pointers) -> bool {
+    let round = |at: *const u8| at.addr().is_multiple_of(16);
+    addresses(at).into_iter().all(round)
+}
+
+/// Whether the operands can be mapped where their addresses are [`round`].
+pub(super) fn fit(problem: &Problem, row: &Row) -> bool {
+    let fits = |(role, rows)| View::new(problem, role, rows, row).is_some_and(|view| view.fits());
+    operands(row).into_iter().all(fits)
+}
+
+/// Points maps at the operands of another dispatch of the same problem, whose addresses are [`round`].
+pub(super) fn point(maps: &mut Maps, at: &Pointers) -> Result<()> {
+    for (map, at) in maps.iter_mut().zip(addresses(at)) {
         // SAFETY: `encode` made the map; the driver only looks at the address.
         unsafe { sys::cuTensorMapReplaceAddress(map, at.cast_mut().cast()) }
             .result()
@@ -141,13 +149,14 @@ pub(super) fn point(maps: &mut Maps, at: &Pointers, row: &Row) -> Result<()> {
     Ok(())
 }
 
-/// The maps of a problem for which [`fit`] holds.
+/// The maps of a problem that [`fit`]s, at addresses that are [`round`].
 pub(super) fn maps(problem: &Problem, at: &Pointers, row: &Row) -> Result<Maps> {
-    let map = |(role, at, rows): (Role, *const u8, u32)| {
+    let [q_at, k_at, v_at, o_at] = addresses(at);
+    let [q, k, v, o] = operands(row);
+    let map = |(role, rows): (Role, u32), at| {
         View::new(problem, role, rows, row)
             .ok_or_else(|| MlxError::expected(role.name(), "an operand", "none"))?
             .encode(problem.dtype(), at)
     };
-    let [q, k, v, o] = operands(Some(at), row).map(map);
-    Ok([q?, k?, v?, o?])
+    Ok([map(q, q_at)?, map(k, k_at)?, map(v, v_at)?, map(o, o_at)?])
 }

@@ -19,20 +19,27 @@ fn strides(strides: Option<Strides>) -> [i64; 3] {
     strides.map_or([0; 3], |s| [s.batch, s.head, s.seq].map(|n| n as i64))
 }
 
-/// Whether every row of an operand lies on `bytes` bytes.
-fn on(bytes: usize, size: usize, address: *const u8, strides: Option<Strides>) -> bool {
-    address.addr().is_multiple_of(bytes)
-        && strides.is_none_or(|s| {
-            let steps = [s.batch, s.head, s.seq];
-            steps
-                .iter()
-                .all(|n| n.wrapping_mul(size).is_multiple_of(bytes))
-        })
+/// [`CudaParams::vector`]: Q, K and V are read by 16 bytes, O is written by 4.
+fn vector(reads: bool, writes: bool) -> i32 {
+    i32::from(reads) | i32::from(writes) << 1
+}
+
+/// Whether all steps of an operand are multiples of `bytes` bytes.
+fn steps_by(bytes: usize, size: usize, strides: Option<Strides>) -> bool {
+    strides.is_none_or(|s| {
+        let steps = [s.batch, s.head, s.seq];
+        steps
+            .iter()
+            .all(|n| n.wrapping_mul(size).is_multiple_of(bytes))
+    })
 }
 
 /// Points parameters at a dispatch's operands; scratch memory (`cu_q`, `cu_k`, `partials`) is not
 /// among them.
 pub(super) fn point(p: &mut CudaParams, at: &Pointers) {
+    let on = |bytes: usize, at: *const u8| at.addr().is_multiple_of(bytes);
+    let reads = [at.q, at.k, at.v].into_iter().all(|at| on(16, at));
+    p.vector &= vector(reads, on(4, at.o));
     p.sinks = at.sinks.addr() as u64;
     p.slopes = at.alibi_slopes.addr() as u64;
     p.lse = at.lse.addr() as u64;
@@ -44,14 +51,8 @@ pub(super) fn point(p: &mut CudaParams, at: &Pointers) {
     p.v = at.v.addr() as u64;
 }
 
-/// The parameters, but for scratch memory, which is left null. Of the addresses, only whether those of
-/// Q, K, V and O are on 16 bytes changes anything else.
-pub(super) fn params(
-    problem: &Problem,
-    at: &Pointers,
-    row: &Row,
-    machine: Machine,
-) -> Result<CudaParams> {
+/// The parameters of a problem, without addresses: [`point`] comes next.
+pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<CudaParams> {
     let shape = problem.shape();
     let (left, right) = fit::reach(problem);
     // The Hopper kernels take bounds past all keys for none.
@@ -93,12 +94,13 @@ pub(super) fn params(
 
     let size = problem.dtype().size_of();
     let of = |role| problem.strides(role);
-    let vector = on(16, size, at.q, of(Role::Query))
-        && on(16, kv_size, at.k, of(Role::Key))
-        && on(16, kv_size, at.v, of(Role::Value));
+    let reads = steps_by(16, size, of(Role::Query))
+        && steps_by(16, kv_size, of(Role::Key))
+        && steps_by(16, kv_size, of(Role::Value));
+    let writes = steps_by(4, size, of(Role::Output));
     let rows = problem.query_rows() as i64;
     let mask = problem.mask();
-    let mut p = CudaParams {
+    Ok(CudaParams {
         batch: int(shape.batch),
         heads: int(shape.heads),
         kv_group: int(problem.group()),
@@ -129,11 +131,9 @@ pub(super) fn params(
             .1 as i64,
         splits: int(splits),
         mask_type: mask.map_or(0, |m| type_code(m.dtype)),
-        vector: i32::from(vector) | i32::from(on(4, size, at.o, of(Role::Output))) << 1,
+        vector: vector(reads, writes),
         result_batch: if packed { 1 } else { int(shape.batch) },
         pack: int(pack),
         ..bytemuck::Zeroable::zeroed()
-    };
-    point(&mut p, at);
-    Ok(p)
+    })
 }
