@@ -4,9 +4,12 @@
 
 mod common;
 
-use common::{Plain, Qkv, assert_close, devices, seen, shape, upload};
+use common::{Plain, Qkv, assert_close, bytes, commit, devices, round, seen, shape, upload};
 use mlx_flash_attn::attention::{MaskSpec, QueryOffset};
-use mlx_flash_attn::{DType, MlxDevice};
+use mlx_flash_attn::ops::flash_attn_prefill_blk::{
+    BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
+};
+use mlx_flash_attn::{DType, KernelRegistry, MlxDevice};
 
 /// A rule: flags for the builder, and the same by hand.
 #[derive(Clone, Copy, Debug)]
@@ -369,6 +372,65 @@ fn the_log_sum_exp_is_in_natural_logs_a_row_after_the_other() {
                     );
                 }
                 start = (start.0 + ql, start.1 + kl);
+            }
+        }
+    }
+}
+
+/// Tiles of one value, most with a single cell of another; lengths that rows of 16 bytes have, and not.
+#[test]
+fn a_tile_is_of_the_class_that_its_cells_say() {
+    const MOST: [f32; 5] = [0.0, -0.0, f32::NEG_INFINITY, -1.01e30, -0.99e30];
+    const ONE: [f32; 6] = [0.0, f32::NEG_INFINITY, -1.01e30, -0.99e30, f32::NAN, 2.0];
+    for device in devices() {
+        for (bq, bk) in [(32, 16), (8, 64)] {
+            for (ql, kl) in [(97, 200), (70, 333), (33, 1_112)] {
+                let (down, across) = (usize::div_ceil(ql, bq), usize::div_ceil(kl, bk));
+                let mut cells = vec![0.0; ql * kl];
+                for tile in 0..down * across {
+                    let (row, key) = (tile / across * bq, tile % across * bk);
+                    let (rows, keys) = (bq.min(ql - row), bk.min(kl - key));
+                    for i in 0..rows {
+                        cells[(row + i) * kl + key..][..keys].fill(MOST[tile % 5]);
+                    }
+                    if let Some(one) = ONE.get(tile / 5 % 7) {
+                        let (i, j) = (tile * 7 % rows, tile * 11 % keys);
+                        cells[(row + i) * kl + key + j] = *one;
+                    }
+                }
+                let want: Vec<u8> = (0..down * across)
+                    .map(|tile| {
+                        let (row, key) = (tile / across * bq, tile % across * bk);
+                        let all = |is: fn(f32) -> bool| {
+                            (row..ql.min(row + bq))
+                                .all(|i| (key..key + bk).all(|j| is(cells[i * kl + j])))
+                        };
+                        match () {
+                            () if key + bk > kl => 1,
+                            () if all(|x| round(x, DType::BF16) <= -1e30) => 0,
+                            () if all(|x| x == 0.0) => 2,
+                            () => 1,
+                        }
+                    })
+                    .collect();
+                let mask = upload(&device, &cells, DType::BF16, &[ql, kl]);
+                let params = BlkParams {
+                    seq_len_q: ql as u32,
+                    seq_len_k: kl as u32,
+                    bq: bq as u32,
+                    bk: bk as u32,
+                };
+                let blk = alloc_blk_buffer(&device, &params).unwrap();
+                commit(&device, |e| {
+                    let registry = &mut KernelRegistry::new();
+                    dispatch_flash_attn_prefill_blk(e, &device, registry, &mask, &blk, &params)
+                });
+                assert_eq!(
+                    bytes(&blk)[..want.len()],
+                    want,
+                    "{}: tiles of {bq} x {bk}, {ql} x {kl}",
+                    device.name()
+                );
             }
         }
     }

@@ -10,14 +10,19 @@ extern "C" __global__ void __launch_bounds__(256) fill(u16* mask, const MaskFill
     }
 }
 
-struct Flags {
-    bool masked, zero;
-    DEV_MEMBER void add(float cell) {
-        masked = masked && cell <= -1.0e30f;
-        zero = zero && cell == 0.0f;
+// What the cells of a tile have in common, taken two at a time.
+struct Cells {
+    u32 most = 0xff80ff80; // the largest of the cells in even and in odd places, NaN once there is one
+    u32 bits = 0;          // that any cell has set
+    DEV_MEMBER void add(u32 pair) {
+        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(most) : "r"(pair));
+        bits |= pair;
     }
-    DEV_MEMBER u8 code() const { return masked ? 0 : zero ? 2 : 1; }
+    DEV_MEMBER bool masked() const { return bf16_to_f32(most & 0xffff) <= -1.0e30f && bf16_to_f32(most >> 16) <= -1.0e30f; }
+    DEV_MEMBER bool zero() const { return (bits & 0x7fff7fff) == 0; }
 };
+
+DEV u8 class_code(bool masked, bool zero) { return masked ? 0 : zero ? 2 : 1; }
 
 // A warp a tile of any size. The first rule that fits: reaching past the keys: 1; all masked: 0; all
 // zero: 2; else 1. Rows past the last do not count.
@@ -26,19 +31,38 @@ extern "C" __global__ void __launch_bounds__(32) classify(const u16* mask, u8* c
     const i64 key0 = kt * bk, row0 = qt * bq;
     const i64 rows = p.seq_len_q - row0 < bq ? p.seq_len_q - row0 : bq;
     const bool whole = key0 + bk <= p.seq_len_k;
-    Flags flags = {true, true};
+    bool masked = false, zero = false;
     if (whole) {
+        Cells cells;
         for (i64 cell = threadIdx.x; cell < rows * bk; cell += 32)
-            flags.add(bf16_to_f32(mask[(row0 + cell / bk) * p.row_stride + key0 + cell % bk]));
-        flags.masked = __all_sync(ALL_LANES, flags.masked);
-        flags.zero = __all_sync(ALL_LANES, flags.zero);
+            cells.add(mask[(row0 + cell / bk) * p.row_stride + key0 + cell % bk] * 0x10001u);
+        masked = __all_sync(ALL_LANES, cells.masked());
+        zero = __all_sync(ALL_LANES, cells.zero());
     }
-    if (threadIdx.x == 0) classes[tile] = whole ? flags.code() : 1;
+    if (threadIdx.x == 0) classes[tile] = class_code(masked, zero);
+}
+
+// Of eight keys and `rows` rows. `AT_ONCE` loads are under way together; past the last row it comes again.
+template <int AT_ONCE> DEV Cells column(const u16* at, i64 row_stride, int rows) {
+    Cells cells;
+    for (int row = 0; row < rows; row += AT_ONCE) {
+        uint4 x[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) x[i] = *(const uint4*)(at + min(row + i, rows - 1) * row_stride);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            cells.add(x[i].x);
+            cells.add(x[i].y);
+            cells.add(x[i].z);
+            cells.add(x[i].w);
+        }
+    }
+    return cells;
 }
 
 // The same where rows lie on 16 bytes and `bk` is 8, 16, 32 or 64: a warp has the rows of a row of
 // tiles and 256 keys, 8 keys a lane.
-extern "C" __global__ void __launch_bounds__(128) classify_wide(const u16* mask, u8* classes, const BlkParams p, int bq, int bk) {
+extern "C" __global__ void __launch_bounds__(128, 3) classify_wide(const u16* mask, u8* classes, const BlkParams p, int bq, int bk) {
     follow_kernel_before();
     const i64 across = (i64(p.seq_len_k) + 1023) / 1024;
     const i64 qt = blockIdx.x / across, key0 = (blockIdx.x % across) * 1024 + i64(threadIdx.x / 32) * 256;
@@ -47,26 +71,15 @@ extern "C" __global__ void __launch_bounds__(128) classify_wide(const u16* mask,
     const int rows = int(p.seq_len_q - row0 < bq ? p.seq_len_q - row0 : bq);
     const i64 kt = key / bk, tile_end = (kt + 1) * bk;
     const bool whole = tile_end <= p.seq_len_k;
-    Flags flags = {true, true};
+    Cells cells;
     if (whole) {
-        const u16* cells = mask + row0 * p.row_stride + key;
-#pragma unroll 16
-        for (int row = 0; row < rows; row++) {
-            const uint4 x = *(const uint4*)(cells + row * p.row_stride);
-            const u32 pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                flags.add(__uint_as_float(pairs[i] << 16));
-                flags.add(__uint_as_float(pairs[i] & 0xffff0000u));
-            }
-        }
+        const u16* at = mask + row0 * p.row_stride + key;
+        cells = rows > 8 ? column<32>(at, p.row_stride, rows) : column<8>(at, p.row_stride, rows);
     }
     const int lanes = bk / 8;
-    for (int other = 1; other < lanes; other *= 2) {
-        const bool masked = __shfl_xor_sync(ALL_LANES, int(flags.masked), other);
-        const bool zero = __shfl_xor_sync(ALL_LANES, int(flags.zero), other);
-        flags.masked = flags.masked && masked;
-        flags.zero = flags.zero && zero;
-    }
-    if (lane % lanes == 0 && kt < p.nk) classes[qt * p.nk + kt] = whole ? flags.code() : 1;
+    // A bit a lane; those of the lanes that share a tile.
+    const u32 of_tile = ((2u << (lanes - 1)) - 1) << (lane / lanes * lanes);
+    const bool masked = (__ballot_sync(ALL_LANES, whole && cells.masked()) & of_tile) == of_tile;
+    const bool zero = (__ballot_sync(ALL_LANES, whole && cells.zero()) & of_tile) == of_tile;
+    if (lane % lanes == 0 && kt < p.nk) classes[qt * p.nk + kt] = class_code(masked, zero);
 }
