@@ -65,7 +65,9 @@ fn whole_units(call: &Call<'_>, units: &[Unit], team: Team<'_>) {
         with_scratch(|scratch| {
             // Most likely this thread's next.
             let next = order.get(i + team.threads).map(|index| &units[*index]);
-            pass(call, unit, unit.strips.clone(), next, scratch, |tile| {
+            let strips = unit.strips.clone();
+            let last = strips.clone().last();
+            pass(call, unit, strips, last, next, scratch, |tile| {
                 // SAFETY: the job's promises hold, and the kernels suit this machine.
                 unsafe { (call.kernels.finish)(tile) };
             });
@@ -74,17 +76,19 @@ fn whole_units(call: &Call<'_>, units: &[Unit], team: Team<'_>) {
 }
 
 /// Takes all rows of a unit over some of its strips, packing them on the way unless there are too
-/// few rows to pay for it. `next` is what this thread will pass after it.
+/// few rows to pay for it. The `last` of all writes the rows out. `next` is what this thread will pass
+/// after it.
 fn pass(
     call: &Call<'_>,
     unit: &Unit,
     strips: Range<usize>,
+    last: Option<usize>,
     next: Option<&Unit>,
     scratch: &mut Scratch,
     end: impl FnOnce(&mut Tile<'_>),
 ) {
     let (mut parts, keys, values) = scratch.split();
-    let mut tile = Tile::new(call, unit, 0..unit.rows(call), &mut parts);
+    let mut tile = Tile::new(call, unit, 0..unit.rows(call), last, &mut parts);
     // SAFETY: the job's promises hold, the kernels suit this machine, and the buffers have room for
     // a strip.
     unsafe {
@@ -128,7 +132,7 @@ fn by_chunks(call: &Call<'_>, units: &[Unit], split: &Split, team: Team<'_>) {
             let start = unit.strips.start + (chunk - split.first[index]) * split.strips;
             let end = (start + split.strips).min(unit.strips.end);
             with_scratch(|scratch| {
-                pass(call, unit, start..end, None, scratch, |tile| {
+                pass(call, unit, start..end, None, None, scratch, |tile| {
                     // SAFETY: there is room for every chunk, and this one is this task's.
                     unsafe { split.keep(chunk, tile, partials.get()) };
                 });
@@ -138,7 +142,7 @@ fn by_chunks(call: &Call<'_>, units: &[Unit], split: &Split, team: Team<'_>) {
             let unit = &units[index];
             with_scratch(|scratch| {
                 let mut parts = scratch.split().0;
-                let mut tile = Tile::new(call, unit, 0..unit.rows(call), &mut parts);
+                let mut tile = Tile::new(call, unit, 0..unit.rows(call), None, &mut parts);
                 // SAFETY: all chunks are done; the job's promises hold.
                 unsafe {
                     for chunk in split.first[index]..split.first[index + 1] {
@@ -201,12 +205,14 @@ fn run_wave(call: &Call<'_>, units: &[Unit], packed: Shared<u32>, team: Team<'_>
         let unit = &units[*index];
         with_scratch(|scratch| {
             let mut parts = scratch.split().0;
-            let mut tile = Tile::new(call, unit, rows.clone(), &mut parts);
+            let strips = call.strips(&unit.keys(call, rows));
+            let last = strips.clone().last();
+            let mut tile = Tile::new(call, unit, rows.clone(), last, &mut parts);
             // SAFETY: the job's promises hold, the kernels suit this machine, and all strips are
             // packed.
             unsafe {
                 (call.kernels.begin)(&mut tile);
-                for strip in call.strips(&unit.keys(call, rows)) {
+                for strip in strips {
                     if unit.in_place(call) {
                         (call.kernels.step_in_place)(&mut tile, strip);
                         continue;

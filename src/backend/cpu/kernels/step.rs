@@ -10,7 +10,7 @@ use super::running::{GROUP, Lanes};
 use super::simd::Simd;
 use super::softmax::{self, Place};
 use super::span::{self, Span};
-use super::tile::{Row, Tile};
+use super::tile::{self, Row, Tile};
 
 /// Most rows of a micro-kernel.
 pub(super) const MOST_ROWS: usize = 16;
@@ -75,7 +75,13 @@ unsafe fn step_through<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
         let end = (first + MR).min(rows);
         from.ahead(kernel.simd(), tile.call, first..end, rows);
         // SAFETY: as promised by the caller; the rows are the tile's.
-        unsafe { step_rows::<K, P, MR, NR>(kernel, tile, strip, from, first..end) };
+        unsafe {
+            step_rows::<K, P, MR, NR>(kernel, tile, strip, from, first..end);
+            if tile.last == Some(strip) {
+                // Their sums are in the nearest cache still, and the next rows hide the writing.
+                tile::write(kernel, tile, first..end);
+            }
+        }
     }
 }
 

@@ -40,6 +40,8 @@ pub(super) struct Tile<'a> {
     pub(super) call: &'a Call<'a>,
     pub(super) unit: &'a Unit,
     pub(super) rows: &'a mut [Row],
+    /// The strip with which the rows are written out; without one [`finish`] does.
+    pub(super) last: Option<usize>,
     /// The first rows of Q are read where the caller has them.
     pub(super) in_place: usize,
     /// `[row][Call::query_row]`; only the other rows are set.
@@ -69,6 +71,7 @@ impl<'a> Tile<'a> {
         call: &'a Call<'a>,
         unit: &'a Unit,
         rows: Range<usize>,
+        last: Option<usize>,
         scratch: &'a mut TileScratch<'_>,
     ) -> Self {
         // Micro-kernels work on rows past the last one.
@@ -80,6 +83,7 @@ impl<'a> Tile<'a> {
             call,
             unit,
             rows: scratch.rows,
+            last,
             in_place,
             queries: scratch.queries.reserve(padded * call.query_row),
             running: Running::new(scratch.running, padded),
@@ -201,27 +205,40 @@ unsafe fn pack_queries<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
     }
 }
 
-/// Writes O and the log-sum-exp.
+/// Writes O and the log-sum-exp, if no strip did.
 ///
 /// # Safety
 /// The job's promises hold; all strips have gone by.
 #[inline(always)]
 pub(super) unsafe fn finish<K: Kernel>(kernel: K, tile: &mut Tile<'_>) {
+    if tile.last.is_none() {
+        // SAFETY: as promised by the caller.
+        unsafe { write(kernel, tile, 0..tile.rows.len()) }
+    }
+}
+
+/// Writes O and the log-sum-exp of some of a tile's rows.
+///
+/// # Safety
+/// The job's promises hold; all strips that these rows see have gone by.
+#[inline(always)]
+pub(super) unsafe fn write<K: Kernel>(kernel: K, tile: &Tile<'_>, rows: Range<usize>) {
     // SAFETY: as promised by the caller; the dtype is O's.
     unsafe {
         match tile.call.problem.dtype() {
-            DType::BF16 => write_rows::<K, half::bf16>(kernel, tile),
-            DType::F16 => write_rows::<K, half::f16>(kernel, tile),
-            _ => write_rows::<K, f32>(kernel, tile),
+            DType::BF16 => write_as::<K, half::bf16>(kernel, tile, rows),
+            DType::F16 => write_as::<K, half::f16>(kernel, tile, rows),
+            _ => write_as::<K, f32>(kernel, tile, rows),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn write_rows<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
+unsafe fn write_as<K: Kernel, T: Elem>(kernel: K, tile: &Tile<'_>, rows: Range<usize>) {
     let (call, s) = (tile.call, kernel.simd());
     let sequence = &tile.unit.sequence;
-    for (r, row) in tile.rows.iter().enumerate() {
+    for r in rows {
+        let row = &tile.rows[r];
         // SAFETY: the tile has this row.
         let (max, sum) = unsafe { tile.running.get(r) };
         let hidden = max == f32::NEG_INFINITY;
