@@ -7,13 +7,10 @@
 mod common;
 
 use common::{
-    Plain, Qkv, assert_close, attend, bytes, commit, devices, download, normal, output, seen,
-    shape, to_bytes, upload, upload_guarded,
+    Plain, Qkv, assert_close, attend, bytes, classify, commit, devices, download, normal, output,
+    seen, shape, tiles, to_bytes, upload, upload_guarded,
 };
-use mlx_flash_attn::attention::{Layout, MaskSpec, Problem, QueryOffset, Shape};
-use mlx_flash_attn::ops::flash_attn_prefill_blk::{
-    BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
-};
+use mlx_flash_attn::attention::{Layout, MaskSpec, Problem, QueryOffset};
 use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::{CpuOptions, DType, DeviceKind, Isa, KernelRegistry, MlxBuffer, MlxDevice};
 
@@ -71,25 +68,6 @@ fn blocky_mask(ql: usize, kl: usize, biases: bool) -> Vec<f32> {
             }
         })
         .collect()
-}
-
-fn classify(device: &MlxDevice, mask: &MlxBuffer, shape: Shape) -> MlxBuffer {
-    let (bq, bk) = if shape.head_dim == 512 {
-        (8, 64)
-    } else {
-        (32, 16)
-    };
-    let params = BlkParams {
-        seq_len_q: shape.query_len as u32,
-        seq_len_k: shape.key_len as u32,
-        bq,
-        bk,
-    };
-    let blk = alloc_blk_buffer(device, &params).unwrap();
-    commit(device, |e| {
-        dispatch_flash_attn_prefill_blk(e, device, &mut KernelRegistry::new(), mask, &blk, &params)
-    });
-    blk
 }
 
 /// Everything at once: grouped heads, batches, an offset, a window, a softcap, sinks, slopes, a
@@ -193,7 +171,7 @@ fn tile_classes_change_no_bit() {
         for causal in [false, true] {
             let data = Qkv::new(33, dtype, shape([1, 2, 1], (90, 200), dim));
             let mask = upload(device, &blocky_mask(90, 200, true), DType::BF16, &[90, 200]);
-            let blk = classify(device, &mask, data.shape);
+            let blk = classify(device, &mask, &tiles(90, 200, dim as u32));
             let classes = bytes(&blk);
             for class in [0, 1, 2] {
                 assert!(classes.contains(&class), "{what}: no tile of class {class}");

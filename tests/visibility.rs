@@ -4,12 +4,13 @@
 
 mod common;
 
-use common::{Plain, Qkv, assert_close, bytes, commit, devices, round, seen, shape, upload};
-use mlx_flash_attn::attention::{MaskSpec, QueryOffset};
-use mlx_flash_attn::ops::flash_attn_prefill_blk::{
-    BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
+use std::ops::Range;
+
+use common::{
+    Plain, Qkv, assert_close, bytes, classify, devices, round, seen, shape, tiles, upload,
 };
-use mlx_flash_attn::{DType, KernelRegistry, MlxDevice};
+use mlx_flash_attn::attention::{MaskSpec, QueryOffset};
+use mlx_flash_attn::{DType, MlxDevice};
 
 /// A rule: flags for the builder, and the same by hand.
 #[derive(Clone, Copy, Debug)]
@@ -377,61 +378,52 @@ fn the_log_sum_exp_is_in_natural_logs_a_row_after_the_other() {
     }
 }
 
+/// The class of the tile at `row` and `key` of a mask of `[ql, kl]` cells.
+fn class(cells: &[f32], (ql, kl): (usize, usize), row: Range<usize>, key: Range<usize>) -> u8 {
+    let all = |is: fn(f32) -> bool| {
+        let mut rows = row.start..row.end.min(ql);
+        rows.all(|i| cells[i * kl..][key.clone()].iter().all(|x| is(*x)))
+    };
+    match () {
+        () if key.end > kl => 1,
+        () if all(|x| round(x, DType::BF16) <= -1e30) => 0,
+        () if all(|x| x == 0.0) => 2,
+        () => 1,
+    }
+}
+
 /// Tiles of one value, most with a single cell of another; lengths that rows of 16 bytes have, and not.
 #[test]
 fn a_tile_is_of_the_class_that_its_cells_say() {
     const MOST: [f32; 5] = [0.0, -0.0, f32::NEG_INFINITY, -1.01e30, -0.99e30];
     const ONE: [f32; 6] = [0.0, f32::NEG_INFINITY, -1.01e30, -0.99e30, f32::NAN, 2.0];
-    for device in devices() {
-        for (bq, bk) in [(32, 16), (8, 64)] {
-            for (ql, kl) in [(97, 200), (70, 333), (33, 1_112)] {
-                let (down, across) = (usize::div_ceil(ql, bq), usize::div_ceil(kl, bk));
-                let mut cells = vec![0.0; ql * kl];
-                for tile in 0..down * across {
-                    let (row, key) = (tile / across * bq, tile % across * bk);
-                    let (rows, keys) = (bq.min(ql - row), bk.min(kl - key));
-                    for i in 0..rows {
-                        cells[(row + i) * kl + key..][..keys].fill(MOST[tile % 5]);
-                    }
-                    if let Some(one) = ONE.get(tile / 5 % 7) {
-                        let (i, j) = (tile * 7 % rows, tile * 11 % keys);
-                        cells[(row + i) * kl + key + j] = *one;
-                    }
-                }
-                let want: Vec<u8> = (0..down * across)
-                    .map(|tile| {
-                        let (row, key) = (tile / across * bq, tile % across * bk);
-                        let all = |is: fn(f32) -> bool| {
-                            (row..ql.min(row + bq))
-                                .all(|i| (key..key + bk).all(|j| is(cells[i * kl + j])))
-                        };
-                        match () {
-                            () if key + bk > kl => 1,
-                            () if all(|x| round(x, DType::BF16) <= -1e30) => 0,
-                            () if all(|x| x == 0.0) => 2,
-                            () => 1,
-                        }
-                    })
-                    .collect();
-                let mask = upload(&device, &cells, DType::BF16, &[ql, kl]);
-                let params = BlkParams {
-                    seq_len_q: ql as u32,
-                    seq_len_k: kl as u32,
-                    bq: bq as u32,
-                    bk: bk as u32,
-                };
-                let blk = alloc_blk_buffer(&device, &params).unwrap();
-                commit(&device, |e| {
-                    let registry = &mut KernelRegistry::new();
-                    dispatch_flash_attn_prefill_blk(e, &device, registry, &mask, &blk, &params)
-                });
-                assert_eq!(
-                    bytes(&blk)[..want.len()],
-                    want,
-                    "{}: tiles of {bq} x {bk}, {ql} x {kl}",
-                    device.name()
-                );
+    let lengths = [(97, 200), (70, 333), (33, 1_112)];
+    for (dim, (ql, kl)) in [64, 512].into_iter().flat_map(|d| lengths.map(|n| (d, n))) {
+        let tiles = tiles(ql as u32, kl as u32, dim);
+        let (bq, bk) = (tiles.bq as usize, tiles.bk as usize);
+        let corners = (0..ql)
+            .step_by(bq)
+            .flat_map(|row| (0..kl).step_by(bk).map(move |key| (row, key)));
+        let corners: Vec<_> = corners.collect();
+        let mut cells = vec![0.0; ql * kl];
+        for (tile, &(row, key)) in corners.iter().enumerate() {
+            let (rows, keys) = (bq.min(ql - row), bk.min(kl - key));
+            for i in row..row + rows {
+                cells[i * kl + key..][..keys].fill(MOST[tile % 5]);
             }
+            if let Some(one) = ONE.get(tile / 5 % 7) {
+                cells[(row + tile * 7 % rows) * kl + key + tile * 11 % keys] = *one;
+            }
+        }
+        let want = corners
+            .iter()
+            .map(|&(row, key)| class(&cells, (ql, kl), row..row + bq, key..key + bk));
+        let want: Vec<u8> = want.collect();
+        for device in devices() {
+            let mask = upload(&device, &cells, DType::BF16, &[ql, kl]);
+            let blk = classify(&device, &mask, &tiles);
+            let what = format!("{}: {tiles:?}", device.name());
+            assert_eq!(bytes(&blk)[..want.len()], want, "{what}");
         }
     }
 }

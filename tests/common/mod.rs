@@ -6,6 +6,9 @@ use half::{bf16, f16};
 use mlx_flash_attn::attention::tolerance::relative_bound;
 use mlx_flash_attn::attention::{Problem, ProblemBuilder, Shape};
 use mlx_flash_attn::encoder::CommandEncoder;
+use mlx_flash_attn::ops::flash_attn_prefill_blk::{
+    BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
+};
 use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::verify::Random;
 use mlx_flash_attn::{DType, DeviceKind, KernelRegistry, MlxBuffer, MlxDevice, Result};
@@ -133,6 +136,27 @@ pub(crate) fn commit<T>(
     let value = encode(&mut encoder).unwrap();
     encoder.commit_and_wait().unwrap();
     value
+}
+
+/// The tiles whose classes kernels of `head_dim` take.
+pub(crate) fn tiles(seq_len_q: u32, seq_len_k: u32, head_dim: u32) -> BlkParams {
+    let (bq, bk) = if head_dim == 512 { (8, 64) } else { (32, 16) };
+    BlkParams {
+        seq_len_q,
+        seq_len_k,
+        bq,
+        bk,
+    }
+}
+
+/// The classes of a mask's tiles, as the device finds them.
+pub(crate) fn classify(device: &MlxDevice, mask: &MlxBuffer, tiles: &BlkParams) -> MlxBuffer {
+    let blk = alloc_blk_buffer(device, tiles).unwrap();
+    commit(device, |encoder| {
+        let registry = &mut KernelRegistry::new();
+        dispatch_flash_attn_prefill_blk(encoder, device, registry, mask, &blk, tiles)
+    });
+    blk
 }
 
 /// Runs `problem` on its operands.

@@ -1,15 +1,14 @@
 //! Problems larger than those of the contract, against the CPU, with everything that changes scores.
 
 use mlx_flash_attn::attention::tolerance::relative_bound;
-use mlx_flash_attn::attention::variant::{HEAD_DIMS, class_tile};
+use mlx_flash_attn::attention::variant::HEAD_DIMS;
 use mlx_flash_attn::attention::{MaskSpec, Problem, ProblemBuilder, QueryOffset};
 use mlx_flash_attn::ops::Operands;
-use mlx_flash_attn::ops::flash_attn_prefill_blk::{
-    BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
-};
-use mlx_flash_attn::{CpuOptions, DType, KernelRegistry, MlxBuffer, MlxDevice};
+use mlx_flash_attn::{CpuOptions, DType, MlxBuffer, MlxDevice};
 
-use crate::common::{Qkv, attend, bytes, commit, download, normal, output, round, shape, upload};
+use crate::common::{
+    Qkv, attend, bytes, classify, download, normal, output, round, shape, tiles, upload,
+};
 use crate::{BF16, cuda, distance};
 
 /// What a problem has besides Q, K and V.
@@ -128,25 +127,8 @@ fn run_with(
         upload(device, &cells, dtype, &[s.query_len, s.key_len])
     });
     let classes = mask.as_ref().filter(|_| extras.classes).map(|mask| {
-        let tile = class_tile(s.head_dim);
-        let params = BlkParams {
-            seq_len_q: s.query_len as u32,
-            seq_len_k: s.key_len as u32,
-            bq: tile.bq as u32,
-            bk: tile.bk as u32,
-        };
-        let blk = alloc_blk_buffer(device, &params).unwrap();
-        commit(device, |e| {
-            dispatch_flash_attn_prefill_blk(
-                e,
-                device,
-                &mut KernelRegistry::new(),
-                mask,
-                &blk,
-                &params,
-            )
-        });
-        blk
+        let [ql, kl, dim] = [s.query_len, s.key_len, s.head_dim].map(|n| n as u32);
+        classify(device, mask, &tiles(ql, kl, dim))
     });
     let operands = Operands {
         mask: mask.as_ref(),

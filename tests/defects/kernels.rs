@@ -7,31 +7,18 @@ use mlx_flash_attn::ops::flash_attn_prefill::{
     FlashAttnPrefillLayout, dispatch_flash_attn_prefill_bf16_d64,
     dispatch_flash_attn_prefill_bf16_d256, dispatch_flash_attn_prefill_bf16_d256_with_blk,
 };
-use mlx_flash_attn::ops::flash_attn_prefill_blk::{
-    alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
-};
 use mlx_flash_attn::ops::flash_attn_prefill_d512::{
     dispatch_flash_attn_prefill_bf16_d512, dispatch_flash_attn_prefill_bf16_d512_with_blk,
 };
 use mlx_flash_attn::{DType, KernelRegistry, MlxBuffer, MlxDevice, MlxError};
 
 use crate::common::{
-    Plain, Qkv, assert_close, commit, devices, distance, download, output, round, seen, shape,
-    upload, upload_guarded,
+    Plain, Qkv, assert_close, classify, commit, devices, distance, download, output, round, seen,
+    shape, tiles, upload, upload_guarded,
 };
-use crate::{prefill, tiles};
+use crate::prefill;
 
 const BF16: DType = DType::BF16;
-
-fn classes(device: &MlxDevice, mask: &MlxBuffer, ql: u32, kl: u32, dim: u32) -> MlxBuffer {
-    let params = tiles(ql, kl, dim);
-    let blk = alloc_blk_buffer(device, &params).unwrap();
-    commit(device, |encoder| {
-        let registry = &mut KernelRegistry::new();
-        dispatch_flash_attn_prefill_blk(encoder, device, registry, mask, &blk, &params)
-    });
-    blk
-}
 
 #[test]
 fn defect_01_tile_classes_look_at_every_column() {
@@ -44,7 +31,7 @@ fn defect_01_tile_classes_look_at_every_column() {
                 let mut mask = vec![common; cells * cells];
                 (0..cells).for_each(|tile| mask[tile * cells + tile] = odd);
                 let mask = upload(&device, &mask, BF16, &[bq * cells, bk]);
-                let blk = classes(&device, &mask, (bq * cells) as u32, bk as u32, dim);
+                let blk = classify(&device, &mask, &tiles((bq * cells) as u32, bk as u32, dim));
                 let classes = download(&blk);
                 assert!(
                     classes[..cells].iter().all(|c| *c == 1.0),
@@ -67,7 +54,7 @@ fn defect_01_tile_classes_look_at_every_column() {
                 })
                 .collect();
             let mask = upload(&device, &cells, BF16, &[lengths.0, lengths.1]);
-            let blk = classes(&device, &mask, ql, kl, dim);
+            let blk = classify(&device, &mask, &tiles(ql, kl, dim));
             let [q, k, v, out] = data.buffers(&device);
             let params = prefill((1, 1), (ql, kl), dim, false);
             let dispatch = match dim {

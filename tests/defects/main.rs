@@ -10,7 +10,6 @@ mod kernels;
 mod runtime;
 
 use mlx_flash_attn::ops::flash_attn_prefill::FlashAttnPrefillParams;
-use mlx_flash_attn::ops::flash_attn_prefill_blk::BlkParams;
 
 /// Sizes of a prefill over one batch, with the usual scale.
 fn prefill(
@@ -28,15 +27,5 @@ fn prefill(
         batch: 1,
         scale: 1.0 / (head_dim as f32).sqrt(),
         do_causal,
-    }
-}
-
-fn tiles(seq_len_q: u32, seq_len_k: u32, head_dim: u32) -> BlkParams {
-    let (bq, bk) = if head_dim == 512 { (8, 64) } else { (32, 16) };
-    BlkParams {
-        seq_len_q,
-        seq_len_k,
-        bq,
-        bk,
     }
 }

@@ -16,9 +16,10 @@ use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::{DType, KernelRegistry, MlxBuffer, MlxDevice, MlxError, Result};
 
 use crate::common::{
-    Plain, Qkv, assert_close, bytes, commit, devices, download, seen, shape, to_bytes, upload,
+    Plain, Qkv, assert_close, bytes, commit, devices, download, seen, shape, tiles, to_bytes,
+    upload,
 };
-use crate::{prefill, tiles};
+use crate::prefill;
 
 const BF16: DType = DType::BF16;
 
