@@ -10,7 +10,7 @@ use super::simd::Simd;
 use super::table::Kernels;
 
 /// Units of the inner loop: A and B together take well under 32 KiB.
-const STEPS: usize = 96;
+const STEPS: usize = 128;
 
 /// How long one measurement takes, and how many there are.
 const LENGTH: Duration = Duration::from_millis(25);
@@ -31,8 +31,10 @@ pub(super) unsafe fn rounds<K: Kernel, const MR: usize, const NR: usize>(
     for _ in 0..rounds {
         // SAFETY: A holds `MR` rows of `STEPS` units, B `NR` vectors for each step.
         let sums = unsafe { micro::product::<K, MR, NR>(kernel, STEPS, STEPS, black_box(a), b) };
-        for (total, sum) in totals.iter_mut().flatten().zip(sums.iter().flatten()) {
-            *total = s.add(*total, *sum);
+        for (totals, sums) in totals.iter_mut().zip(sums) {
+            for (total, sum) in totals.iter_mut().zip(sums) {
+                *total = s.add(*total, sum);
+            }
         }
     }
     kernel.close_tiles();

@@ -23,6 +23,23 @@ pub(super) struct Place {
     pub(super) own: Span,
     /// What the rows that are computed together need; probabilities are set in all of it.
     pub(super) all: Span,
+    /// The row sees every key of both, and its scores are as the product gave them.
+    pub(super) plain: bool,
+}
+
+/// Whether all of some rows are plain in `all` of their panels, of a strip that begins at key `start`.
+#[inline(always)]
+pub(super) fn are_plain(
+    call: &Call<'_>,
+    rows: &[Row],
+    start: usize,
+    all: Span,
+    width: usize,
+) -> bool {
+    let keys = start + all.first * width..start + all.end * width;
+    let sees_all = |row: &Row| row.keys.start <= keys.start && row.keys.end >= keys.end;
+    let decorated = all.masked != 0 || call.softcap.is_some() || !call.at.alibi_slopes.is_null();
+    !decorated && rows.iter().all(sees_all)
 }
 
 /// Decorates the scores at `at`, hides those that the row does not see, and gives the largest.
@@ -42,10 +59,12 @@ pub(super) unsafe fn largest<K: Kernel, const NR: usize>(
     }
     // SAFETY: the span lies in the strip, whose scores are at `at`.
     unsafe {
-        if own.masked != 0 || call.softcap.is_some() || row.slope != 0.0 {
-            decorate::<K, NR>(kernel, call, row, at, place);
+        if !place.plain {
+            if own.masked != 0 || call.softcap.is_some() || row.slope != 0.0 {
+                decorate::<K, NR>(kernel, call, row, at, place);
+            }
+            hide_edges::<K, NR>(kernel, row, at, place);
         }
-        hide_edges::<K, NR>(kernel, row, at, place);
         let mut largest = [s.splat(f32::NEG_INFINITY); NR];
         for panel in own.first..own.end {
             for (j, largest) in largest.iter_mut().enumerate() {

@@ -26,6 +26,9 @@ pub(super) struct Packed<'a> {
     pub(super) next: Option<(&'a Unit, usize)>,
 }
 
+/// Elements of K in what is asked for during the whole of the strip before it.
+const EARLY: usize = 16 << 10;
+
 /// Takes all rows of a tile one strip further.
 ///
 /// # Safety
@@ -138,7 +141,7 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     for (i, r) in rows.clone().enumerate() {
         let row = &tile.rows[r];
         // Heads that share a mask share its span.
-        spans[i] = if i > 0 && row.sees_as(&tile.rows[r - 1]) {
+        spans[i] = if i > 0 && row.sees_as(&tile.rows[r - 1], call) {
             spans[i - 1]
         } else {
             // SAFETY: the job's promises hold.
@@ -164,11 +167,14 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
             keep: None,
         };
         by_rows!(rows.len(), from.scores(kernel, &products));
+        let plain = spans[..rows.len()].iter().all(|span| *span == all)
+            && softmax::are_plain(call, &tile.rows[rows.clone()], keys.start, all, width);
         let place = |i: usize| Place {
             start: keys.start,
             key_len,
             own: spans[i],
             all,
+            plain,
         };
         let mut largest = [f32::NEG_INFINITY; GROUP];
         for (i, r) in rows.clone().enumerate() {
@@ -243,8 +249,12 @@ impl Strip for Packed<'_> {
             return;
         };
         let keys = unit.strip_keys(call, strip);
-        // Not too early: other rows' outputs go through the cache before it is used.
-        let late = rows - rows / 4;
+        // Not too early, unless it is small: other rows' outputs go through the cache before it is used.
+        let late = if keys.len() * call.dim <= EARLY {
+            0
+        } else {
+            rows - rows / 4
+        };
         let at =
             |row: usize| keys.start + row.saturating_sub(late) * keys.len() / (rows - late).max(1);
         pack::ask_for(s, call, unit, at(share.start)..at(share.end));

@@ -29,8 +29,10 @@ pub(super) struct Row {
 
 impl Row {
     /// Whether visibility and mask treat this row as `other`.
-    pub(super) fn sees_as(&self, other: &Self) -> bool {
-        self.position == other.position && self.mask == other.mask && self.keys == other.keys
+    pub(super) fn sees_as(&self, other: &Self, call: &Call<'_>) -> bool {
+        let masked_alike =
+            || call.mask.is_none() || self.position == other.position && self.mask == other.mask;
+        self.keys == other.keys && masked_alike()
     }
 }
 
