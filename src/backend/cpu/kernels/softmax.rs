@@ -23,7 +23,7 @@ pub(super) struct Place {
     pub(super) own: Span,
     /// What the rows that are computed together need; probabilities are set in all of it.
     pub(super) all: Span,
-    /// The row sees every key of both, and its scores are as the product gave them.
+    /// The row sees every key of them, and its scores are as the product gave them.
     pub(super) plain: bool,
 }
 
