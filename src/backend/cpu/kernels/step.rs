@@ -140,7 +140,7 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     let mut all = Span::EMPTY;
     for (i, r) in rows.clone().enumerate() {
         let row = &tile.rows[r];
-        // Heads that share a mask share its span.
+        // Heads that share a mask share its span, and so do all rows where there is none.
         spans[i] = if i > 0 && row.sees_as(&tile.rows[r - 1], call) {
             spans[i - 1]
         } else {
