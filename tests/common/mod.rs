@@ -13,10 +13,19 @@ use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::verify::Random;
 use mlx_flash_attn::{DType, DeviceKind, KernelRegistry, MlxBuffer, MlxDevice, Result};
 
-/// Every device that opens here. The others are named on stderr, so that a skip is seen.
+/// Every device that opens here and that `MLX_FLASH_TEST_DEVICES` does not leave out. The others are
+/// named on stderr, so that a skip is seen.
 pub(crate) fn devices() -> Vec<MlxDevice> {
+    let chosen = std::env::var("MLX_FLASH_TEST_DEVICES").ok();
     let mut open = Vec::new();
     for kind in DeviceKind::ALL {
+        let name = kind.to_string();
+        if let Some(list) = &chosen
+            && !list.split(',').any(|chosen| chosen == name)
+        {
+            eprintln!("SKIPPED on {name}: MLX_FLASH_TEST_DEVICES is {list}");
+            continue;
+        }
         match MlxDevice::open(kind) {
             Ok(device) => open.push(device),
             Err(error) => eprintln!("SKIPPED on {kind}: {error}"),

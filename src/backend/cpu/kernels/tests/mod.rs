@@ -3,6 +3,7 @@
 mod bits;
 mod features;
 mod harness;
+mod interpreted;
 mod shapes;
 mod speed;
 pub(super) mod tiles;

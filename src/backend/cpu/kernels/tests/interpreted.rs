@@ -1,0 +1,59 @@
+//! Problems small enough for miri, which takes the portable kernels and the plain tiles through
+//! packing, strips in place, masks, packed sequences and two threads.
+
+use super::harness::{Data, build, shape};
+use crate::DType;
+use crate::attention::{MaskSpec, Problem, QueryOffset};
+use crate::backend::cpu::kernels::table;
+
+/// Lengths on either side of the rows of a micro-kernel and of its vectors.
+const DIM: usize = 32;
+
+#[test]
+fn packed_keys_of_every_dtype() {
+    for dtype in [DType::BF16, DType::F16, DType::F32] {
+        let problem = build(
+            Problem::builder(dtype, shape(1, (2, 1), (9, 19), DIM))
+                .causal(true)
+                .query_offset(QueryOffset::BottomRight)
+                .lse(true),
+        );
+        Data::new(problem, 1).check(&format!("{dtype}"));
+    }
+}
+
+#[test]
+fn keys_in_place_for_few_rows() {
+    for dtype in [DType::BF16, DType::F16, DType::F32] {
+        let problem = build(Problem::builder(dtype, shape(1, (2, 2), (1, 21), DIM)).lse(true));
+        Data::new(problem, 2).check(&format!("{dtype}"));
+    }
+}
+
+#[test]
+fn masks_of_every_dtype() {
+    for mask in [DType::BF16, DType::F16, DType::F32, DType::U8] {
+        let (rows, keys) = (5, 18);
+        let problem = build(
+            Problem::builder(DType::F32, shape(1, (1, 1), (rows, keys), DIM))
+                .mask(MaskSpec::plane(mask, keys)),
+        );
+        let mut data = Data::new(problem, 3);
+        data.set_mask(|_, i, j| {
+            if (i + j) % 3 == 0 {
+                f64::NEG_INFINITY
+            } else {
+                0.0
+            }
+        });
+        data.check(&format!("{mask}"));
+    }
+}
+
+#[test]
+fn two_threads_share_a_head() {
+    let problem = build(Problem::builder(DType::BF16, shape(1, (2, 1), (9, 19), DIM)).lse(true));
+    let data = Data::new(problem, 4);
+    let kernels = table::plain_tiles();
+    assert_eq!(data.run_with(kernels, 1), data.run_with(kernels, 2));
+}
