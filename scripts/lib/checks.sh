@@ -125,7 +125,8 @@ publish() {
 # The documentation tests of the packages, so that what they include is in the package too.
 doctests() {
     local packages=$checks/package version folder
-    $offline || unoptimised cargo package --workspace --locked --allow-dirty --no-verify || return
+    unoptimised cargo package $($offline && echo --offline) --workspace --exclude xtask --locked --allow-dirty \
+        --no-verify || return
     version=$(sed -n 's/^version *= *"\(.*\)".*/\1/p' Cargo.toml | head -n 1)
     folder=$(mktemp -d "$scratch/packages.XXXXXX") || return
     for package in msl-emulator mlx-flash-attn; do
