@@ -212,6 +212,12 @@ cuda_kernels() {
     MLX_FLASH_NVRTC=$nvrtc "$built/debug/xtask" cubins "$@" $cuda_archs
 }
 
+# That no Metal kernel keeps an array in memory that belongs in registers.
+metal_registers() {
+    need_clang || { skip "Metal kernels keep to registers" "there is no clang++"; return; }
+    "$built/debug/xtask" allocas
+}
+
 # -- candle ----------------------------------------------------------------------------------------
 
 candle_tests() {
