@@ -3,12 +3,18 @@
 //! `cargo xtask metallib DIR` compiles the Metal kernels ahead of time, where Apple's compiler is.
 //! A program with `MLX_FLASH_METALLIB_DIR=DIR` then loads them instead of compiling their text.
 //!
-//! `cargo xtask-cuda cubins ARCH..` (`sm_80 sm_90a`) compiles the CUDA kernels, which needs
-//! no GPU, and fails where one spills registers or the compiler complains.
+//! `cargo xtask-cuda cubins [--all] [--update] ARCH..` (`sm_80 sm_90a`) checks the CUDA kernels,
+//! which needs no GPU, and fails where one spills registers or the compiler complains. Kernels that
+//! `crates/xtask/cubins.txt` has are not compiled again; `--update` compiles the others and writes
+//! that file, `--all` compiles every kernel and compares.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 #[cfg(feature = "cuda")]
 mod cubins;
+#[cfg(feature = "cuda")]
+mod manifest;
+#[cfg(feature = "cuda")]
+mod resources;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,8 +28,10 @@ fn main() -> ExitCode {
     let done = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["metallib", dir] => metallib(Path::new(dir)),
         #[cfg(feature = "cuda")]
-        ["cubins", ref archs @ ..] if !archs.is_empty() => cubins::run(archs),
-        _ => Err("usage: cargo xtask metallib DIR; cargo xtask-cuda cubins ARCH..".into()),
+        ["cubins", ref rest @ ..] if rest.iter().any(|a| !a.starts_with("--")) => cubins(rest),
+        _ => Err("usage: cargo xtask metallib DIR; \
+                  cargo xtask-cuda cubins [--all] [--update] ARCH.."
+            .into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -32,6 +40,21 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+#[cfg(feature = "cuda")]
+fn cubins(arguments: &[&str]) -> Result<(), String> {
+    let (flags, archs): (Vec<&str>, Vec<&str>) =
+        arguments.iter().partition(|a| a.starts_with("--"));
+    let mut options = cubins::Options::default();
+    for flag in flags {
+        match flag {
+            "--all" => options.all = true,
+            "--update" => options.update = true,
+            other => return Err(format!("cubins: unknown option {other}")),
+        }
+    }
+    cubins::run(&archs, options)
 }
 
 /// Compiles each text once, with the options that the device compiles it with.
