@@ -57,6 +57,18 @@ fn cubins(arguments: &[&str]) -> Result<(), String> {
     cubins::run(&archs, options)
 }
 
+/// As the device compiles it, and for the oldest system that is served: without a version the library
+/// would ask for the system that it was made on.
+const METAL: [&str; 7] = [
+    "-sdk",
+    "macosx",
+    "metal",
+    "-mmacosx-version-min=14.0",
+    "-std=metal3.1",
+    "-fno-fast-math",
+    "-o",
+];
+
 /// Compiles each text once, with the options that the device compiles it with.
 fn metallib(dir: &Path) -> Result<(), String> {
     std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
@@ -70,14 +82,7 @@ fn metallib(dir: &Path) -> Result<(), String> {
         let source = library.with_extension("metal");
         std::fs::write(&source, text).map_err(|e| format!("{}: {e}", source.display()))?;
         let status = Command::new("xcrun")
-            .args([
-                "-sdk",
-                "macosx",
-                "metal",
-                "-std=metal3.1",
-                "-fno-fast-math",
-                "-o",
-            ])
+            .args(METAL)
             .args([&library, &source])
             .status()
             .map_err(|e| format!("xcrun, which comes with Xcode: {e}"))?;
@@ -87,4 +92,33 @@ fn metallib(dir: &Path) -> Result<(), String> {
         println!("{}", library.display());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    /// Its own copies of the params' structs had another order of fields than the crate's.
+    #[test]
+    fn the_gpu_benchmark_takes_the_params_from_the_crates_definition() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let bench = std::fs::read_to_string(root.join("scripts/gpu-bench")).unwrap_or_default();
+        let structs = ["MaskFillParams", "BlkParams", "Params"];
+        for name in structs {
+            let taken = [
+                format!("struct_text(\"{name}\")"),
+                format!("structure(\"{name}\")"),
+            ];
+            assert!(taken.iter().any(|t| bench.contains(t)), "{name}");
+            assert!(!bench.contains(&format!("struct {name} {{")), "{name}");
+            assert!(!bench.contains(&format!("class {name}(")), "{name}");
+        }
+        // Attributes of launches and what the driver fills in are the driver's own structs.
+        for copied in ["q_abs_offset", "scale_log2\"", "lse_strides\""] {
+            assert!(!bench.contains(copied), "{copied}");
+        }
+    }
+
+    #[test]
+    fn metal_libraries_are_made_for_the_oldest_system_that_is_served() {
+        assert!(super::METAL.contains(&"-mmacosx-version-min=14.0"));
+    }
 }
