@@ -58,7 +58,8 @@ fn backend(handle: &DeviceHandle) -> Result<&Cuda> {
 }
 
 impl MlxDevice {
-    /// The NVIDIA GPU of this number.
+    /// The NVIDIA GPU of this number. Its kernels are compiled here, or taken from the images that
+    /// [`trust_images`] was given.
     ///
     /// # Errors
     /// `DeviceUnavailable` with the reason: no driver, no such GPU, one too old, no compiler.
@@ -81,7 +82,7 @@ impl MlxDevice {
         images: impl Into<Cow<'static, [u8]>>,
     ) -> Result<Self> {
         let images = Images::read(images.into())?;
-        let cuda = Cuda::open_with(ordinal, Some(images))?;
+        let cuda = Cuda::open_with(ordinal, Some(Arc::new(images)))?;
         Ok(Self::from_backend(Arc::new(cuda)))
     }
 
@@ -276,8 +277,26 @@ pub fn compile_images(
     })
 }
 
-/// Images in one file, which [`MlxDevice::cuda_with_images`] and the variable `MLX_FLASH_CUDA_IMAGES`
-/// take. They are of this version of the crate: another one's kernels are not found in it.
+/// Gives every CUDA device that this process opens from now on the images of a file of
+/// [`pack_images`], for programs that open their devices elsewhere. [`MlxDevice::cuda_with_images`]
+/// gives them to one device.
+///
+/// No safe function loads images that were compiled elsewhere, and the library reads no variable that
+/// names them.
+///
+/// # Errors
+/// `InvalidArgument` for what is no such file.
+///
+/// # Safety
+/// [`pack_images`] wrote the bytes: the driver trusts an image's contents.
+pub unsafe fn trust_images(images: impl Into<Cow<'static, [u8]>>) -> Result<()> {
+    let images = Images::read(images.into())?;
+    // SAFETY: promised by the caller.
+    unsafe { cuda::trust(images) };
+    Ok(())
+}
+
+/// Images in one file, which [`MlxDevice::cuda_with_images`] and [`trust_images`] take. They are of this version of the crate: another one's kernels are not found in it.
 pub fn pack_images<'a>(images: impl IntoIterator<Item = &'a Image>) -> Vec<u8> {
     Images::write(images.into_iter().map(|image| (image.key, &*image.cubin)))
 }
