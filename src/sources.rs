@@ -1,5 +1,7 @@
 //! The text of every kernel, embedded.
 
+use std::borrow::Cow;
+
 use crate::attention::bindings::names;
 use crate::attention::params;
 use crate::attention::variant::PREFILL;
@@ -64,6 +66,31 @@ library! {
     VEC_TEXT = "../kernels/metal/decode.metal" with params::VEC_PARAMS_TEXT
 }
 
+/// How a line of a text begins that instantiates the kernels of one dtype and head dim, by the stem of
+/// their names.
+const INSTANTIATES: &str = "MASKS(\"";
+const PREFIX: &str = "flash_attn_prefill_";
+const BOOL: &str = "_boolmask";
+
+/// The stem that a line instantiates.
+fn stem_of(line: &str) -> Option<&str> {
+    line.strip_prefix(INSTANTIATES)?.split('"').next()
+}
+
+/// `source` without the instantiations that `kernel` does not need, so that a compiler does not work on
+/// all of them before the first runs. A text or a kernel that is not the prefill's stays whole.
+#[cfg_attr(not(all(feature = "metal", target_vendor = "apple")), allow(dead_code))]
+pub(crate) fn only<'a>(source: &'a str, kernel: &str) -> Cow<'a, str> {
+    let stem = kernel.strip_prefix(PREFIX).unwrap_or(kernel);
+    let stem = stem.strip_suffix(BOOL).unwrap_or(stem);
+    if !source.lines().filter_map(stem_of).any(|s| s == stem) {
+        return source.into();
+    }
+    let kept = |line: &&str| stem_of(line).is_none_or(|s| s == stem);
+    let lines: Vec<&str> = source.lines().filter(kept).collect();
+    (lines.join("\n") + "\n").into()
+}
+
 /// File name of a text's precompiled library: a hash of the text, so that a library of another text
 /// is never taken for it (FNV-1a, 64 bits).
 pub(crate) fn metallib_name(source: &str) -> String {
@@ -83,6 +110,12 @@ pub(crate) fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
     prefill.chain(masks).chain(decode)
 }
 
+/// Whether `source` is this crate's text of `kernel`.
+#[allow(dead_code)] // Not every device runs texts.
+pub(crate) fn is_own(kernel: &str, source: &str) -> bool {
+    all().any(|(name, text)| name == kernel && text == source)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,6 +133,38 @@ mod tests {
             let (_, text) = all().find(|(n, _)| *n == name).unwrap();
             assert!(text.contains(&format!("void {name}(")), "{name}");
         }
+    }
+
+    /// First use: one dtype and head dim is compiled, not 54 kernels.
+    #[test]
+    fn a_kernel_is_compiled_with_the_instantiations_that_it_needs_alone() {
+        let whole = PREFILL_TEXT.lines().count();
+        let lines = PREFILL_TEXT.matches("\nMASKS(").count();
+        assert_eq!(2 * lines, PREFILL.len(), "every kernel has a line");
+        for variant in PREFILL {
+            let text = only(PREFILL_TEXT, variant.kernel);
+            assert_eq!(
+                text.lines().count(),
+                whole - lines + 1,
+                "{}",
+                variant.kernel
+            );
+            let (_, rest) = text.split_once("\nMASKS(\"").unwrap();
+            let (stem, rest) = rest.split_once("\", ").unwrap();
+            let named = [format!("{PREFIX}{stem}"), format!("{PREFIX}{stem}{BOOL}")];
+            assert!(named.contains(&variant.kernel.into()), "{stem}");
+            let kind = match variant.dtype {
+                crate::DType::F32 => "float",
+                crate::DType::F16 => "half",
+                _ => "bfloat",
+            };
+            let head = format!("{kind}, {}, ", variant.head_dim);
+            assert!(rest.starts_with(&head), "{stem}: {rest}");
+        }
+        for (name, text) in [(names::BLK, MASK_TEXT), (names::VEC_F32, VEC_TEXT)] {
+            assert_eq!(only(text, name), text);
+        }
+        assert_eq!(only(PREFILL_TEXT, "theirs"), PREFILL_TEXT);
     }
 
     #[test]

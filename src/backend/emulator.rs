@@ -9,6 +9,7 @@ use msl_emulator::{Binding, CompileOptions, Constant, Counters, DispatchOptions,
 
 use super::checked::launch;
 use super::host_memory::HostMemory;
+use super::metal::split;
 use super::{
     Arg, Backend, DeviceKind, Dispatch, Done, Kernel, Limits, Memory, Pending, Step, Timing,
 };
@@ -34,6 +35,8 @@ pub(crate) struct Emulator {
     /// One library a source text.
     libraries: Mutex<HashMap<usize, Arc<Library>>>,
     counters: Mutex<Counters>,
+    /// Operations of one part of a dispatch, which the Metal device runs as a command of its own.
+    part_flops: f64,
 }
 
 /// What a built kernel holds.
@@ -54,6 +57,7 @@ impl Emulator {
             options,
             libraries: Mutex::default(),
             counters: Mutex::default(),
+            part_flops: split::COMMAND_FLOPS,
         })
     }
 
@@ -84,6 +88,19 @@ impl Emulator {
             return Err(fail("was built for another device".into()));
         };
         launch::check(dispatch)?;
+        if !built.own {
+            return self.run_part(dispatch, built);
+        }
+        for (part, _) in split::parts(dispatch, self.part_flops) {
+            self.run_part(&part, built)?;
+        }
+        Ok(())
+    }
+
+    /// Runs a dispatch that was checked, or a part of one.
+    fn run_part(&self, dispatch: &Dispatch, built: &Built) -> Result<()> {
+        let name = &dispatch.kernel.name;
+        let fail = |message: String| MlxError::CommandBufferError(format!("{name}: {message}"));
         let size = |sizes: [u64; 3], what: &str| -> Result<[u32; 3]> {
             let mut out = [0; 3];
             for (out, size) in out.iter_mut().zip(sizes) {
@@ -224,5 +241,7 @@ impl Backend for Emulator {
     }
 }
 
+#[cfg(test)]
+mod parts;
 #[cfg(test)]
 mod tests;

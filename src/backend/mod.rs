@@ -19,7 +19,11 @@ pub(crate) mod cuda;
 #[cfg(feature = "emulator")]
 pub(crate) mod emulator;
 pub(crate) mod host_memory;
-#[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
+#[cfg(any(
+    test,
+    feature = "emulator",
+    all(feature = "metal", target_vendor = "apple")
+))]
 pub(crate) mod metal;
 
 /// Kinds of device.
@@ -191,6 +195,16 @@ pub(crate) trait Backend: Any + Send + Sync {
     /// Zeroed memory of at least 1 byte.
     fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>>;
     fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Kernel>;
+    /// Whether its kernels can use `memory` of a device of its kind: for a GPU, memory of that very
+    /// GPU. Host memory serves every device of a kind.
+    fn owns_memory(&self, _memory: &dyn Memory) -> bool {
+        true
+    }
+    /// Whether it can run a kernel that was built for a device of its kind: for a GPU, one built for
+    /// that very GPU.
+    fn owns_kernel(&self, _kernel: &Kernel) -> bool {
+        true
+    }
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending>;
 }
 

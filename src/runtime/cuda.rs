@@ -18,7 +18,7 @@ use super::device::{DeviceHandle, MlxDevice, check_fits};
 use super::encoder::CommandEncoder;
 use crate::attention::Problem;
 use crate::attention::plan::{Plan, PlanOptions};
-use crate::backend::cuda::{self, Cuda, CudaMemory, Enqueued, Images, Key, Nvrtc};
+use crate::backend::cuda::{self, Cuda, CudaMemory, Enqueued, Images, Key, Nvrtc, Spec};
 use crate::backend::{Backend, DeviceKind};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
@@ -58,7 +58,8 @@ fn backend(handle: &DeviceHandle) -> Result<&Cuda> {
 }
 
 impl MlxDevice {
-    /// The NVIDIA GPU of this number.
+    /// The NVIDIA GPU of this number. Its kernels are compiled here, or taken from the images that
+    /// [`trust_images`] was given.
     ///
     /// # Errors
     /// `DeviceUnavailable` with the reason: no driver, no such GPU, one too old, no compiler.
@@ -81,7 +82,7 @@ impl MlxDevice {
         images: impl Into<Cow<'static, [u8]>>,
     ) -> Result<Self> {
         let images = Images::read(images.into())?;
-        let cuda = Cuda::open_with(ordinal, Some(images))?;
+        let cuda = Cuda::open_with(ordinal, Some(Arc::new(images)))?;
         Ok(Self::from_backend(Arc::new(cuda)))
     }
 
@@ -172,6 +173,88 @@ pub struct Image {
     key: Key,
 }
 
+/// A kernel that can be compiled without a GPU.
+#[derive(Debug, Clone)]
+pub struct ImageSource {
+    spec: Spec,
+    arch: String,
+}
+
+impl ImageSource {
+    /// Every kernel that a GPU of `arch` (such as `sm_80`) may be asked to run.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a name that is no architecture.
+    pub fn all(arch: &str) -> Result<Vec<Self>> {
+        let gpu = cuda::Capability::of_arch(arch)
+            .ok_or_else(|| MlxError::expected("arch", "a name such as `sm_80`", arch))?;
+        let source = |spec| Self {
+            spec,
+            arch: arch.into(),
+        };
+        Ok(cuda::every_spec(gpu).into_iter().map(source).collect())
+    }
+
+    /// Entry point and macros.
+    pub fn name(&self) -> String {
+        self.spec.name()
+    }
+
+    /// The architecture that it is compiled for.
+    pub fn arch(&self) -> &str {
+        &self.arch
+    }
+
+    /// A hash of the text alone: kernels that differ by their macros share it.
+    pub fn text(&self) -> String {
+        cuda::text_id(&self.spec)
+    }
+
+    /// A hash of the text and the compiler's options. One compiler makes one image of it.
+    pub fn fingerprint(&self) -> String {
+        cuda::fingerprint(&self.spec, &self.arch)
+    }
+}
+
+/// NVRTC, for images that no GPU of this machine will run.
+pub struct Compiler(Nvrtc);
+
+impl fmt::Debug for Compiler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Compiler").field(&self.version()).finish()
+    }
+}
+
+impl Compiler {
+    /// The one that `MLX_FLASH_NVRTC` names, else the first that is found.
+    ///
+    /// # Errors
+    /// `DeviceUnavailable` where there is none.
+    pub fn find() -> Result<Self> {
+        Nvrtc::find(None).map(Self)
+    }
+
+    /// Major and minor version.
+    pub fn version(&self) -> (u32, u32) {
+        self.0.version()
+    }
+
+    /// Compiles a kernel; never taken from the disk.
+    ///
+    /// # Errors
+    /// `ShaderCompilationError` with what the compiler said.
+    pub fn compile(&self, source: &ImageSource) -> Result<Image> {
+        let ImageSource { spec, arch } = source;
+        let compiled = cuda::compile(&self.0, spec, arch, false)?;
+        Ok(Image {
+            name: spec.name(),
+            cubin: compiled.cubin,
+            log: compiled.log.unwrap_or_default(),
+            key: cuda::key(spec, arch),
+        })
+    }
+}
+
 /// Compiles the kernels for `arch` (such as `sm_80`) whose names `select` takes, on all cores, and
 /// never from the disk. `progress` hears how many are done, and of how many, from any thread.
 ///
@@ -183,26 +266,37 @@ pub fn compile_images(
     select: impl Fn(&str) -> bool,
     progress: impl Fn(usize, usize) + Sync + Send,
 ) -> Result<Vec<Image>> {
-    let gpu = cuda::Capability::of_arch(arch)
-        .ok_or_else(|| MlxError::expected("arch", "a name such as `sm_80`", arch))?;
-    let nvrtc = Nvrtc::find(None)?;
-    let mut specs = cuda::every_spec(gpu);
-    specs.retain(|spec| select(&spec.name()));
+    let mut sources = ImageSource::all(arch)?;
+    let compiler = Compiler::find()?;
+    sources.retain(|source| select(&source.name()));
     let done = AtomicUsize::new(0);
-    cuda::in_parallel(&specs, |spec| {
-        let compiled = cuda::compile(&nvrtc, spec, arch, false)?;
-        progress(done.fetch_add(1, Ordering::Relaxed) + 1, specs.len());
-        Ok(Image {
-            name: spec.name(),
-            cubin: compiled.cubin,
-            log: compiled.log.unwrap_or_default(),
-            key: cuda::key(spec, arch),
-        })
+    cuda::in_parallel(&sources, |source| {
+        let image = compiler.compile(source)?;
+        progress(done.fetch_add(1, Ordering::Relaxed) + 1, sources.len());
+        Ok(image)
     })
 }
 
-/// Images in one file, which [`MlxDevice::cuda_with_images`] and the variable `MLX_FLASH_CUDA_IMAGES`
-/// take. They are of this version of the crate: another one's kernels are not found in it.
+/// Gives every CUDA device that this process opens from now on the images of a file of
+/// [`pack_images`], for programs that open their devices elsewhere. [`MlxDevice::cuda_with_images`]
+/// gives them to one device.
+///
+/// No safe function loads images that were compiled elsewhere, and the library reads no variable that
+/// names them.
+///
+/// # Errors
+/// `InvalidArgument` for what is no such file.
+///
+/// # Safety
+/// [`pack_images`] wrote the bytes: the driver trusts an image's contents.
+pub unsafe fn trust_images(images: impl Into<Cow<'static, [u8]>>) -> Result<()> {
+    let images = Images::read(images.into())?;
+    // SAFETY: promised by the caller.
+    unsafe { cuda::trust(images) };
+    Ok(())
+}
+
+/// Images in one file, which [`MlxDevice::cuda_with_images`] and [`trust_images`] take. They are of this version of the crate: another one's kernels are not found in it.
 pub fn pack_images<'a>(images: impl IntoIterator<Item = &'a Image>) -> Vec<u8> {
     Images::write(images.into_iter().map(|image| (image.key, &*image.cubin)))
 }

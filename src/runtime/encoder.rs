@@ -263,18 +263,32 @@ impl CommandEncoder {
     ) -> Result<()> {
         buffer.check()?;
         let (ours, theirs) = (self.device.backend.kind(), buffer.storage().device);
-        if ours == theirs {
-            return Ok(());
+        if ours != theirs {
+            return Err(MlxError::expected(
+                &operand(),
+                format!("memory of the {ours} device"),
+                format!("memory of the {theirs} device"),
+            ));
         }
-        Err(MlxError::expected(
-            &operand(),
-            format!("memory of the {ours} device"),
-            format!("memory of the {theirs} device"),
-        ))
+        if !self.device.backend.owns_memory(&*buffer.storage().memory) {
+            return Err(MlxError::expected(
+                &operand(),
+                format!("memory of this {ours} device"),
+                format!("memory of another {ours} device"),
+            ));
+        }
+        Ok(())
     }
 
     fn check(&self, dispatch: &CapturedDispatch) -> Result<()> {
         let name = &dispatch.kernel.name;
+        if !self.device.backend.owns_kernel(&dispatch.kernel) {
+            return Err(MlxError::expected(
+                name,
+                "a pipeline of this device",
+                "one of another device",
+            ));
+        }
         for (n, (index, binding)) in dispatch.bindings.iter().enumerate() {
             if dispatch.bindings[..n].iter().any(|(i, _)| i == index) {
                 let operand = format!("{name}: buffer {index}");

@@ -121,7 +121,9 @@ impl MlxDevice {
 impl CommandEncoder {
     /// Encodes what was recorded into the caller's encoder instead of committing it; afterwards
     /// nothing is recorded. Barriers stand between our own dispatches only: what was encoded before
-    /// and what comes after is for the caller to order.
+    /// and what comes after is for the caller to order. Each dispatch is encoded whole: a problem that
+    /// takes the GPU seconds may outlast what the system lets one command take, where a commit would
+    /// spread it over several.
     ///
     /// # Errors
     /// What a commit would report, and `InvalidArgument` where this is no Metal device. Nothing is

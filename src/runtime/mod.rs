@@ -15,4 +15,6 @@ mod hazards;
 mod host;
 
 #[cfg(test)]
+mod another_gpu;
+#[cfg(test)]
 mod tests;

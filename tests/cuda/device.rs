@@ -1,5 +1,6 @@
 //! The device itself: what is missing, host views, threads, texts that are none of this crate.
 
+use mlx_flash_attn::encoder::{KernelArg, MTLSize, as_bytes};
 use mlx_flash_attn::ops::Operands;
 use mlx_flash_attn::{CpuOptions, DType, DeviceKind, KernelRegistry, MlxDevice, MlxError};
 
@@ -13,6 +14,7 @@ fn a_device_that_is_not_there_says_why() {
         Err(MlxError::DeviceUnavailable { device, reason }) => {
             assert_eq!(device, "cuda");
             assert!(reason.len() > 20, "{reason}");
+            assert!(!reason.contains("MLX_FLASH_CUDA_IMAGES"), "{reason}");
         }
         Err(other) => panic!("{other}"),
     }
@@ -28,6 +30,20 @@ fn a_device_that_is_not_there_says_why() {
     let encoded = unsafe { encoder.encode_into_stream(std::ptr::null_mut()) };
     assert!(matches!(encoded, Err(MlxError::InvalidArgument(_))));
     assert!(cpu.cuda_warm_up(&[]).is_err());
+}
+
+/// The driver trusts an image's contents, so a safe function may not load what a variable names.
+#[test]
+fn safe_code_loads_no_images_that_the_environment_names() {
+    let program = std::env::current_exe().unwrap();
+    let test = "device::a_device_that_is_not_there_says_why";
+    let ran = std::process::Command::new(program)
+        .args(["--exact", test])
+        .env("MLX_FLASH_CUDA_IMAGES", "/no/such/file")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ran.stdout);
+    assert!(ran.status.success() && said.contains("1 passed"), "{said}");
 }
 
 #[test]
@@ -66,6 +82,41 @@ fn host_views_follow_the_device_and_the_device_follows_them() {
     // SAFETY: the buffer has more than one byte, and no command uses it.
     unsafe { at.write(0x55) };
     assert_eq!(bytes(&out)[0], 0x55);
+}
+
+/// Devices are told apart, not only their kinds: one stream knows nothing of another's commands.
+#[test]
+fn memory_and_pipelines_of_another_device_are_refused() {
+    let (Some(ours), Some(theirs)) = (cuda(), cuda()) else {
+        return;
+    };
+    // A second GPU, where there is one, as well as the same one opened twice.
+    for theirs in [Some(theirs), MlxDevice::cuda(1).ok()]
+        .into_iter()
+        .flatten()
+    {
+        let one = MTLSize::new(1, 1, 1);
+        let refused = |pipeline_of: &MlxDevice, memory_of: &MlxDevice| {
+            let mut registry = KernelRegistry::new();
+            let handle = pipeline_of.metal_device();
+            let name = "flash_attn_prefill_mask_fill_bf16";
+            let pipeline = registry.get_pipeline(name, handle).unwrap();
+            let mask = memory_of.alloc_buffer(4, BF16, vec![2]).unwrap();
+            let params = [1u32, 2, 0, 1, 0];
+            let args = [
+                (0, KernelArg::Buffer(&mask)),
+                (1, KernelArg::Bytes(as_bytes(&params))),
+            ];
+            let mut encoder = ours.command_encoder().unwrap();
+            encoder.encode_threadgroups_with_args(pipeline, &args, one, one);
+            encoder.commit_and_wait()
+        };
+        refused(&ours, &ours).unwrap();
+        for error in [refused(&ours, &theirs), refused(&theirs, &ours)] {
+            let error = error.unwrap_err();
+            assert!(matches!(error, MlxError::InvalidArgument(_)), "{error}");
+        }
+    }
 }
 
 #[test]

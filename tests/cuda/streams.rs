@@ -163,3 +163,60 @@ fn kernels_in_a_chain_wait_for_each_other() {
     unsafe { result::stream::destroy(stream).unwrap() };
     assert!(wrong.is_empty(), "rounds and links: {wrong:?}");
 }
+
+/// What the host wrote counts as uploaded from the moment that a command on a caller's stream carries
+/// it, and another thread's command on the device's own stream must not run before that upload has.
+#[test]
+fn an_upload_on_a_callers_stream_is_waited_for_by_commands_of_other_threads() {
+    let Some(device) = cuda() else { return };
+    let data = Qkv::new(18, BF16, shape([1, 2, 2], (64, 64), 64));
+    let problem = data.builder().build().unwrap();
+    let (want, _) = data.run(&device, &problem);
+    let stream = result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
+    // Keeps the caller's stream busy, so that what is put on it runs late.
+    let busy_bytes = 1 << 30;
+    // SAFETY: freed below, after the last use.
+    let busy = unsafe { result::malloc_sync(busy_bytes) }.unwrap();
+    let mut wrong = 0;
+    for _ in 0..300 {
+        let [q, k, v, theirs] = data.buffers(&device);
+        let ours: Vec<MlxBuffer> = (0..4)
+            .map(|_| output(&device, data.q.len(), BF16))
+            .collect();
+        // SAFETY: as many bytes, on a stream of this context.
+        unsafe { result::memset_d8_async(busy, 0, busy_bytes, stream) }.unwrap();
+        let raw = stream as usize;
+        let start = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut encoder = device.command_encoder().unwrap();
+                let buffers = [q.clone(), k.clone(), v.clone(), theirs.clone()];
+                record(&mut encoder, &device, &problem, &buffers);
+                start.wait();
+                // SAFETY: the stream is the primary context's, and destroyed below.
+                let in_flight = unsafe { encoder.encode_into_stream(raw as *mut c_void) };
+                in_flight.unwrap().wait().unwrap();
+            });
+            let mut encoders: Vec<_> = ours
+                .iter()
+                .map(|out| {
+                    let mut encoder = device.command_encoder().unwrap();
+                    let buffers = [q.clone(), k.clone(), v.clone(), out.clone()];
+                    record(&mut encoder, &device, &problem, &buffers);
+                    encoder
+                })
+                .collect();
+            start.wait();
+            for encoder in &mut encoders {
+                encoder.commit();
+            }
+        });
+        wrong += ours.iter().filter(|out| bytes(out) != want).count();
+    }
+    // SAFETY: made above, used no more.
+    unsafe {
+        result::stream::destroy(stream).unwrap();
+        result::free_sync(busy).unwrap();
+    }
+    assert_eq!(wrong, 0, "outputs from operands that were not there yet");
+}

@@ -2,7 +2,8 @@
 //! checks, measurements, devices and pictures of tiles.
 //!
 //! Results go to stdout, messages to stderr. Exit status: 0 done, 1 a check failed, 2 bad input.
-#![forbid(unsafe_code)]
+#![cfg_attr(not(feature = "cuda"), forbid(unsafe_code))]
+#![deny(unsafe_code)]
 
 mod args;
 mod bench;
@@ -42,6 +43,11 @@ fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
+    #[cfg(feature = "cuda")]
+    if let Err(error) = images::trust_named() {
+        message(format_args!("error: {error:#}"));
+        return ExitCode::from(2);
+    }
     let mut results = Results::stdout();
     let status = match &cli.command {
         Command::Run(args) => run::execute(args, &mut results),

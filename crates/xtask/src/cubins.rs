@@ -1,143 +1,277 @@
-//! `cargo xtask cubins ARCH..`: every CUDA kernel, compiled without a GPU, and what the compiler said
-//! held against what it must not say.
+//! `cargo xtask-cuda cubins ARCH..`: that every CUDA kernel compiles without spills and without a
+//! complaint of the compiler's. No GPU is needed.
+//!
+//! A kernel whose text and options are in the manifest is not compiled again, but for one of each
+//! text, which shows that the manifest still says what the compiler does.
 
-use mlx_flash_attn::cuda::{Image, compile_images};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 
-/// What a kernel takes of the GPU, as the compiler reports it.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Resources {
-    registers: u64,
-    stack: u64,
-    spills: u64,
-    /// Lines that stand for a kernel that is slower than its text says.
-    complaints: Vec<String>,
+use mlx_flash_attn::cuda::{Compiler, ImageSource};
+
+use crate::manifest::{Entry, Manifest};
+use crate::resources::Resources;
+
+/// How much is compiled, and what becomes of it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Options {
+    /// Every kernel, not only those that the manifest lacks.
+    pub(crate) all: bool,
+    /// Writes the manifest instead of failing where it differs.
+    pub(crate) update: bool,
 }
 
-/// Compiles for each architecture, prints a line a kernel, and fails if one is not as it must be.
-pub(crate) fn run(archs: &[&str]) -> Result<(), String> {
-    let mut faults = Vec::new();
-    for arch in archs {
-        let images = compile_images(arch, |_| true, |_, _| ()).map_err(|e| e.to_string())?;
-        if images.is_empty() {
-            return Err("there is no kernel to compile".into());
-        }
-        for image in &images {
-            let resources = read(image)?;
-            println!(
-                "{arch} {:>3} registers, {} bytes of stack, {} spilled, {:>6} bytes: {}",
-                resources.registers,
-                resources.stack,
-                resources.spills,
-                image.cubin.len(),
-                image.name
-            );
-            faults.extend(
-                resources
-                    .faults()
-                    .into_iter()
-                    .map(|fault| format!("{arch} {}: {fault}", image.name)),
-            );
-        }
-        println!("{arch}: {} kernels", images.len());
-    }
-    if faults.is_empty() {
-        return Ok(());
-    }
-    Err(format!("{} faults:\n{}", faults.len(), faults.join("\n")))
+/// Kernels between two writings of the manifest, so that a run that is stopped loses little.
+const WRITE_EVERY: usize = 20;
+
+fn path() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("cubins.txt")
 }
 
-/// The compiler's report. A log without one is an error: nothing would be checked then.
-fn read(image: &Image) -> Result<Resources, String> {
-    let resources = parse(&image.log);
-    if resources.registers == 0 {
-        return Err(format!(
-            "{}: the compiler's log has no report of its resources:\n{}",
-            image.name, image.log
-        ));
-    }
-    Ok(resources)
-}
-
-fn parse(log: &str) -> Resources {
-    let mut all = Resources::default();
-    // A module of several kernels has a report for each; the worst of each figure counts.
-    for line in log.lines() {
-        let number_before = |what: &str| {
-            line.split(',').find_map(|part| {
-                let number = part.split_once(what)?.0.split_whitespace().next_back()?;
-                number.parse::<u64>().ok()
-            })
-        };
-        all.registers = all.registers.max(number_before(" registers").unwrap_or(0));
-        all.stack = all
-            .stack
-            .max(number_before(" bytes stack frame").unwrap_or(0));
-        for what in [" bytes spill stores", " bytes spill loads"] {
-            all.spills = all.spills.max(number_before(what).unwrap_or(0));
-        }
-        let lower = line.to_lowercase();
-        let complaint = [
-            "serialized",
-            "setmaxnreg",
-            "c7508",
-            "c7510",
-            "c7513",
-            "warning",
-        ];
-        if complaint.iter().any(|word| lower.contains(word)) {
-            all.complaints.push(line.trim().into());
-        }
-    }
-    all
-}
-
-impl Resources {
-    fn faults(&self) -> Vec<String> {
-        let mut faults = self.complaints.clone();
-        if self.stack > 0 || self.spills > 0 {
-            faults.push(format!(
-                "{} bytes of stack and {} bytes spilled: expected none",
-                self.stack, self.spills
+/// Checks the kernels of each architecture.
+pub(crate) fn run(archs: &[&str], options: Options) -> Result<(), String> {
+    let compiler = Compiler::find().map_err(|e| e.to_string())?;
+    let (major, minor) = compiler.version();
+    let version = format!("{major}.{minor}");
+    let text = std::fs::read_to_string(path()).unwrap_or_default();
+    let mut manifest = Manifest::parse(&text).map_err(|e| format!("{}: {e}", path().display()))?;
+    if manifest.compiler != version {
+        if !options.update {
+            return Err(format!(
+                "the manifest is of NVRTC {}, this is {version}: name the other one in \
+                 MLX_FLASH_NVRTC, or write the manifest anew with --update",
+                manifest.compiler
             ));
         }
-        faults
+        manifest = Manifest {
+            compiler: version,
+            ..Manifest::default()
+        };
     }
+    let mut sources = Vec::new();
+    for arch in archs {
+        sources.extend(ImageSource::all(arch).map_err(|e| e.to_string())?);
+    }
+    if sources.is_empty() {
+        return Err("there is no kernel to compile".into());
+    }
+
+    let chosen = to_compile(&sources, &manifest, options);
+    println!("{} kernels, {} to compile", sources.len(), chosen.len());
+    let mut differences = Vec::new();
+    let mut failed = None;
+    each_compiled(&compiler, &chosen, |done, source, compiled| {
+        let resources = match compiled {
+            Ok(resources) => resources,
+            Err(error) => {
+                failed.get_or_insert(format!("{} {}: {error}", source.arch(), source.name()));
+                return;
+            }
+        };
+        println!(
+            "{done}/{} {} {:>3} registers, {} bytes of stack, {} spilled: {}",
+            chosen.len(),
+            source.arch(),
+            resources.registers,
+            resources.stack,
+            resources.spills,
+            source.name()
+        );
+        let entry = Entry {
+            arch: source.arch().into(),
+            name: source.name(),
+            resources,
+        };
+        let place = manifest.entries.get(&source.fingerprint());
+        if let Some(difference) = difference(place, &entry) {
+            differences.push(difference);
+        }
+        manifest.entries.insert(source.fingerprint(), entry);
+        if options.update && done % WRITE_EVERY == 0 {
+            failed = failed.take().or_else(|| write(&manifest).err());
+        }
+    });
+    if let Some(error) = failed {
+        return Err(error);
+    }
+
+    let known: BTreeSet<String> = sources.iter().map(ImageSource::fingerprint).collect();
+    manifest.entries.retain(|fingerprint, entry| {
+        let stays = known.contains(fingerprint) || !archs.contains(&&*entry.arch);
+        if !stays {
+            differences.push(format!("{} {}: is no more", entry.arch, entry.name));
+        }
+        stays
+    });
+    if options.update {
+        write(&manifest)?;
+        println!("{}: {} kernels", path().display(), manifest.entries.len());
+        differences.clear();
+    }
+    report(&faults(&manifest, &known), &differences)
+}
+
+/// What differs between the manifest and a kernel that was compiled.
+fn difference(listed: Option<&Entry>, compiled: &Entry) -> Option<String> {
+    let what = match listed {
+        None => "is not in the manifest".into(),
+        Some(listed) if listed.resources.same(&compiled.resources) => return None,
+        Some(listed) => format!(
+            "the manifest says {:?}, the compiler {:?}",
+            listed.resources, compiled.resources
+        ),
+    };
+    Some(format!("{} {}: {what}", compiled.arch, compiled.name))
+}
+
+/// The faults of the kernels that are `known`.
+fn faults(manifest: &Manifest, known: &BTreeSet<String>) -> Vec<String> {
+    let entries = manifest.entries.iter();
+    entries
+        .filter(|(fingerprint, _)| known.contains(*fingerprint))
+        .flat_map(|(_, e)| {
+            let faults = e.resources.faults().into_iter();
+            faults.map(move |fault| format!("{} {}: {fault}", e.arch, e.name))
+        })
+        .collect()
+}
+
+fn report(faults: &[String], differences: &[String]) -> Result<(), String> {
+    let mut message = String::new();
+    if !faults.is_empty() {
+        message += &format!("{} faults:\n{}\n", faults.len(), faults.join("\n"));
+    }
+    if !differences.is_empty() {
+        message += &format!(
+            "{} kernels differ from the manifest; `cubins --update` writes it anew:\n{}",
+            differences.len(),
+            differences.join("\n")
+        );
+    }
+    if message.is_empty() {
+        Ok(())
+    } else {
+        Err(message)
+    }
+}
+
+/// The kernels that the manifest lacks, and the first of each text.
+fn to_compile<'a>(
+    sources: &'a [ImageSource],
+    manifest: &Manifest,
+    options: Options,
+) -> Vec<&'a ImageSource> {
+    let mut texts = BTreeSet::new();
+    sources
+        .iter()
+        .filter(|source| {
+            let sample = texts.insert(source.text()) && !options.update;
+            sample || options.all || !manifest.entries.contains_key(&source.fingerprint())
+        })
+        .collect()
+}
+
+fn write(manifest: &Manifest) -> Result<(), String> {
+    std::fs::write(path(), manifest.text()).map_err(|e| format!("{}: {e}", path().display()))
+}
+
+/// Compiles on all cores; `take` hears of each kernel on this thread, with how many are done.
+fn each_compiled(
+    compiler: &Compiler,
+    sources: &[&ImageSource],
+    mut take: impl FnMut(usize, &ImageSource, Result<Resources, String>),
+) {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let (sender, receiver) = mpsc::channel();
+        for _ in 0..threads.min(sources.len()) {
+            let (sender, next) = (sender.clone(), &next);
+            scope.spawn(move || {
+                while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let compiled = compiler
+                        .compile(source)
+                        .map_err(|e| e.to_string())
+                        .and_then(|image| Resources::read(&image.log));
+                    // The receiver outlives the threads.
+                    let _ = sender.send((*source, compiled));
+                }
+            });
+        }
+        drop(sender);
+        for (done, (source, compiled)) in receiver.iter().enumerate() {
+            take(done + 1, source, compiled);
+        }
+    });
 }
 
 #[cfg(test)]
 mod tests {
-    use super::parse;
+    use super::*;
 
-    const REPORT: &str = "ptxas info    : Compiling entry function 'attention' for 'sm_80'\n\
-        ptxas info    : Function properties for attention\n\
-        \x20   0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n\
-        ptxas info    : Used 213 registers, used 1 barriers, 680 bytes cmem[0]";
-
-    #[test]
-    fn a_clean_report_has_no_fault() {
-        let resources = parse(REPORT);
-        assert_eq!((resources.registers, resources.stack), (213, 0));
-        assert!(resources.faults().is_empty());
+    fn entry_of(source: &ImageSource) -> Entry {
+        Entry {
+            arch: source.arch().into(),
+            name: source.name(),
+            resources: Resources {
+                registers: 1,
+                ..Resources::default()
+            },
+        }
     }
 
     #[test]
-    fn spills_stack_and_complaints_are_faults() {
-        for (from, to) in [
-            ("0 bytes stack", "24 bytes stack"),
-            ("0 bytes spill stores", "8 bytes spill stores"),
-            ("0 bytes spill loads", "8 bytes spill loads"),
-        ] {
-            let log = REPORT.replace(from, to);
-            assert_ne!(log, REPORT);
-            assert_eq!(parse(&log).faults().len(), 1, "{log}");
-        }
-        for line in [
-            "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized",
-            "ptxas info    : (C7508) 'setmaxnreg' ignored to maintain minimum register requirement",
-            "ptxas warning : something",
-        ] {
-            assert_eq!(parse(&format!("{REPORT}\n{line}")).faults().len(), 1);
-        }
-        assert_eq!(parse("").registers, 0);
+    fn unchanged_kernels_are_not_compiled_again_but_for_one_of_each_text() {
+        let sources = ImageSource::all("sm_90a").unwrap();
+        let entries = sources.iter().map(|s| (s.fingerprint(), entry_of(s)));
+        let mut manifest = Manifest {
+            compiler: "13.0".into(),
+            entries: entries.collect(),
+        };
+        assert_eq!(
+            manifest.entries.len(),
+            sources.len(),
+            "fingerprints are unique"
+        );
+        let options = |all, update| Options { all, update };
+        let count = |manifest: &Manifest, o| to_compile(&sources, manifest, o).len();
+        let sample = count(&manifest, options(false, false));
+        let texts: BTreeSet<String> = sources.iter().map(ImageSource::text).collect();
+        assert_eq!(sample, texts.len());
+        assert!(sample <= 8, "a handful, got {sample}");
+        assert_eq!(count(&manifest, options(false, true)), 0);
+        assert_eq!(count(&manifest, options(true, false)), sources.len());
+        // A changed kernel is one that the manifest lacks.
+        let last = sources.last().unwrap();
+        manifest.entries.remove(&last.fingerprint());
+        assert_eq!(count(&manifest, options(false, true)), 1);
+        assert_eq!(count(&manifest, options(false, false)), sample + 1);
+    }
+
+    #[test]
+    fn a_kernel_that_the_manifest_lacks_or_tells_otherwise_fails_the_run() {
+        let source = &ImageSource::all("sm_80").unwrap()[0];
+        let compiled = entry_of(source);
+        assert_eq!(difference(Some(&compiled), &compiled), None);
+        assert!(
+            difference(None, &compiled)
+                .unwrap()
+                .contains("not in the manifest")
+        );
+        let mut listed = compiled.clone();
+        listed.resources.registers = 2;
+        assert!(difference(Some(&listed), &compiled).is_some());
+        listed.resources.spills = 8;
+        let manifest = Manifest {
+            compiler: String::new(),
+            entries: [(source.fingerprint(), listed)].into(),
+        };
+        let known = BTreeSet::from([source.fingerprint()]);
+        let faults = faults(&manifest, &known);
+        assert_eq!(faults.len(), 1);
+        assert!(report(&faults, &[]).is_err() && report(&[], &faults).is_err());
+        assert!(report(&[], &[]).is_ok());
     }
 }

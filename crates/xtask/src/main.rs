@@ -3,12 +3,18 @@
 //! `cargo xtask metallib DIR` compiles the Metal kernels ahead of time, where Apple's compiler is.
 //! A program with `MLX_FLASH_METALLIB_DIR=DIR` then loads them instead of compiling their text.
 //!
-//! `cargo xtask-cuda cubins ARCH..` (`sm_80 sm_90a`) compiles the CUDA kernels, which needs
-//! no GPU, and fails where one spills registers or the compiler complains.
+//! `cargo xtask-cuda cubins [--all] [--update] ARCH..` (`sm_80 sm_90a`) checks the CUDA kernels,
+//! which needs no GPU, and fails where one spills registers or the compiler complains. Kernels that
+//! `crates/xtask/cubins.txt` has are not compiled again; `--update` compiles the others and writes
+//! that file, `--all` compiles every kernel and compares.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 #[cfg(feature = "cuda")]
 mod cubins;
+#[cfg(feature = "cuda")]
+mod manifest;
+#[cfg(feature = "cuda")]
+mod resources;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,8 +28,10 @@ fn main() -> ExitCode {
     let done = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["metallib", dir] => metallib(Path::new(dir)),
         #[cfg(feature = "cuda")]
-        ["cubins", ref archs @ ..] if !archs.is_empty() => cubins::run(archs),
-        _ => Err("usage: cargo xtask metallib DIR; cargo xtask-cuda cubins ARCH..".into()),
+        ["cubins", ref rest @ ..] if rest.iter().any(|a| !a.starts_with("--")) => cubins(rest),
+        _ => Err("usage: cargo xtask metallib DIR; \
+                  cargo xtask-cuda cubins [--all] [--update] ARCH.."
+            .into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -33,6 +41,33 @@ fn main() -> ExitCode {
         }
     }
 }
+
+#[cfg(feature = "cuda")]
+fn cubins(arguments: &[&str]) -> Result<(), String> {
+    let (flags, archs): (Vec<&str>, Vec<&str>) =
+        arguments.iter().partition(|a| a.starts_with("--"));
+    let mut options = cubins::Options::default();
+    for flag in flags {
+        match flag {
+            "--all" => options.all = true,
+            "--update" => options.update = true,
+            other => return Err(format!("cubins: unknown option {other}")),
+        }
+    }
+    cubins::run(&archs, options)
+}
+
+/// As the device compiles it, and for the oldest system that is served: without a version the library
+/// would ask for the system that it was made on.
+const METAL: [&str; 7] = [
+    "-sdk",
+    "macosx",
+    "metal",
+    "-mmacosx-version-min=14.0",
+    "-std=metal3.1",
+    "-fno-fast-math",
+    "-o",
+];
 
 /// Compiles each text once, with the options that the device compiles it with.
 fn metallib(dir: &Path) -> Result<(), String> {
@@ -47,14 +82,7 @@ fn metallib(dir: &Path) -> Result<(), String> {
         let source = library.with_extension("metal");
         std::fs::write(&source, text).map_err(|e| format!("{}: {e}", source.display()))?;
         let status = Command::new("xcrun")
-            .args([
-                "-sdk",
-                "macosx",
-                "metal",
-                "-std=metal3.1",
-                "-fno-fast-math",
-                "-o",
-            ])
+            .args(METAL)
             .args([&library, &source])
             .status()
             .map_err(|e| format!("xcrun, which comes with Xcode: {e}"))?;
@@ -64,4 +92,33 @@ fn metallib(dir: &Path) -> Result<(), String> {
         println!("{}", library.display());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    /// Its own copies of the params' structs had another order of fields than the crate's.
+    #[test]
+    fn the_gpu_benchmark_takes_the_params_from_the_crates_definition() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let bench = std::fs::read_to_string(root.join("scripts/gpu-bench")).unwrap_or_default();
+        let structs = ["MaskFillParams", "BlkParams", "Params"];
+        for name in structs {
+            let taken = [
+                format!("struct_text(\"{name}\")"),
+                format!("structure(\"{name}\")"),
+            ];
+            assert!(taken.iter().any(|t| bench.contains(t)), "{name}");
+            assert!(!bench.contains(&format!("struct {name} {{")), "{name}");
+            assert!(!bench.contains(&format!("class {name}(")), "{name}");
+        }
+        // Attributes of launches and what the driver fills in are the driver's own structs.
+        for copied in ["q_abs_offset", "scale_log2\"", "lse_strides\""] {
+            assert!(!bench.contains(copied), "{copied}");
+        }
+    }
+
+    #[test]
+    fn metal_libraries_are_made_for_the_oldest_system_that_is_served() {
+        assert!(super::METAL.contains(&"-mmacosx-version-min=14.0"));
+    }
 }

@@ -13,10 +13,29 @@ use crate::attention::Problem;
 use crate::attention::bindings::{Constants, names};
 use crate::attention::params::CudaParams;
 use crate::attention::variant;
+use crate::backend::Kernel;
 use crate::backend::checked::Pointers;
 use crate::error::{MlxError, Result};
 
-/// What a built kernel holds.
+/// What a kernel of the runtime holds: its GPU, on which alone it may be launched, and what it runs
+/// there.
+pub(super) struct Pipeline {
+    pub(super) gpu: Arc<Gpu>,
+    pub(super) built: Built,
+}
+
+impl Pipeline {
+    /// What a kernel that was built for `gpu` runs; `None` for one of another device.
+    pub(super) fn of<'a>(kernel: &'a Kernel, gpu: &Arc<Gpu>) -> Option<&'a Built> {
+        kernel
+            .state
+            .downcast_ref::<Self>()
+            .filter(|pipeline| Arc::ptr_eq(&pipeline.gpu, gpu))
+            .map(|pipeline| &pipeline.built)
+    }
+}
+
+/// What a kernel runs.
 #[derive(Debug)]
 pub(super) enum Built {
     Prefill(Attention),
@@ -112,6 +131,17 @@ impl Attention {
 }
 
 impl Built {
+    /// Whether no dispatch has compiled anything yet.
+    pub(super) fn is_fresh(&self) -> bool {
+        match self {
+            Self::Prefill(attention) => {
+                let ready = attention.ready.lock();
+                ready.unwrap_or_else(PoisonError::into_inner).is_none()
+            }
+            _ => false,
+        }
+    }
+
     /// Compiles what a problem will run.
     pub(super) fn warm_up(&self, gpu: &Gpu, problem: &Problem) -> Result<()> {
         if let Self::Prefill(attention) = self

@@ -79,6 +79,21 @@ pub(crate) fn key(spec: &Spec, arch: &str) -> Key {
     hash(&spec.parts.concat(), &options(spec, arch)).id()
 }
 
+/// Stands for a kernel's text, told from the texts of other kernels.
+pub(crate) fn text_id(spec: &Spec) -> String {
+    Hash::new().part(spec.parts.concat().as_bytes()).hex()
+}
+
+/// Stands for all that decides what a compiler makes of `spec` for `arch`: text and options. Unlike
+/// [`key`] it does not change with the crate's version.
+pub(crate) fn fingerprint(spec: &Spec, arch: &str) -> String {
+    let text = Hash::new().part(spec.parts.concat().as_bytes());
+    options(spec, arch)
+        .iter()
+        .fold(text, |hash, option| hash.part(option.as_bytes()))
+        .hex()
+}
+
 /// The image of `spec` among those compiled ahead: for this GPU, or for an older one of the same major
 /// version, whose images run on it too.
 pub(super) fn ahead(images: &Images, spec: &Spec, gpu: Capability) -> Result<Option<Vec<u8>>> {

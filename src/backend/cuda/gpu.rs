@@ -1,13 +1,13 @@
 //! The device: opened, described, asked for memory, kernels and work.
 
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::built::{Built, built};
+use super::built::{Pipeline, built};
 use super::compile::in_parallel;
 use super::driver::{Context, Event, Stream, unavailable};
 use super::fit::Machine;
-use super::images::Images;
+use super::images::{self, Images};
 use super::memory::CudaMemory;
 use super::modules::{Function, Modules};
 use super::scratch::Pool;
@@ -29,6 +29,10 @@ pub(crate) struct Gpu {
     pub(super) pool: Pool,
     /// Events to use again.
     events: Mutex<Vec<Event>>,
+    /// Held while a command is put on a stream and that stream is ordered with [`Self::stream`], so
+    /// that commands follow each other whole, and what a command uploads on a caller's stream counts
+    /// as uploaded only where others wait for it.
+    submitting: Mutex<()>,
     /// When the clock that timings are read from began.
     pub(super) epoch: Event,
     pub(super) stream: Stream,
@@ -50,6 +54,13 @@ impl Gpu {
         if events.len() < 64 {
             events.push(event);
         }
+    }
+
+    /// The right to put a command on a stream of this GPU.
+    pub(super) fn submitting(&self) -> MutexGuard<'_, ()> {
+        self.submitting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn machine(&self) -> Machine {
@@ -81,13 +92,13 @@ impl Cuda {
         }
     }
 
-    /// A GPU by its number, with the images that the environment names.
+    /// A GPU by its number, with the images that the program trusts, if there are any.
     pub(crate) fn open_ordinal(ordinal: usize) -> Result<Self> {
-        Self::open_with(ordinal, Images::from_env()?)
+        Self::open_with(ordinal, images::trusted())
     }
 
     /// A GPU by its number, with images compiled ahead.
-    pub(crate) fn open_with(ordinal: usize, images: Option<Images>) -> Result<Self> {
+    pub(crate) fn open_with(ordinal: usize, images: Option<Arc<Images>>) -> Result<Self> {
         let context = Context::open(ordinal)?;
         let stream = Stream::create(&context)?;
         let epoch = Event::create(&context)?;
@@ -96,6 +107,7 @@ impl Cuda {
             modules: Modules::new(images),
             pool: Pool::default(),
             events: Mutex::default(),
+            submitting: Mutex::default(),
             epoch,
             stream,
             context,
@@ -169,7 +181,7 @@ impl Backend for Cuda {
             ("compiler", compiler),
             (
                 "kernels compiled ahead",
-                images.map_or(0, Images::len).to_string(),
+                images.map_or(0, |images| images.len()).to_string(),
             ),
         ]
     }
@@ -179,7 +191,10 @@ impl Backend for Cuda {
     }
 
     fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Kernel> {
-        let built: Built = built(&self.0, kernel, constants)?;
+        let built = Pipeline {
+            gpu: Arc::clone(&self.0),
+            built: built(&self.0, kernel, constants)?,
+        };
         let threads = variant::by_name(kernel).map_or(1024, |v| v.threads() as u64);
         let limits = Limits {
             thread_execution_width: 32,
@@ -187,6 +202,14 @@ impl Backend for Cuda {
             static_threadgroup_bytes: 0,
         };
         Ok(Kernel::new(kernel, constants, limits, built))
+    }
+
+    fn owns_memory(&self, memory: &dyn Memory) -> bool {
+        CudaMemory::of(memory, &self.0).is_some()
+    }
+
+    fn owns_kernel(&self, kernel: &Kernel) -> bool {
+        Pipeline::of(kernel, &self.0).is_some()
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {

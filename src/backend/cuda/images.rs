@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use flate2::Compression;
 use flate2::read::DeflateDecoder;
@@ -16,8 +16,6 @@ use flate2::write::DeflateEncoder;
 use super::cache::Hash;
 use crate::error::{MlxError, Result};
 
-/// The variable that names such a file.
-const VARIABLE: &str = "MLX_FLASH_CUDA_IMAGES";
 const MAGIC: &[u8; 8] = b"MLXIMGS1";
 
 /// Stands for a text and the options that it was compiled with.
@@ -29,23 +27,30 @@ pub(crate) struct Images {
     places: HashMap<Key, Range<usize>>,
 }
 
+/// Those that the program trusts for every device that it opens.
+static TRUSTED: RwLock<Option<Arc<Images>>> = RwLock::new(None);
+
+/// Gives every device that is opened from now on these images.
+///
+/// # Safety
+/// They are what NVRTC made: the driver trusts an image's contents.
+pub(crate) unsafe fn trust(images: Images) {
+    *TRUSTED.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(images));
+}
+
+/// What [`trust`] was given last.
+pub(super) fn trusted() -> Option<Arc<Images>> {
+    TRUSTED
+        .read()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone()
+}
+
 fn broken(what: &str) -> MlxError {
     MlxError::expected("images", "a file of compiled images", what)
 }
 
 impl Images {
-    /// Those of the file that the environment names.
-    pub(super) fn from_env() -> Result<Option<Self>> {
-        let Some(path) = std::env::var_os(VARIABLE).filter(|path| !path.is_empty()) else {
-            return Ok(None);
-        };
-        let path = PathBuf::from(path);
-        let bytes = std::fs::read(&path).map_err(|error| {
-            super::driver::unavailable(format!("{VARIABLE}: {}: {error}", path.display()))
-        })?;
-        Self::read(bytes.into()).map(Some)
-    }
-
     pub(crate) fn read(bytes: Cow<'static, [u8]>) -> Result<Self> {
         let mut places = HashMap::new();
         let mut rest = bytes

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::built::{Attention, Built, Kept, Ready};
+use super::built::{Attention, Built, Kept, Pipeline, Ready};
 use super::driver::Stream;
 use super::gpu::Gpu;
 use super::maps;
@@ -17,30 +17,54 @@ use crate::attention::bindings::names;
 use crate::attention::params::CudaParams;
 use crate::attention::variant;
 use crate::backend::checked::{Classes, Fill, Partials, Pointers, Prefill, Reduce};
-use crate::backend::{Arg, Dispatch, Memory, Step};
+use crate::backend::{Arg, Dispatch, Step};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
 /// What a command needs until it has run.
 pub(crate) type Temporary = Scratch;
 
-/// Puts the steps on a stream. What is returned is kept until they have run. Dispatches of one
-/// stream run one after another, so barriers hold by themselves.
-pub(crate) fn encode(gpu: &Arc<Gpu>, steps: &[Step], stream: &Stream) -> Result<Vec<Temporary>> {
+/// Puts the steps on a stream. What lands in `temporaries` is kept until they have run, also where
+/// this fails: dispatches before the one that failed are on the stream. Dispatches of one stream run
+/// one after another, so barriers hold by themselves.
+pub(super) fn encode(
+    gpu: &Arc<Gpu>,
+    steps: &[Step],
+    stream: &Stream,
+    temporaries: &mut Vec<Temporary>,
+) -> Result<()> {
     gpu.context.enter()?;
-    let mut temporaries = Vec::new();
     for step in steps {
         if let Step::Dispatch(dispatch) = step {
             let mut launch = Launch {
                 gpu,
                 stream,
                 dispatch,
-                temporaries: &mut temporaries,
+                temporaries,
             };
             launch.run()?;
         }
     }
-    Ok(temporaries)
+    Ok(())
+}
+
+/// Compiles what the steps run and no earlier dispatch has compiled, so that encoding, which one
+/// thread does at a time, seldom waits for the compiler. What fails here fails there again and is
+/// reported there; params that lie in a buffer may not be written yet and are not read.
+pub(super) fn compile_first(gpu: &Arc<Gpu>, steps: &[Step]) {
+    for step in steps {
+        if let Step::Dispatch(dispatch) = step
+            && let Some(built) = Pipeline::of(&dispatch.kernel, gpu)
+            && built.is_fresh()
+            && dispatch
+                .args
+                .iter()
+                .any(|(_, arg)| matches!(arg, Arg::Bytes(_)))
+            && let Ok(Prefill { problem, .. }) = Prefill::read(dispatch)
+        {
+            let _ = built.warm_up(gpu, &problem);
+        }
+    }
 }
 
 /// An argument of a kernel.
@@ -61,7 +85,7 @@ impl Launch<'_> {
     }
 
     fn run(&mut self) -> Result<()> {
-        let Some(built) = self.dispatch.kernel.state.downcast_ref::<Built>() else {
+        let Some(built) = Pipeline::of(&self.dispatch.kernel, self.gpu) else {
             return Err(self.fail("was built for another device"));
         };
         match built {
@@ -81,10 +105,7 @@ impl Launch<'_> {
         let accesses = self.dispatch.kernel.accesses;
         for (index, arg) in &self.dispatch.args {
             if let Arg::Memory { memory, .. } = arg {
-                let memory: &dyn Memory = &**memory;
-                let memory = (memory as &dyn std::any::Any)
-                    .downcast_ref::<CudaMemory>()
-                    .filter(|memory| memory.is_of(self.gpu))
+                let memory = CudaMemory::of(&**memory, self.gpu)
                     .ok_or_else(|| self.fail(format!("buffer {index}: is not this GPU's")))?;
                 memory.prepare(self.stream, accesses.of(*index))?;
             }

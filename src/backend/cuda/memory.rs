@@ -1,6 +1,7 @@
 //! Buffers on the GPU, with a view of the host's made when it is asked for and kept coherent: it is
 //! brought up to date before the host looks, and brought back before the GPU does.
 
+use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{result, sys};
@@ -79,12 +80,17 @@ impl CudaMemory {
         self.mirror.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it is memory of this GPU's.
-    pub(super) fn is_of(&self, gpu: &Arc<Gpu>) -> bool {
-        Arc::ptr_eq(&self.gpu, gpu)
+    /// The memory, where it is this device's: its GPU, opened once. Another device of the same GPU has
+    /// another stream, which knows nothing of the commands that use the memory.
+    pub(super) fn of<'a>(memory: &'a dyn Memory, gpu: &Arc<Gpu>) -> Option<&'a Self> {
+        (memory as &dyn Any)
+            .downcast_ref::<Self>()
+            .filter(|memory| Arc::ptr_eq(&memory.gpu, gpu))
     }
 
-    /// Before a kernel on `stream` uses it: what the host wrote is brought to the GPU.
+    /// Before a kernel on `stream` uses it: what the host wrote is brought to the GPU. The caller holds
+    /// [`Gpu::submitting`] until the device's own stream waits for `stream`: from here on the memory
+    /// counts as uploaded for every command.
     pub(super) fn prepare(&self, stream: &Stream, access: Access) -> Result<()> {
         let mut mirror = self.mirror();
         if mirror.newer == Newer::Host {

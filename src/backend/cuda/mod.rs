@@ -22,10 +22,11 @@ mod spec;
 mod submit;
 mod table;
 
-pub(crate) use compile::{compile, in_parallel, key};
+pub(crate) use compile::{compile, fingerprint, in_parallel, key, text_id};
 pub(crate) use gpu::Cuda;
-pub(crate) use images::{Images, Key};
+pub(crate) use images::{Images, Key, trust};
 pub(crate) use memory::CudaMemory;
 pub(crate) use nvrtc::Nvrtc;
+pub(crate) use spec::Spec;
 pub(crate) use submit::Enqueued;
 pub(crate) use table::{Capability, every_spec};

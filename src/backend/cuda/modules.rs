@@ -39,7 +39,7 @@ type Slot = Arc<OnceLock<Result<Arc<Function>>>>;
 /// The kernels loaded so far.
 pub(super) struct Modules {
     /// Compiled ahead; looked at first.
-    pub(super) images: Option<Images>,
+    pub(super) images: Option<Arc<Images>>,
     nvrtc: OnceLock<Result<Nvrtc>>,
     slots: Mutex<HashMap<Spec, Slot>>,
 }
@@ -51,7 +51,7 @@ impl std::fmt::Debug for Modules {
 }
 
 impl Modules {
-    pub(super) fn new(images: Option<Images>) -> Self {
+    pub(super) fn new(images: Option<Arc<Images>>) -> Self {
         Self {
             images,
             nvrtc: OnceLock::new(),
@@ -103,8 +103,8 @@ impl Modules {
             }
         };
         context.enter()?;
-        // SAFETY: an image that NVRTC made, whole as its checksum says, now or ahead (whoever gave the
-        // file promised it); the driver copies it.
+        // SAFETY: an image that NVRTC made, whole as its checksum says, now, in the cache, or ahead
+        // (whoever gave the file promised it in unsafe code); the driver copies it.
         let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
             .map_err(failed("loading the image"))?;
         let mut function = Function {

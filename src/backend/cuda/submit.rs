@@ -4,17 +4,47 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::{Event, Stream};
 use super::gpu::Gpu;
-use super::launch::{Temporary, encode};
+use super::launch::{Temporary, compile_first, encode};
 use crate::backend::{Pending, Step, Timing};
 use crate::error::{MlxError, Result};
+
+/// What a command uses until it has run. It is dropped once a stream says that it has.
+#[derive(Default)]
+struct Held {
+    steps: Vec<Step>,
+    temporaries: Vec<Temporary>,
+}
+
+/// Lets go of what a command uses once `waited` says that it has run. Where the wait failed nobody
+/// knows whether the GPU still uses it, so it is never freed nor used again.
+fn release<H>(held: H, waited: &Result<()>) {
+    if waited.is_err() {
+        std::mem::forget(held);
+    }
+}
+
+/// Encodes into `held`. Where that fails, what was put on the stream before may be running: `wait`
+/// comes before `held` is dropped.
+fn encode_or_wait<H>(
+    mut held: H,
+    encode: impl FnOnce(&mut H) -> Result<()>,
+    wait: impl FnOnce() -> Result<()>,
+) -> Result<H> {
+    match encode(&mut held) {
+        Ok(()) => Ok(held),
+        Err(error) => {
+            release(held, &wait());
+            Err(error)
+        }
+    }
+}
 
 /// A command that the GPU has, with what it touches.
 struct Running {
     gpu: Arc<Gpu>,
     start: Event,
     end: Event,
-    _steps: Vec<Step>,
-    _temporaries: Vec<Temporary>,
+    held: Held,
 }
 
 /// A command that was submitted, or why it was not.
@@ -34,43 +64,52 @@ pub(super) fn submit(gpu: &Arc<Gpu>, steps: Vec<Step>) -> Arc<dyn Pending> {
     })
 }
 
+fn held(steps: Vec<Step>) -> Held {
+    Held {
+        steps,
+        temporaries: Vec::new(),
+    }
+}
+
 fn commit(gpu: &Arc<Gpu>, steps: Vec<Step>) -> Result<Running> {
+    compile_first(gpu, &steps);
+    let _submitting = gpu.submitting();
     gpu.context.enter()?;
     let (start, end) = (gpu.event()?, gpu.event()?);
-    start.record(&gpu.stream)?;
-    let temporaries = match encode(gpu, &steps, &gpu.stream) {
-        Ok(temporaries) => temporaries,
-        Err(error) => {
-            // Dispatches before the one that failed may be running on what is dropped now.
-            let _ = gpu.stream.synchronize();
-            return Err(error);
-        }
+    let encode = |held: &mut Held| {
+        start.record(&gpu.stream)?;
+        encode(gpu, &held.steps, &gpu.stream, &mut held.temporaries)?;
+        end.record(&gpu.stream)
     };
-    end.record(&gpu.stream)?;
+    let held = encode_or_wait(held(steps), encode, || gpu.stream.synchronize())?;
     Ok(Running {
         gpu: Arc::clone(gpu),
         start,
         end,
-        _steps: steps,
-        _temporaries: temporaries,
+        held,
     })
 }
 
 impl Running {
     fn finish(self) -> Result<Timing> {
-        self.end.synchronize()?;
-        let start = self.gpu.epoch.seconds_to(&self.start)?;
-        // The difference is finer than the two distances to the epoch.
-        let end = start + self.start.seconds_to(&self.end)?;
-        let gpu = Arc::clone(&self.gpu);
         let Self {
-            start: first,
-            end: last,
-            ..
+            gpu,
+            start,
+            end,
+            held,
         } = self;
-        gpu.give_back(first);
-        gpu.give_back(last);
-        Ok(Timing { start, end })
+        let waited = end.synchronize();
+        release(held, &waited);
+        waited?;
+        let begun = gpu.epoch.seconds_to(&start)?;
+        // The difference is finer than the two distances to the epoch.
+        let ended = begun + start.seconds_to(&end)?;
+        gpu.give_back(start);
+        gpu.give_back(end);
+        Ok(Timing {
+            start: begun,
+            end: ended,
+        })
     }
 }
 
@@ -107,30 +146,25 @@ impl Drop for Committed {
 /// A command on a stream of the caller's, with what it touches. Dropping it waits.
 pub(crate) struct Enqueued {
     end: Event,
-    _steps: Vec<Step>,
-    _temporaries: Vec<Temporary>,
+    held: Held,
 }
 
 /// Puts steps on a stream of the caller's: after what our own stream has, and before what it gets.
 pub(super) fn enqueue(gpu: &Arc<Gpu>, steps: Vec<Step>, stream: &Stream) -> Result<Enqueued> {
+    compile_first(gpu, &steps);
+    let _submitting = gpu.submitting();
     gpu.context.enter()?;
     let (before, end) = (gpu.event()?, gpu.event()?);
     before.record(&gpu.stream)?;
     stream.wait(&before)?;
-    let encoded = encode(gpu, &steps, stream);
-    let ordered = end.record(stream).and_then(|()| gpu.stream.wait(&end));
-    if encoded.is_err() || ordered.is_err() {
-        // What was queued before may be running on what is dropped now.
-        let _ = stream.synchronize();
-    }
-    let temporaries = encoded?;
-    ordered?;
+    let encode = |held: &mut Held| {
+        encode(gpu, &held.steps, stream, &mut held.temporaries)?;
+        end.record(stream)?;
+        gpu.stream.wait(&end)
+    };
+    let held = encode_or_wait(held(steps), encode, || stream.synchronize())?;
     gpu.give_back(before);
-    Ok(Enqueued {
-        end,
-        _steps: steps,
-        _temporaries: temporaries,
-    })
+    Ok(Enqueued { end, held })
 }
 
 impl Enqueued {
@@ -141,6 +175,57 @@ impl Enqueued {
 
 impl Drop for Enqueued {
     fn drop(&mut self) {
-        let _ = self.wait();
+        let waited = self.wait();
+        release(std::mem::take(&mut self.held), &waited);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    use super::*;
+
+    /// Says in `log` when it is dropped, as scratch memory goes back to its pool.
+    struct Lent(Rc<RefCell<Vec<&'static str>>>);
+
+    impl Drop for Lent {
+        fn drop(&mut self) {
+            self.0.borrow_mut().push("dropped");
+        }
+    }
+
+    fn failed() -> Result<()> {
+        Err(MlxError::CommandBufferError("it failed".into()))
+    }
+
+    #[test]
+    fn scratch_of_a_command_that_failed_goes_back_once_the_stream_is_done() {
+        let log = Rc::new(RefCell::new(Vec::new()));
+        let encode = |held: &mut Vec<Lent>| {
+            held.push(Lent(Rc::clone(&log)));
+            failed()
+        };
+        let wait = || {
+            log.borrow_mut().push("waited");
+            Ok(())
+        };
+        assert!(encode_or_wait(Vec::new(), encode, wait).is_err());
+        assert_eq!(*log.borrow(), ["waited", "dropped"]);
+    }
+
+    #[test]
+    fn scratch_is_never_lent_again_where_nobody_knows_that_the_stream_is_done() {
+        let log = Rc::new(RefCell::new(Vec::new()));
+        let encode = |held: &mut Vec<Lent>| {
+            held.push(Lent(Rc::clone(&log)));
+            failed()
+        };
+        assert!(encode_or_wait(Vec::new(), encode, failed).is_err());
+        release(Lent(Rc::clone(&log)), &failed());
+        assert!(log.borrow().is_empty());
+        release(Lent(Rc::clone(&log)), &Ok(()));
+        assert_eq!(*log.borrow(), ["dropped"]);
     }
 }

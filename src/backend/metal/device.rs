@@ -1,12 +1,13 @@
 //! The device: opened, described, asked for memory, kernels and work.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use objc2::rc::{Retained, autoreleasepool};
 use objc2::runtime::ProtocolObject;
 use objc2_foundation::ns_string;
 use objc2_metal::{MTLCommandQueue, MTLCreateSystemDefaultDevice, MTLDevice, MTLGPUFamily};
 
+use super::encode;
 use super::library::Libraries;
 use super::limits::Caps;
 use super::memory::MetalMemory;
@@ -48,10 +49,8 @@ impl Metal {
             if let Some(reason) = caps(&device).missing() {
                 return Err(unavailable(format!("{}: {reason}", device.name())));
             }
-            let queue = device
-                .newCommandQueue()
-                .ok_or_else(|| unavailable("the GPU gave no command queue"))?;
-            queue.setLabel(Some(ns_string!("mlx-flash-attn")));
+            let queue =
+                queue_of(&device).ok_or_else(|| unavailable("the GPU gave no command queue"))?;
             Ok(Self {
                 device,
                 queue,
@@ -67,6 +66,23 @@ impl Metal {
     pub(super) fn queue(&self) -> &ProtocolObject<dyn MTLCommandQueue> {
         &self.queue
     }
+}
+
+/// The queue of a GPU, made once: devices that were opened apart share their GPU's memory, and commands
+/// are ordered by what they touch within one queue alone.
+fn queue_of(
+    device: &ProtocolObject<dyn MTLDevice>,
+) -> Option<Retained<ProtocolObject<dyn MTLCommandQueue>>> {
+    type Queues = Mutex<Vec<Retained<ProtocolObject<dyn MTLCommandQueue>>>>;
+    static QUEUES: Queues = Mutex::new(Vec::new());
+    let mut queues = QUEUES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(queue) = queues.iter().find(|queue| *queue.device() == *device) {
+        return Some(queue.clone());
+    }
+    let queue = device.newCommandQueue()?;
+    queue.setLabel(Some(ns_string!("mlx-flash-attn")));
+    queues.push(queue.clone());
+    Some(queue)
 }
 
 fn caps(device: &ProtocolObject<dyn MTLDevice>) -> Caps {
@@ -130,6 +146,14 @@ impl Backend for Metal {
             self.libraries
                 .build(&self.device, kernel, source, constants)
         })
+    }
+
+    fn owns_memory(&self, memory: &dyn Memory) -> bool {
+        autoreleasepool(|_| encode::buffer(&self.device, memory).is_some())
+    }
+
+    fn owns_kernel(&self, kernel: &Kernel) -> bool {
+        autoreleasepool(|_| encode::pipeline(&self.device, kernel).is_some())
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {

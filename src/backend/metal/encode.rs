@@ -3,9 +3,9 @@
 use std::any::Any;
 
 use objc2::runtime::ProtocolObject;
-use objc2_metal::{MTLBuffer, MTLComputePipelineState, MTLDevice, MTLSize};
+use objc2_metal::{MTLBuffer, MTLComputePipelineState, MTLDevice, MTLResource, MTLSize};
 
-use super::library::PipelineState;
+use super::library::Built;
 use super::lowering::{self, Op};
 use super::memory::MetalMemory;
 use super::target::ComputeTarget;
@@ -37,13 +37,18 @@ pub(crate) fn encode_into(
         .into_iter()
         .map(|op| {
             Ok(match op {
-                Op::Pipeline(kernel) => Call::Pipeline(pipeline(kernel)?),
+                Op::Pipeline(kernel) => {
+                    Call::Pipeline(pipeline(device, kernel).ok_or_else(|| foreign(&kernel.name))?)
+                }
                 Op::Buffer {
                     index,
                     memory,
                     offset,
                     access,
-                } => Call::Buffer(index, buffer(memory)?, offset, access),
+                } => {
+                    let buffer = buffer(device, memory).ok_or_else(|| foreign("a buffer"))?;
+                    Call::Buffer(index, buffer, offset, access)
+                }
                 Op::Inline { index, bytes } => Call::Bytes(index, bytes),
                 Op::Staged { index, bytes } => {
                     temporaries.push(staged(device, bytes)?);
@@ -79,18 +84,22 @@ pub(crate) fn encode_into(
     Ok(temporaries)
 }
 
-fn pipeline(kernel: &Kernel) -> Result<&ProtocolObject<dyn MTLComputePipelineState>> {
-    match kernel.state.downcast_ref::<PipelineState>() {
-        Some(state) => Ok(state),
-        None => Err(foreign(&kernel.name)),
-    }
+/// The pipeline of a kernel that was built for `device`; `None` for one of another GPU.
+pub(super) fn pipeline<'a>(
+    device: &ProtocolObject<dyn MTLDevice>,
+    kernel: &'a Kernel,
+) -> Option<&'a ProtocolObject<dyn MTLComputePipelineState>> {
+    let built = kernel.state.downcast_ref::<Built>()?;
+    (*built.pipeline.device() == *device).then_some(&*built.pipeline)
 }
 
-fn buffer(memory: &dyn Memory) -> Result<&ProtocolObject<dyn MTLBuffer>> {
-    match (memory as &dyn Any).downcast_ref::<MetalMemory>() {
-        Some(memory) => Ok(memory.buffer()),
-        None => Err(foreign("a buffer")),
-    }
+/// The buffer of memory of `device`'s; `None` for that of another GPU.
+pub(super) fn buffer<'a>(
+    device: &ProtocolObject<dyn MTLDevice>,
+    memory: &'a dyn Memory,
+) -> Option<&'a ProtocolObject<dyn MTLBuffer>> {
+    let memory = (memory as &dyn Any).downcast_ref::<MetalMemory>()?;
+    (*memory.buffer().device() == *device).then(|| memory.buffer())
 }
 
 fn foreign(what: &str) -> MlxError {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use objc2::rc::Retained;
 use objc2::runtime::{NSObjectProtocol, ProtocolObject};
@@ -22,14 +22,50 @@ use crate::backend::{Kernel, Limits};
 use crate::error::{MlxError, Result};
 use crate::sources;
 
+type PipelineState = Retained<ProtocolObject<dyn MTLComputePipelineState>>;
+
 /// What a kernel of this device holds.
-pub(super) type PipelineState = Retained<ProtocolObject<dyn MTLComputePipelineState>>;
+pub(super) struct Built {
+    pub(super) pipeline: PipelineState,
+    /// Whether the text is this crate's.
+    pub(super) own: bool,
+}
 
 type Library = Retained<ProtocolObject<dyn MTLLibrary>>;
 
-/// Compiled texts: the kernels of one text share it, however many constants they are built with.
+/// A library that is compiled once, by whoever asks first.
+type Slot = Arc<OnceLock<std::result::Result<Library, String>>>;
+
+/// Libraries by text or path. Threads that ask for the same one share it, however many constants its
+/// kernels are built with; different ones are made side by side.
 #[derive(Default)]
-pub(super) struct Libraries(Mutex<HashMap<Box<str>, Library>>);
+struct Slots(Mutex<HashMap<String, Slot>>);
+
+impl Slots {
+    fn get(
+        &self,
+        key: &str,
+        make: impl FnOnce() -> std::result::Result<Library, String>,
+    ) -> std::result::Result<Library, String> {
+        let slot = {
+            let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            match slots.get(key) {
+                Some(slot) => Arc::clone(slot),
+                None => Arc::clone(slots.entry(key.into()).or_default()),
+            }
+        };
+        slot.get_or_init(make).clone()
+    }
+}
+
+/// Libraries of this device.
+#[derive(Default)]
+pub(super) struct Libraries {
+    /// By text.
+    compiled: Slots,
+    /// By path.
+    loaded: Slots,
+}
 
 impl Libraries {
     pub(super) fn build(
@@ -43,8 +79,22 @@ impl Libraries {
             name: kernel.into(),
             message,
         };
-        let library = self.library(device, source).map_err(failed)?;
-        let pipeline = pipeline(device, &library, kernel, constants).map_err(failed)?;
+        // A library that was made for another system or GPU may fail when it is loaded or when a
+        // pipeline is made from it. The text serves then.
+        let ahead = precompiled(source).and_then(|path| {
+            let library = self.loaded.get(&path, || load(device, &path)).ok()?;
+            pipeline(device, &library, kernel, constants).ok()
+        });
+        let pipeline = match ahead {
+            Some(pipeline) => pipeline,
+            None => {
+                let text = sources::only(source, kernel);
+                let library = self.compiled.get(&text, || compile(device, &text));
+                library
+                    .and_then(|library| pipeline(device, &library, kernel, constants))
+                    .map_err(failed)?
+            }
+        };
         let limits = Limits {
             thread_execution_width: pipeline.threadExecutionWidth() as u64,
             max_threads: pipeline.maxTotalThreadsPerThreadgroup() as u64,
@@ -53,33 +103,36 @@ impl Libraries {
         if let Some(reason) = limits::violation(kernel, constants, &limits) {
             return Err(failed(reason));
         }
-        Ok(Kernel::new(kernel, constants, limits, pipeline))
+        Ok(Kernel::new(
+            kernel,
+            constants,
+            limits,
+            Built {
+                own: sources::is_own(kernel, source),
+                pipeline,
+            },
+        ))
     }
+}
 
-    /// The text's library. The lock is held while it compiles, so that no text compiles twice.
-    fn library(
-        &self,
-        device: &ProtocolObject<dyn MTLDevice>,
-        source: &str,
-    ) -> std::result::Result<Library, String> {
-        let mut compiled = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(library) = compiled.get(source) {
-            return Ok(library.clone());
-        }
-        let library = match precompiled(source) {
-            Some(path) => {
-                let path = NSString::from_str(&path);
-                device.newLibraryWithURL_error(&NSURL::fileURLWithPath(&path))
-            }
-            None => {
-                let text = NSString::from_str(source);
-                device.newLibraryWithSource_options_error(&text, Some(&options()))
-            }
-        };
-        let library = library.map_err(|e| message(&e))?;
-        compiled.insert(source.into(), library.clone());
-        Ok(library)
-    }
+fn load(
+    device: &ProtocolObject<dyn MTLDevice>,
+    path: &str,
+) -> std::result::Result<Library, String> {
+    let url = NSURL::fileURLWithPath(&NSString::from_str(path));
+    device
+        .newLibraryWithURL_error(&url)
+        .map_err(|e| message(&e))
+}
+
+fn compile(
+    device: &ProtocolObject<dyn MTLDevice>,
+    text: &str,
+) -> std::result::Result<Library, String> {
+    let text = NSString::from_str(text);
+    device
+        .newLibraryWithSource_options_error(&text, Some(&options()))
+        .map_err(|e| message(&e))
 }
 
 /// The text's library in `MLX_FLASH_METALLIB_DIR`, if it is there (see `cargo xtask metallib`).

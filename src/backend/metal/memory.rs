@@ -79,4 +79,11 @@ impl Memory for MetalMemory {
             )
         })
     }
+
+    fn address(&self, _access: Access) -> Result<*mut u8> {
+        // An address of the GPU's, which memory has that the host cannot see too: the host never follows
+        // it.
+        let at = usize::try_from(self.buffer.gpuAddress()).unwrap_or(0);
+        Ok(std::ptr::without_provenance_mut(at))
+    }
 }

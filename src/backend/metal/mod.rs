@@ -15,6 +15,7 @@ mod limits;
 mod lowering;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 mod memory;
+pub(crate) mod split;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 mod submit;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]

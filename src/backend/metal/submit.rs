@@ -1,4 +1,4 @@
-//! Commands of our own: one command buffer with one concurrent encoder each.
+//! Commands of our own: command buffers with one concurrent encoder each, one where that is enough.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -7,24 +7,34 @@ use objc2::rc::{Retained, autoreleasepool};
 use objc2::runtime::ProtocolObject;
 use objc2_foundation::ns_string;
 use objc2_metal::{
-    MTLCommandBuffer, MTLCommandBufferStatus, MTLCommandEncoder, MTLCommandQueue, MTLDispatchType,
+    MTLCommandBuffer, MTLCommandBufferStatus, MTLCommandEncoder, MTLCommandQueue,
+    MTLComputeCommandEncoder, MTLDevice, MTLDispatchType, MTLFence,
 };
 
 use super::device::Metal;
 use super::encode::{Temporary, encode_into};
+use super::library::Built;
+use super::lowering;
+use super::split;
 use super::target::DirectTarget;
-use crate::backend::{Pending, Step, Timing};
+use crate::backend::{Kernel, Pending, Step, Timing};
 use crate::error::{MlxError, Result};
 
 /// A command that the GPU has, with what it touches: until it has run, the host may not write that.
 struct Running {
-    buffer: Retained<ProtocolObject<dyn MTLCommandBuffer>>,
-    _steps: Vec<Step>,
-    _temporaries: Vec<Temporary>,
+    /// In the order in which they run; at least one.
+    buffers: Vec<CommandBuffer>,
+    /// Kept, and not looked at again.
+    #[allow(dead_code)]
+    steps: Vec<Vec<Step>>,
+    #[allow(dead_code)]
+    temporaries: Vec<Temporary>,
 }
 
-// SAFETY: the command buffer is committed, so all that is left is to wait for it and to read how it
-// ended, which Metal allows on any thread; `Committed` does it under a lock.
+type CommandBuffer = Retained<ProtocolObject<dyn MTLCommandBuffer>>;
+
+// SAFETY: the command buffers are committed, so all that is left is to wait for them and to read how
+// they ended, which Metal allows on any thread; `Committed` does it under a lock.
 unsafe impl Send for Running {}
 
 /// A command that was submitted, or why it was not.
@@ -47,9 +57,61 @@ pub(super) fn submit(metal: &Metal, steps: Vec<Step>) -> Arc<dyn Pending> {
     Arc::new(committed)
 }
 
+/// Commits the steps in as many command buffers as keep each within the time that the system gives it.
+/// A fence makes each wait for the one before it, also where what they touch is not hazard-tracked.
 fn commit(metal: &Metal, steps: Vec<Step>) -> Result<Running> {
+    let own = |kernel: &Kernel| {
+        let built = kernel.state.downcast_ref::<Built>();
+        built.is_some_and(|built| built.own)
+    };
+    let commands = split::commands(steps, split::COMMAND_FLOPS, own);
+    let fence = match commands.len() {
+        0 | 1 => None,
+        _ => Some(metal.device().newFence().ok_or_else(|| refused("fence"))?),
+    };
+    // What is at fault in the steps is found before the first of them runs.
+    for steps in &commands {
+        lowering::lower(steps)?;
+    }
+    let mut running = Running {
+        buffers: Vec::with_capacity(commands.len()),
+        steps: Vec::new(),
+        temporaries: Vec::new(),
+    };
+    for (i, steps) in commands.iter().enumerate() {
+        let temporaries = &mut running.temporaries;
+        match encode(metal, steps, i > 0, fence.as_deref(), temporaries) {
+            // Committed at once: a queue hands out no more than 64 that have not run.
+            Ok(buffer) => {
+                buffer.commit();
+                running.buffers.push(buffer);
+            }
+            Err(error) => {
+                // What was committed uses what is dropped now.
+                for buffer in &running.buffers {
+                    buffer.waitUntilCompleted();
+                }
+                return Err(error);
+            }
+        }
+    }
+    running.steps = commands;
+    Ok(running)
+}
+
+fn refused(what: &str) -> MlxError {
+    MlxError::CommandBufferError(format!("the GPU gave no {what}"))
+}
+
+/// Encodes steps into a command buffer of their own, which is not committed yet.
+fn encode(
+    metal: &Metal,
+    steps: &[Step],
+    waits: bool,
+    fence: Option<&ProtocolObject<dyn MTLFence>>,
+    temporaries: &mut Vec<Temporary>,
+) -> Result<CommandBuffer> {
     let label = ns_string!("mlx-flash-attn");
-    let refused = |what: &str| MlxError::CommandBufferError(format!("the GPU gave no {what}"));
     let buffer = metal
         .queue()
         .commandBuffer()
@@ -59,19 +121,20 @@ fn commit(metal: &Metal, steps: Vec<Step>) -> Result<Running> {
         .computeCommandEncoderWithDispatchType(MTLDispatchType::Concurrent)
         .ok_or_else(|| refused("compute encoder"))?;
     encoder.setLabel(Some(label));
+    if let Some(fence) = fence.filter(|_| waits) {
+        encoder.waitForFence(fence);
+    }
     // SAFETY: the encoder is open and ours alone; every range lies inside its memory, and `ops`
     // binds what its kernels read; the command buffer retains what is bound.
     let mut target = unsafe { DirectTarget::new(&encoder) };
-    let encoded = encode_into(metal.device(), &steps, &mut target);
+    let encoded = encode_into(metal.device(), steps, &mut target);
+    if let Some(fence) = fence {
+        encoder.updateFence(fence);
+    }
     // An encoder must be ended before it is dropped, also where nothing is committed.
     encoder.endEncoding();
-    let temporaries = encoded?;
-    buffer.commit();
-    Ok(Running {
-        buffer,
-        _steps: steps,
-        _temporaries: temporaries,
-    })
+    temporaries.extend(encoded?);
+    Ok(buffer)
 }
 
 impl Pending for Committed {
@@ -83,7 +146,7 @@ impl Pending for Committed {
                 .unwrap_or_else(PoisonError::into_inner)
                 .take();
             match running {
-                Some(running) => autoreleasepool(|_| finish(&running.buffer)),
+                Some(running) => autoreleasepool(|_| finish(&running.buffers)),
                 None => Err(MlxError::CommandBufferError("the command is gone".into())),
             }
         };
@@ -91,16 +154,27 @@ impl Pending for Committed {
     }
 }
 
-fn finish(buffer: &ProtocolObject<dyn MTLCommandBuffer>) -> Result<Timing> {
-    buffer.waitUntilCompleted();
-    if buffer.status() == MTLCommandBufferStatus::Completed {
-        return Ok(times(buffer));
+/// Waits for all, then tells when the first began and the last ended, or why one failed.
+fn finish(buffers: &[CommandBuffer]) -> Result<Timing> {
+    for buffer in buffers {
+        buffer.waitUntilCompleted();
     }
-    let message = buffer.error().map_or_else(
-        || "the GPU did not complete it and gave no reason".into(),
-        |error| error.localizedDescription().to_string(),
-    );
-    Err(MlxError::CommandBufferError(message))
+    let mut whole: Option<Timing> = None;
+    for buffer in buffers {
+        if buffer.status() != MTLCommandBufferStatus::Completed {
+            let message = buffer.error().map_or_else(
+                || "the GPU did not complete it and gave no reason".into(),
+                |error| error.localizedDescription().to_string(),
+            );
+            return Err(MlxError::CommandBufferError(message));
+        }
+        let Timing { start, end } = times(buffer);
+        whole = Some(Timing {
+            start: whole.map_or(start, |whole| whole.start),
+            end,
+        });
+    }
+    whole.ok_or_else(|| MlxError::CommandBufferError("the command is gone".into()))
 }
 
 /// When the GPU began and ended. Sent by hand: the typed methods would bring another crate, for a
