@@ -83,7 +83,7 @@ impl Emulator {
         let Some(built) = dispatch.kernel.state.downcast_ref::<Built>() else {
             return Err(fail("was built for another device".into()));
         };
-        launch::check(dispatch)?;
+        launch::check(dispatch, Family::Apple)?;
         let size = |sizes: [u64; 3], what: &str| -> Result<[u32; 3]> {
             let mut out = [0; 3];
             for (out, size) in out.iter_mut().zip(sizes) {
