@@ -9,6 +9,7 @@ use super::device::DeviceHandle;
 use crate::attention::Problem;
 use crate::attention::bindings::Constants;
 use crate::attention::plan::{Plan, PlanOptions};
+use crate::attention::variant::Family;
 use crate::backend::Kernel;
 use crate::error::{MlxError, Result};
 use crate::sources;
@@ -251,10 +252,11 @@ impl KernelRegistry {
             None => {
                 let constants = &slot.key().constants;
                 let kernel = device.backend.build(name, source.text, constants)?;
-                let pipeline = Pipeline(Arc::new(match source.from {
-                    Origin::Us => kernel,
-                    Origin::Promised | Origin::Unknown => kernel.into_foreign(),
-                }));
+                // The CPU and CUDA run their own function of that name, whatever the text.
+                let runs_text = device.backend.family() == Family::Apple;
+                let foreign = runs_text && source.from != Origin::Us;
+                let kernel = if foreign { kernel.into_foreign() } else { kernel };
+                let pipeline = Pipeline(Arc::new(kernel));
                 shared.insert(slot.key().clone(), pipeline.clone());
                 pipeline
             }
