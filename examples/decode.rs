@@ -21,15 +21,15 @@ fn main() -> Result<()> {
         let bytes = KV_HEADS * CAPACITY * DIM * 2;
         device.alloc_buffer(bytes, DType::F16, vec![KV_HEADS, CAPACITY, DIM])
     };
-    let (mut k, mut v) = (cache()?, cache()?);
+    let (k, v) = (cache()?, cache()?);
     let tmp_bytes = tmp_buffer_bytes(HEADS as u32, DIM as u32);
     let tmp = device.alloc_buffer(tmp_bytes, DType::F32, vec![tmp_bytes / 4])?;
     let out = device.alloc_buffer(HEADS * DIM * 4, DType::F32, vec![HEADS, DIM])?;
 
     for step in 0..8 {
         // The new token's key and value go behind the others; rows past them are never read.
-        for (cache, phase) in [(&mut k, 1.0), (&mut v, 2.0)] {
-            let rows = cache.as_mut_slice::<f16>()?;
+        for (cache, phase) in [(&k, 1.0), (&v, 2.0)] {
+            let mut rows = cache.write::<f16>()?;
             for head in 0..KV_HEADS {
                 let start = (head * CAPACITY + step) * DIM;
                 for (d, x) in rows[start..start + DIM].iter_mut().enumerate() {
@@ -66,11 +66,11 @@ fn main() -> Result<()> {
             &params,
         )?;
         encoder.commit_and_wait()?;
-        let o = out.as_slice::<f32>()?;
+        let o = out.read::<f32>()?;
         println!("step {step}: head 0 gives {:+.4} {:+.4} ...", o[0], o[1]);
         if step == 0 {
             // With one key, the result is its value.
-            let first = v.as_slice::<f16>()?[0].to_f32();
+            let first = v.read::<f16>()?[0].to_f32();
             assert!((o[0] - first).abs() < 1e-6);
         }
     }

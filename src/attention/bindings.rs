@@ -148,6 +148,9 @@ pub struct Accesses {
 }
 
 impl Accesses {
+    /// A kernel that may do anything.
+    pub const UNKNOWN: Self = Self { written: &[] };
+
     /// How it uses the buffer at `index`. A kernel that is not ours may do anything.
     pub fn of(self, index: usize) -> Access {
         // Every kernel of ours writes something.

@@ -87,7 +87,7 @@ impl Emulator {
         let Some(built) = dispatch.kernel.state.downcast_ref::<Built>() else {
             return Err(fail("was built for another device".into()));
         };
-        launch::check(dispatch)?;
+        launch::check(dispatch, Family::Apple)?;
         if !built.own {
             return self.run_part(dispatch, built);
         }

@@ -10,7 +10,7 @@ use crate::attention::variant::Family;
 use crate::dtype::DType;
 use crate::error::Result;
 
-mod checked;
+pub(crate) mod checked;
 #[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
 pub(crate) mod constants;
 pub(crate) mod cpu;
@@ -75,6 +75,16 @@ pub(crate) trait Memory: Any + Send + Sync + fmt::Debug {
     /// writes, what the host leaves there is what the device sees next.
     fn host(&self, access: Access) -> Result<*mut u8>;
 
+    /// Whether the host sees a copy, which is brought up to date as a whole, instead of the memory.
+    fn is_mirrored(&self) -> bool {
+        false
+    }
+
+    /// As [`Self::host`], without bringing the host's view up to date: a guard lends it.
+    fn host_as_it_stands(&self, access: Access) -> Result<*mut u8> {
+        self.host(access)
+    }
+
     /// Address at which the device's own kernels see the memory.
     fn address(&self, access: Access) -> Result<*mut u8> {
         self.host(access)
@@ -95,6 +105,8 @@ pub(crate) struct Kernel {
     pub(crate) constants: Constants,
     pub(crate) limits: Limits,
     pub(crate) accesses: Accesses,
+    /// Whether the text is not this crate's: nothing is known of what it does with what is bound.
+    pub(crate) foreign: bool,
     stated: checked::Stated,
     /// The backend's own.
     pub(crate) state: Box<dyn Any + Send + Sync>,
@@ -112,9 +124,17 @@ impl Kernel {
             constants: constants.clone(),
             limits,
             accesses: bindings::accesses(name),
+            foreign: false,
             stated: checked::Stated::default(),
             state: Box::new(state),
         }
+    }
+
+    /// A kernel of a text that is not this crate's.
+    pub(crate) fn into_foreign(mut self) -> Self {
+        self.foreign = true;
+        self.accesses = Accesses::UNKNOWN;
+        self
     }
 }
 

@@ -3,49 +3,51 @@
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytemuck::Pod;
 
+pub use super::guards::{ReadGuard, WriteGuard};
+use super::snapshot::Snapshots;
+use super::uses::{Storage, overlap};
 use crate::attention::bindings::Access;
 use crate::backend::{DeviceKind, Memory};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
-/// One allocation, shared by every handle on it.
-#[derive(Debug)]
-pub(crate) struct Storage {
-    pub(crate) memory: Arc<dyn Memory>,
-    pub(crate) device: DeviceKind,
-    /// Encoded writes that have not run yet.
-    pending_writes: AtomicUsize,
-}
-
-/// Counts as one pending write while it lives.
-#[derive(Debug)]
-pub(crate) struct PendingWrite(Arc<Storage>);
-
-impl PendingWrite {
-    pub(crate) fn new(storage: &Arc<Storage>) -> Self {
-        storage.pending_writes.fetch_add(1, Ordering::AcqRel);
-        Self(Arc::clone(storage))
-    }
-}
-
-impl Drop for PendingWrite {
-    fn drop(&mut self) {
-        self.0.pending_writes.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
 /// A typed view of a device's memory, in whole or in part. Clones and views share the memory.
 ///
-/// Host access is exact to the view: offset and length are its own. [`MlxBuffer::as_mut_slice`]
-/// takes the only handle on the memory, so two `&mut` to it cannot exist; while an encoded write has
-/// not run yet, host access is refused instead of racing it. A slice from [`MlxBuffer::as_slice`]
-/// shows the buffer as the last finished command left it: take it again after the next command that
-/// writes the buffer.
-#[derive(Debug, Clone)]
+/// Host access is exact to the view: offset and length are its own.
+///
+/// | method | gives | while it lives |
+/// |---|---|---|
+/// | [`read`](Self::read) | the memory itself | a commit that writes the bytes is an error |
+/// | [`write`](Self::write) | the memory itself, for writing | a commit that touches the bytes is an error |
+/// | [`as_slice`](Self::as_slice) | a copy that this handle keeps | nothing is refused |
+/// | [`as_mut_slice`](Self::as_mut_slice) | the memory itself, for writing | no other handle exists |
+///
+/// Each of them is refused, with an error that says what to do, from the moment that a dispatch which
+/// writes the bytes is encoded until its command has been waited for. A refused commit runs nothing.
+///
+/// A slice cannot outlive its guard, and a slice of [`as_slice`](Self::as_slice) ends where its handle
+/// is borrowed mutably:
+/// ```compile_fail,E0597
+/// # fn f(buffer: &mlx_flash_attn::MlxBuffer) -> mlx_flash_attn::Result<f32> {
+/// let slice: &[f32];
+/// {
+///     let guard = buffer.read::<f32>()?;
+///     slice = &guard;
+/// }
+/// # Ok(slice[0])
+/// # }
+/// ```
+/// ```compile_fail,E0502
+/// # fn f(buffer: &mut mlx_flash_attn::MlxBuffer) -> mlx_flash_attn::Result<f32> {
+/// let slice: &[f32] = buffer.as_slice()?;
+/// buffer.as_mut_slice::<f32>()?[0] = 1.0;
+/// # Ok(slice[0])
+/// # }
+/// ```
+#[derive(Debug)]
 pub struct MlxBuffer {
     storage: Arc<Storage>,
     offset: usize,
@@ -54,6 +56,22 @@ pub struct MlxBuffer {
     shape: Arc<[usize]>,
     /// Why the view cannot be used: it was made past the end of its parent.
     fault: Option<Arc<str>>,
+    snapshots: Snapshots,
+}
+
+impl Clone for MlxBuffer {
+    /// Another handle on the same memory. Slices of [`MlxBuffer::as_slice`] stay with their own handle.
+    fn clone(&self) -> Self {
+        Self {
+            storage: Arc::clone(&self.storage),
+            offset: self.offset,
+            len: self.len,
+            dtype: self.dtype,
+            shape: Arc::clone(&self.shape),
+            fault: self.fault.clone(),
+            snapshots: Snapshots::default(),
+        }
+    }
 }
 
 impl MlxBuffer {
@@ -64,19 +82,27 @@ impl MlxBuffer {
         shape: Vec<usize>,
     ) -> Self {
         let len = memory.len();
-        let storage = Arc::new(Storage {
-            memory,
-            device,
-            pending_writes: AtomicUsize::new(0),
-        });
         Self {
-            storage,
+            storage: Arc::new(Storage::new(memory, device)),
             offset: 0,
             len,
             dtype,
             shape: shape.into(),
             fault: None,
+            snapshots: Snapshots::default(),
         }
+    }
+
+    /// As [`Self::new`], over memory of the caller's, which may change unseen.
+    pub(crate) fn of_caller(
+        memory: Arc<dyn Memory>,
+        device: DeviceKind,
+        dtype: DType,
+        shape: Vec<usize>,
+    ) -> Self {
+        let buffer = Self::new(memory, device, dtype, shape);
+        buffer.storage.untrack();
+        buffer
     }
 
     /// Element type.
@@ -105,38 +131,99 @@ impl MlxBuffer {
     }
 
     /// Address of this view's first byte on the host, or null where the host cannot see it. Reading
-    /// and writing through it is up to the caller, who keeps clear of running commands.
+    /// and writing through it is up to the caller, who keeps clear of running commands, of guards and
+    /// of calls that copy.
     pub fn contents_ptr(&self) -> *mut c_void {
-        match self.host(Access::ReadWrite) {
-            Ok(ptr) => ptr.cast(),
-            Err(_) => std::ptr::null_mut(),
-        }
+        let base = self.check().and_then(|()| self.storage.raw());
+        // Every view lies inside its memory.
+        base.map_or(std::ptr::null_mut(), |base| {
+            base.wrapping_add(self.offset).cast()
+        })
     }
 
-    /// The view's elements as `T`. Refuses a view that is out of bounds, misaligned for `T` or not a
-    /// whole number of `T`s, and a buffer with encoded writes that have not run.
+    /// The view's elements as `T`, without a copy where the host shares the device's memory. A commit
+    /// that writes them is refused while the guard lives.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where the view is out of bounds, misaligned for `T` or not a whole number of
+    /// `T`s, where a dispatch that writes it is encoded and has not finished, and while a write guard
+    /// lends it. What copying from a GPU reports.
+    ///
+    /// ```
+    /// # use mlx_flash_attn::{DType, MlxDevice};
+    /// # fn main() -> mlx_flash_attn::Result<()> {
+    /// let device = MlxDevice::new()?;
+    /// let cache = device.alloc_buffer(16, DType::F32, vec![4])?;
+    /// let other = cache.clone();
+    /// cache.write()?.copy_from_slice(&[1.0_f32, 2.0, 3.0, 4.0]);
+    /// assert_eq!(other.read::<f32>()?[2], 3.0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn read<T: Pod>(&self) -> Result<ReadGuard<T>> {
+        let count = self.elements::<T>()?;
+        let (hold, base) = self.storage.lend(self.range(), Access::Read)?;
+        let ptr = self.aligned::<T>(base)?;
+        // SAFETY: `elements` and `aligned` checked length and alignment; the view lies inside its
+        // memory, which the hold keeps; what writes it is refused while the hold lives.
+        Ok(unsafe { ReadGuard::new(ptr, count, hold) })
+    }
+
+    /// The view's elements as `T`, for writing, whatever other handles there are. A commit that touches
+    /// them is refused while the guard lives. Operands of a captured command are refilled with it
+    /// between two replays.
+    ///
+    /// # Errors
+    /// As for [`Self::read`], and `InvalidArgument` while a committed command that reads the view has
+    /// not finished or any guard lends it.
+    pub fn write<T: Pod>(&self) -> Result<WriteGuard<T>> {
+        let count = self.elements::<T>()?;
+        let (hold, base) = self.storage.lend(self.range(), Access::ReadWrite)?;
+        let ptr = self.aligned::<T>(base)?;
+        // SAFETY: as for `read`; whatever touches the elements is refused while the hold lives.
+        Ok(unsafe { WriteGuard::new(ptr, count, hold) })
+    }
+
+    /// The view's elements as `T`, in a copy of now that this handle keeps until it is borrowed mutably
+    /// or dropped: a slice never changes, and a call after the next write gives another one. A copy is
+    /// used again while the bytes are the same. A loop that reads what each command wrote takes
+    /// [`Self::read`] instead, so that copies do not pile up.
+    ///
+    /// # Errors
+    /// As for [`Self::read`], and `BufferAllocationError` where there is no room for the copy.
     pub fn as_slice<T: Pod>(&self) -> Result<&[T]> {
-        let (ptr, count) = self.typed::<T>(Access::Read)?;
-        // SAFETY: `typed` checked bounds, alignment and that no write is pending; the memory lives
-        // as long as `self`; exclusive access needs the only handle.
-        Ok(unsafe { std::slice::from_raw_parts(ptr, count) })
+        let count = self.elements::<T>()?;
+        if !self.offset.is_multiple_of(align_of::<T>()) {
+            return Err(self.misaligned::<T>());
+        }
+        let ptr = self.snapshots.of(&self.storage, self.range())?;
+        if !ptr.addr().is_multiple_of(align_of::<T>()) {
+            return Err(self.misaligned::<T>());
+        }
+        // SAFETY: the copy has the view's length, is aligned, is never written, and stays until this
+        // handle is borrowed mutably or dropped.
+        Ok(unsafe { std::slice::from_raw_parts(ptr.cast(), count) })
     }
 
-    /// The view's elements as `T`, for writing. Besides what [`MlxBuffer::as_slice`] refuses, the
-    /// memory may have no other handle: no clone, no view, no command that has not run.
+    /// The view's elements as `T`, for writing. The memory may have no other handle: no clone, no view,
+    /// no guard, no capture and no command that has not run; [`Self::write`] asks for less.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where there is another handle, and as for [`Self::read`].
     pub fn as_mut_slice<T: Pod>(&mut self) -> Result<&mut [T]> {
+        self.snapshots.clear();
+        let count = self.elements::<T>()?;
         let handles = Arc::strong_count(&self.storage);
-        let unique = Arc::get_mut(&mut self.storage)
-            .is_some_and(|storage| Arc::get_mut(&mut storage.memory).is_some());
-        if !unique {
+        let Some(base) = Arc::get_mut(&mut self.storage).and_then(Storage::exclusive) else {
             return Err(MlxError::InvalidArgument(format!(
                 "buffer: as_mut_slice needs the only handle on the memory, got one of {} \
-                 (clones, views and unfinished commands count)",
+                 (clones, views, captures and unfinished commands count; `write` takes any handle)",
                 handles.max(2)
             )));
-        }
-        let (ptr, count) = self.typed::<T>(Access::ReadWrite)?;
-        // SAFETY: as for `as_slice`, and this handle, borrowed mutably, is the only one.
+        };
+        let ptr = self.aligned::<T>(base?)?;
+        // SAFETY: length and alignment were checked; the view lies inside its memory, which lives as
+        // long as `self`; this handle, borrowed mutably, is the only one.
         Ok(unsafe { std::slice::from_raw_parts_mut(ptr, count) })
     }
 
@@ -193,18 +280,18 @@ impl MlxBuffer {
 
     /// Whether two views share a byte.
     pub(crate) fn overlaps(&self, other: &Self) -> bool {
-        let (a, b) = (self.range(), other.range());
-        Arc::ptr_eq(&self.storage, &other.storage) && a.start < b.end && b.start < a.end
+        Arc::ptr_eq(&self.storage, &other.storage) && overlap(&self.range(), &other.range())
     }
 
-    fn host(&self, access: Access) -> Result<*mut u8> {
+    /// How many copies this handle keeps.
+    #[cfg(test)]
+    pub(crate) fn copies(&self) -> usize {
+        self.snapshots.len()
+    }
+
+    /// How many `T`s the view holds.
+    fn elements<T: Pod>(&self) -> Result<usize> {
         self.check()?;
-        let base = self.storage.memory.host(access)?;
-        // SAFETY: every view lies inside its memory.
-        Ok(unsafe { base.add(self.offset) })
-    }
-
-    fn typed<T: Pod>(&self, access: Access) -> Result<(*mut T, usize)> {
         let size = size_of::<T>();
         if size == 0 || !self.len.is_multiple_of(size) {
             return Err(MlxError::expected(
@@ -213,21 +300,25 @@ impl MlxBuffer {
                 format!("a view of {} bytes", self.len),
             ));
         }
-        if self.storage.pending_writes.load(Ordering::Acquire) > 0 {
-            return Err(MlxError::InvalidArgument(
-                "buffer: a command that writes it is encoded but has not finished; \
-                 commit it and wait first"
-                    .into(),
-            ));
+        Ok(self.len / size)
+    }
+
+    /// The view's first element within memory at `base`.
+    fn aligned<T: Pod>(&self, base: *mut u8) -> Result<*mut T> {
+        // Every view lies inside its memory.
+        let ptr = base.wrapping_add(self.offset);
+        if ptr.addr().is_multiple_of(align_of::<T>()) {
+            Ok(ptr.cast())
+        } else {
+            Err(self.misaligned::<T>())
         }
-        let ptr = self.host(access)?;
-        if !(ptr as usize).is_multiple_of(align_of::<T>()) {
-            return Err(MlxError::expected(
-                "buffer",
-                format!("a view aligned to {} bytes", align_of::<T>()),
-                format!("a view at byte {}", self.offset),
-            ));
-        }
-        Ok((ptr.cast(), self.len / size))
+    }
+
+    fn misaligned<T>(&self) -> MlxError {
+        MlxError::expected(
+            "buffer",
+            format!("a view aligned to {} bytes", align_of::<T>()),
+            format!("a view at byte {}", self.offset),
+        )
     }
 }

@@ -43,6 +43,8 @@ pub struct CapturedDispatch {
     pub(crate) bindings: Vec<(usize, CapturedBinding)>,
     pub(crate) grid: MTLSize,
     pub(crate) threadgroup: MTLSize,
+    /// Whether sizes, bindings and grid are known to be right: made of a checked problem, or checked.
+    pub(crate) checked: bool,
 }
 
 impl CapturedDispatch {

@@ -13,9 +13,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::buffer::{MlxBuffer, PendingWrite};
+use super::buffer::MlxBuffer;
 use super::device::{DeviceHandle, MlxDevice, check_fits};
 use super::encoder::CommandEncoder;
+use super::submit::params_are_written;
+use super::uses::Hold;
 use crate::attention::Problem;
 use crate::attention::plan::{Plan, PlanOptions};
 use crate::backend::cuda::{self, Cuda, CudaMemory, Enqueued, Images, Key, Nvrtc, Spec};
@@ -29,7 +31,7 @@ use crate::error::{MlxError, Result};
 pub struct InFlight {
     // Dropped first: it waits.
     enqueued: Enqueued,
-    _writes: Vec<PendingWrite>,
+    _holds: Vec<Hold>,
 }
 
 impl InFlight {
@@ -127,7 +129,7 @@ impl MlxDevice {
         check_fits("byte_len", byte_len, dtype, &shape)?;
         // SAFETY: promised by the caller.
         let memory = unsafe { CudaMemory::wrap(cuda.gpu(), device_address, byte_len) };
-        Ok(MlxBuffer::new(
+        Ok(MlxBuffer::of_caller(
             Arc::new(memory),
             DeviceKind::Cuda,
             dtype,
@@ -151,12 +153,14 @@ impl CommandEncoder {
     pub unsafe fn encode_into_stream(&mut self, stream: *mut c_void) -> Result<InFlight> {
         let handle = self.device().clone();
         let cuda = backend(&handle)?;
-        let (steps, writes) = self.take_steps();
-        // SAFETY: promised by the caller.
-        let enqueued = unsafe { cuda.enqueue(steps?, stream)? };
+        let (enqueued, holds) = self.submit_with(
+            |_| Err(params_are_written("encode_into_stream")),
+            // SAFETY: promised by the caller.
+            |steps| unsafe { cuda.enqueue(steps, stream) },
+        );
         Ok(InFlight {
-            enqueued,
-            _writes: writes,
+            enqueued: enqueued?,
+            _holds: holds,
         })
     }
 }

@@ -4,13 +4,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
 
-use super::buffer::{MlxBuffer, PendingWrite};
+use super::buffer::MlxBuffer;
 use super::capture::{CapturedBinding, CapturedDispatch};
 pub use super::capture::{CapturedNode, CapturedOpKind};
 use super::device::DeviceHandle;
 use super::hazards::{Hazards, Use};
 use super::registry::Pipeline;
-use crate::backend::{self, Arg, Dispatch, Pending, Step};
+use super::submit::lower;
+use super::uses::Hold;
+use crate::backend::{self, Done, Pending, Timing, checked};
 use crate::error::{MlxError, Result};
 
 /// Sizes along x, y and z.
@@ -34,7 +36,7 @@ impl MTLSize {
         }
     }
 
-    const fn to_array(self) -> [u64; 3] {
+    pub(super) const fn to_array(self) -> [u64; 3] {
         [self.width, self.height, self.depth]
     }
 }
@@ -60,6 +62,9 @@ pub enum KernelArg<'a> {
     Bytes(&'a [u8]),
 }
 
+/// Most bytes that are copied into a command; what is larger is bound as a buffer.
+const MOST_BYTES: usize = 1 << 30;
+
 /// The bytes of a params struct.
 pub fn as_bytes<T: Pod>(value: &T) -> &[u8] {
     bytemuck::bytes_of(value)
@@ -76,7 +81,7 @@ pub struct CommandEncoder {
     hazards: Hazards,
     capture_hazards: Hazards,
     op_kind: CapturedOpKind,
-    pending_writes: Vec<PendingWrite>,
+    encoded_writes: Vec<Hold>,
     /// A dispatch that could not be recorded; the commit reports it and runs nothing.
     fault: Option<MlxError>,
     submitted: Mutex<Option<Submitted>>,
@@ -84,7 +89,8 @@ pub struct CommandEncoder {
 
 struct Submitted {
     command: Arc<dyn Pending>,
-    writes: Vec<PendingWrite>,
+    /// What it touches, held until it has run.
+    holds: Vec<Hold>,
     /// Whether a wait has told how it ended.
     reported: bool,
     /// How an earlier commit ended that nobody waited for.
@@ -92,9 +98,9 @@ struct Submitted {
 }
 
 impl Submitted {
-    fn wait(&mut self) -> Result<backend::Timing> {
+    fn wait(&mut self) -> Result<Timing> {
         let timing = self.command.wait();
-        self.writes.clear();
+        self.holds.clear();
         self.reported = true;
         self.earlier.clone().and(timing)
     }
@@ -119,7 +125,7 @@ impl CommandEncoder {
             hazards: Hazards::default(),
             capture_hazards: Hazards::default(),
             op_kind: CapturedOpKind::Other,
-            pending_writes: Vec::new(),
+            encoded_writes: Vec::new(),
             fault: None,
             submitted: Mutex::new(None),
         }
@@ -158,7 +164,7 @@ impl CommandEncoder {
         for node in nodes {
             match node {
                 CapturedNode::Barrier => self.memory_barrier(),
-                CapturedNode::Dispatch(dispatch) => self.record(dispatch.clone())?,
+                CapturedNode::Dispatch(dispatch) => self.record(dispatch.clone()),
             }
         }
         Ok(())
@@ -182,8 +188,11 @@ impl CommandEncoder {
     }
 
     /// Records one dispatch of `pipeline` over `grid` threadgroups. What cannot be recorded (a view
-    /// out of bounds, a buffer of another device, an output that overlaps another binding) is
-    /// reported by the commit, which then runs nothing.
+    /// out of bounds, a buffer of another device, an output that overlaps another binding, params that
+    /// say more than what is bound holds) is reported by the commit, which then runs nothing.
+    ///
+    /// Params may lie in a buffer. The commit reads them once, after it has run what was encoded before
+    /// them, and checks them then.
     pub fn encode_threadgroups_with_args(
         &mut self,
         pipeline: &Pipeline,
@@ -191,17 +200,29 @@ impl CommandEncoder {
         grid: MTLSize,
         threadgroup: MTLSize,
     ) {
-        if let Err(error) = self.try_encode(pipeline, args, grid, threadgroup) {
+        if let Err(error) = self.encode(pipeline, args, grid, threadgroup, false) {
             self.fault.get_or_insert(error);
         }
     }
 
+    /// Records a dispatch that was made of a checked problem, over buffers that were checked for it.
     pub(crate) fn try_encode(
         &mut self,
         pipeline: &Pipeline,
         args: &[(u64, KernelArg<'_>)],
         grid: MTLSize,
         threadgroup: MTLSize,
+    ) -> Result<()> {
+        self.encode(pipeline, args, grid, threadgroup, true)
+    }
+
+    fn encode(
+        &mut self,
+        pipeline: &Pipeline,
+        args: &[(u64, KernelArg<'_>)],
+        grid: MTLSize,
+        threadgroup: MTLSize,
+        checked: bool,
     ) -> Result<()> {
         let op_kind = std::mem::take(&mut self.op_kind);
         let kernel = Arc::clone(pipeline.kernel());
@@ -214,45 +235,54 @@ impl CommandEncoder {
             let binding = match arg {
                 KernelArg::Buffer(b) => buffer((*b).clone()),
                 KernelArg::BufferWithOffset(b, offset) => buffer(from_offset(b, *offset)?),
+                KernelArg::Bytes(bytes) if bytes.len() > MOST_BYTES => {
+                    return Err(MlxError::expected(
+                        &format!("{}: bytes {index}", kernel.name),
+                        format!("at most {MOST_BYTES}"),
+                        bytes.len(),
+                    ));
+                }
                 KernelArg::Bytes(bytes) => CapturedBinding::Bytes((*bytes).into()),
             };
             bindings.push((index, binding));
         }
-        self.record(CapturedDispatch {
+        let mut dispatch = CapturedDispatch {
             kernel,
             op_kind,
             bindings,
             grid,
             threadgroup,
-        })
+            checked,
+        };
+        self.check(&dispatch)?;
+        // Params in a buffer are not known yet.
+        if !checked && !dispatch.has_bound_params() {
+            checked::check(&lower(&dispatch), self.device.backend.family())?;
+            dispatch.checked = true;
+        }
+        self.record(dispatch);
+        Ok(())
     }
 
-    fn record(&mut self, dispatch: CapturedDispatch) -> Result<()> {
-        self.check(&dispatch)?;
-        let buffers = dispatch
-            .bindings
-            .iter()
-            .filter_map(|(_, binding)| match binding {
-                CapturedBinding::Buffer(buffer, access) => Some((buffer, *access)),
-                CapturedBinding::Bytes(_) => None,
-            });
+    /// Records a dispatch that [`Self::check`] has passed.
+    fn record(&mut self, dispatch: CapturedDispatch) {
         let mut uses = Vec::with_capacity(dispatch.bindings.len());
-        uses.extend(buffers.clone().map(|(buffer, access)| Use {
-            memory: Arc::as_ptr(buffer.storage()) as usize,
-            range: buffer.range(),
-            writes: access.writes(),
-        }));
-        if !self.is_capturing() {
-            let written = buffers.filter(|(_, access)| access.writes());
-            self.pending_writes
-                .extend(written.map(|(b, _)| PendingWrite::new(b.storage())));
+        for (_, buffer, access) in dispatch.buffers() {
+            uses.push(Use {
+                memory: Arc::as_ptr(buffer.storage()).addr(),
+                range: buffer.range(),
+                writes: access.writes(),
+            });
+            if access.writes() && !self.is_capturing() {
+                let hold = Hold::encoded_write(buffer.storage(), buffer.range());
+                self.encoded_writes.push(hold);
+            }
         }
         let (nodes, hazards) = self.target();
         if hazards.add(&uses) {
             nodes.push(CapturedNode::Barrier);
         }
         nodes.push(CapturedNode::Dispatch(dispatch));
-        Ok(())
     }
 
     /// Refuses a view that is out of bounds and memory of another device.
@@ -298,16 +328,10 @@ impl CommandEncoder {
                 self.check_buffer(|| format!("{name}: buffer {index}"), buffer)?;
             }
         }
-        let buffers = dispatch
-            .bindings
-            .iter()
-            .filter_map(|(index, binding)| match binding {
-                CapturedBinding::Buffer(buffer, access) => {
-                    let memory = Arc::as_ptr(&buffer.storage().memory).cast();
-                    Some((*index, memory, buffer.range(), *access))
-                }
-                CapturedBinding::Bytes(_) => None,
-            });
+        let buffers = dispatch.buffers().map(|(index, buffer, access)| {
+            let memory = Arc::as_ptr(&buffer.storage().memory).cast();
+            (index, memory, buffer.range(), access)
+        });
         match backend::overlap(buffers) {
             None => Ok(()),
             Some((a, b)) => Err(MlxError::expected(
@@ -320,11 +344,34 @@ impl CommandEncoder {
 
     /// Starts running what was recorded; [`CommandEncoder::wait_until_completed`] reports how it
     /// ended. The encoder can record again at once.
+    ///
+    /// On the CPU and the emulator the command runs before this returns. Where a command of another
+    /// thread writes bytes that this one touches, or touches bytes that this one writes, the two run one
+    /// after the other, whole, in the order of their commits. A thread of rayon's does not wait for
+    /// another command: there such a commit is refused. A GPU's queue or stream orders commands in the
+    /// order of their commits.
+    ///
+    /// A commit that writes what the host reads through a guard, or touches what the host writes through
+    /// one, is refused too, with an error that names the buffer. What is refused has run nothing and is
+    /// no longer recorded.
     pub fn commit(&mut self) {
-        let (steps, writes) = self.take_steps();
-        let command: Arc<dyn Pending> = match steps {
-            Err(error) => Arc::new(Refused(error)),
-            Ok(steps) => self.device.backend.submit(steps),
+        let backend = Arc::clone(&self.device.backend);
+        let mut began = None;
+        let (command, mut holds) = self.submit_with(
+            |steps| {
+                let timing = backend.submit(steps).wait()?;
+                began.get_or_insert(timing.start);
+                Ok(())
+            },
+            |steps| Ok(backend.submit(steps)),
+        );
+        let command: Arc<dyn Pending> = match (command, began) {
+            (Err(error), _) => {
+                holds.clear();
+                Arc::new(Done(Err(error)))
+            }
+            (Ok(command), None) => command,
+            (Ok(rest), Some(start)) => Arc::new(InParts { start, rest }),
         };
         let mut submitted = self.submitted();
         // A command that is still running is waited for by the one that follows it, which also
@@ -335,31 +382,20 @@ impl CommandEncoder {
         };
         *submitted = Some(Submitted {
             command,
-            writes,
+            holds,
             reported: false,
             earlier,
         });
     }
 
-    /// Takes what was recorded, with the writes it makes, or the dispatch's fault that spoils it.
-    pub(crate) fn take_steps(&mut self) -> (Result<Vec<Step>>, Vec<PendingWrite>) {
+    /// Takes what was recorded, with what holds its writes, or the dispatch's fault that spoils it.
+    pub(super) fn take_recorded(&mut self) -> (Result<Vec<CapturedNode>>, Vec<Hold>) {
         let nodes = std::mem::take(&mut self.recorded);
-        let writes = std::mem::take(&mut self.pending_writes);
+        let writes = std::mem::take(&mut self.encoded_writes);
         self.hazards.clear();
-        let steps = match self.fault.take() {
-            Some(error) => Err(error),
-            None => Ok(nodes
-                .iter()
-                .map(|node| match node {
-                    CapturedNode::Barrier => Step::Barrier,
-                    CapturedNode::Dispatch(dispatch) => Step::Dispatch(lower(dispatch)),
-                })
-                .collect()),
-        };
-        (steps, writes)
+        (self.fault.take().map_or(Ok(nodes), Err), writes)
     }
 
-    #[cfg(any(feature = "cuda", all(feature = "metal", target_vendor = "apple")))]
     pub(crate) fn device(&self) -> &DeviceHandle {
         &self.device
     }
@@ -405,12 +441,19 @@ impl Drop for CommandEncoder {
     }
 }
 
-/// A command that was never run.
-struct Refused(MlxError);
+/// A command whose first part has run.
+struct InParts {
+    start: f64,
+    rest: Arc<dyn Pending>,
+}
 
-impl Pending for Refused {
-    fn wait(&self) -> Result<backend::Timing> {
-        Err(self.0.clone())
+impl Pending for InParts {
+    fn wait(&self) -> Result<Timing> {
+        let rest = self.rest.wait()?;
+        Ok(Timing {
+            start: self.start,
+            ..rest
+        })
     }
 }
 
@@ -427,24 +470,4 @@ fn from_offset(buffer: &MlxBuffer, offset: u64) -> Result<MlxBuffer> {
         ));
     };
     Ok(buffer.slice_view(offset, rest / size))
-}
-
-fn lower(dispatch: &CapturedDispatch) -> Dispatch {
-    let args = dispatch.bindings.iter().map(|(index, binding)| {
-        let arg = match binding {
-            CapturedBinding::Buffer(buffer, _) => Arg::Memory {
-                memory: Arc::clone(&buffer.storage().memory),
-                offset: buffer.range().start,
-                len: buffer.range().len(),
-            },
-            CapturedBinding::Bytes(bytes) => Arg::Bytes(Arc::clone(bytes)),
-        };
-        (*index, arg)
-    });
-    Dispatch {
-        kernel: Arc::clone(&dispatch.kernel),
-        args: args.collect(),
-        grid: dispatch.grid.to_array(),
-        threadgroup: dispatch.threadgroup.to_array(),
-    }
 }

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use super::uses::overlap;
+
 /// What one dispatch does with one span of memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Use {
@@ -15,8 +17,7 @@ impl Use {
     fn conflicts(&self, other: &Use) -> bool {
         (self.writes || other.writes)
             && self.memory == other.memory
-            && self.range.start < other.range.end
-            && other.range.start < self.range.end
+            && overlap(&self.range, &other.range)
     }
 }
 

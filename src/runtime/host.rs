@@ -64,6 +64,6 @@ impl MlxDevice {
         };
         // SAFETY: promised by the caller.
         let memory = unsafe { CallersMemory::wrap(base, byte_len) };
-        Ok(MlxBuffer::new(Arc::new(memory), kind, dtype, shape))
+        Ok(MlxBuffer::of_caller(Arc::new(memory), kind, dtype, shape))
     }
 }

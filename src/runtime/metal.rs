@@ -33,9 +33,11 @@ use objc2_metal::{MTLBuffer, MTLDevice, MTLResource};
 
 pub use {objc2, objc2_metal};
 
-use super::buffer::{MlxBuffer, PendingWrite};
+use super::buffer::MlxBuffer;
 use super::device::{DeviceHandle, MlxDevice, check_fits};
 use super::encoder::CommandEncoder;
+use super::submit::params_are_written;
+use super::uses::Hold;
 pub use crate::attention::bindings::Access;
 pub use crate::backend::metal::{ComputeTarget, DirectTarget};
 use crate::backend::metal::{Metal, MetalMemory, Temporary, encode_into};
@@ -49,7 +51,7 @@ use crate::error::{MlxError, Result};
 pub struct InFlight {
     steps: Vec<Step>,
     _temporaries: Vec<Temporary>,
-    _writes: Vec<PendingWrite>,
+    _holds: Vec<Hold>,
 }
 
 impl fmt::Debug for InFlight {
@@ -109,7 +111,7 @@ impl MlxDevice {
         }
         check_fits("buffer", buffer.length(), dtype, &shape)?;
         let memory = MetalMemory::wrap(objc2::Message::retain(buffer));
-        Ok(MlxBuffer::new(
+        Ok(MlxBuffer::of_caller(
             Arc::new(memory),
             DeviceKind::Metal,
             dtype,
@@ -137,13 +139,18 @@ impl CommandEncoder {
     pub unsafe fn encode_into(&mut self, target: &mut dyn ComputeTarget) -> Result<InFlight> {
         let handle = self.device().clone();
         let metal = backend(&handle)?;
-        let (steps, writes) = self.take_steps();
-        let steps = steps?;
-        let temporaries = encode_into(metal.device(), &steps, target)?;
+        let (encoded, holds) = self.submit_with(
+            |_| Err(params_are_written("encode_into")),
+            |steps| {
+                let temporaries = encode_into(metal.device(), &steps, target)?;
+                Ok((steps, temporaries))
+            },
+        );
+        let (steps, temporaries) = encoded?;
         Ok(InFlight {
             steps,
             _temporaries: temporaries,
-            _writes: writes,
+            _holds: holds,
         })
     }
 }

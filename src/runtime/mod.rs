@@ -11,8 +11,13 @@ pub mod encoder;
 pub mod metal;
 pub mod registry;
 
+mod guards;
 mod hazards;
 mod host;
+mod snapshot;
+mod submit;
+mod turns;
+mod uses;
 
 #[cfg(test)]
 mod another_gpu;

@@ -9,6 +9,7 @@ use super::device::DeviceHandle;
 use crate::attention::Problem;
 use crate::attention::bindings::Constants;
 use crate::attention::plan::{Plan, PlanOptions};
+use crate::attention::variant::Family;
 use crate::backend::Kernel;
 use crate::error::{MlxError, Result};
 use crate::sources;
@@ -50,12 +51,34 @@ struct Key {
     constants: Constants,
 }
 
+/// A kernel's text.
+#[derive(Debug, Clone, Copy)]
+struct Source {
+    text: &'static str,
+    /// Who answers for what the text does with what is bound.
+    from: Origin,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// This crate, under this name.
+    Us,
+    /// A caller who promised that it stays in bounds.
+    Promised,
+    /// A caller who did not: it is known, and never built.
+    Unknown,
+}
+
 /// Every kernel by name, and the pipelines built so far.
+///
+/// Pipelines are built from this crate's own texts, and from those for which a caller has answered with
+/// [`KernelRegistry::register_foreign_source`]: a kernel's text can do anything with the memory that a
+/// dispatch binds, so that safe code runs none but ours.
 ///
 /// A clone shares the pipelines, so each thread can hold its own and nothing is built twice.
 #[derive(Debug, Clone)]
 pub struct KernelRegistry {
-    sources: HashMap<Cow<'static, str>, &'static str>,
+    sources: HashMap<Cow<'static, str>, Source>,
     /// Pipelines this handle has given out.
     local: HashMap<Key, Pipeline>,
     /// Pipelines that any clone has built.
@@ -87,7 +110,10 @@ impl KernelRegistry {
     /// A registry that knows every kernel of this crate.
     pub fn new() -> Self {
         let sources = sources::all()
-            .map(|(name, text)| (Cow::Borrowed(name), text))
+            .map(|(name, text)| {
+                let from = Origin::Us;
+                (Cow::Borrowed(name), Source { text, from })
+            })
             .collect();
         Self {
             sources,
@@ -123,17 +149,49 @@ impl KernelRegistry {
         Ok((plan, pipeline))
     }
 
-    /// Adds a kernel, or replaces its text; pipelines of an earlier text are dropped.
+    /// Makes a kernel known by name, or replaces its text; pipelines of an earlier text are dropped. A
+    /// text that is not this crate's own of that name is known from then on, but asking for its pipeline
+    /// is an error: [`KernelRegistry::register_foreign_source`] takes those that are to run.
     pub fn register_source(&mut self, name: impl Into<String>, source: &'static str) {
-        let name = Cow::<'static, str>::Owned(name.into());
-        if self.sources.get(&name).is_some_and(|text| *text == source) {
+        let name = name.into();
+        let ours = sources::all().any(|(ours, text)| ours == name && text == source);
+        self.register(
+            name,
+            source,
+            if ours { Origin::Us } else { Origin::Unknown },
+        );
+    }
+
+    /// As [`KernelRegistry::register_source`], for a text of the caller's own.
+    ///
+    /// # Safety
+    /// In every dispatch that is encoded with a pipeline of this text, whatever it binds and over
+    /// whatever grid, the kernel reads and writes nothing but what is bound, and ends.
+    ///
+    /// ```compile_fail,E0133
+    /// # fn f(registry: &mut mlx_flash_attn::KernelRegistry) {
+    /// registry.register_foreign_source("mine", "kernel void mine() {}");
+    /// # }
+    /// ```
+    pub unsafe fn register_foreign_source(
+        &mut self,
+        name: impl Into<String>,
+        source: &'static str,
+    ) {
+        self.register(name.into(), source, Origin::Promised);
+    }
+
+    fn register(&mut self, name: String, text: &'static str, from: Origin) {
+        let name = Cow::<'static, str>::Owned(name);
+        let same = |known: &Source| known.text == text && known.from == from;
+        if self.sources.get(&name).is_some_and(same) {
             return;
         }
         self.local.retain(|key, _| key.kernel != name);
         self.planned.clear();
         // Other clones keep what they built from the text they know.
         self.shared = Arc::new(Mutex::new(self.local.clone()));
-        self.sources.insert(name, source);
+        self.sources.insert(name, Source { text, from });
     }
 
     /// The pipeline of a kernel that takes no constants.
@@ -171,6 +229,14 @@ impl KernelRegistry {
         let Some((known, source)) = self.sources.get_key_value(name) else {
             return Err(MlxError::KernelNotFound(name.into()));
         };
+        if source.from == Origin::Unknown {
+            return Err(MlxError::ShaderCompilationError {
+                name: name.into(),
+                message: "its text is not this crate's; a text of the caller's own is registered \
+                          with `register_foreign_source`, which is unsafe"
+                    .into(),
+            });
+        }
         let key = Key {
             device: device.id,
             kernel: known.clone(),
@@ -184,7 +250,12 @@ impl KernelRegistry {
         let pipeline = match shared.get(slot.key()) {
             Some(built) => built.clone(),
             None => {
-                let kernel = device.backend.build(name, source, &slot.key().constants)?;
+                let constants = &slot.key().constants;
+                let kernel = device.backend.build(name, source.text, constants)?;
+                // The CPU and CUDA run their own function of that name, whatever the text.
+                let runs_text = device.backend.family() == Family::Apple;
+                let foreign = runs_text && source.from != Origin::Us;
+                let kernel = if foreign { kernel.into_foreign() } else { kernel };
                 let pipeline = Pipeline(Arc::new(kernel));
                 shared.insert(slot.key().clone(), pipeline.clone());
                 pipeline
@@ -214,7 +285,7 @@ impl KernelRegistry {
     pub fn sources(&self) -> impl Iterator<Item = (&str, &'static str)> {
         self.sources
             .iter()
-            .map(|(name, text)| (name.as_ref(), *text))
+            .map(|(name, source)| (name.as_ref(), source.text))
     }
 
     /// How many kernels are known.

@@ -108,13 +108,10 @@ fn raw(
 
 pub(crate) fn rows(device: &MlxDevice) -> Vec<Row> {
     let mut rows = anywhere();
-    // A GPU is given what is bound; what runs in this process reads params back and checks them.
-    if matches!(device.kind(), DeviceKind::Cpu | DeviceKind::Emulator) {
-        rows.extend(prefill());
-        rows.extend(crate::dispatch_other::rows());
-    }
-    // The CPU works grids and tails out by itself; the kernels' text trusts them.
-    if device.kind() == DeviceKind::Emulator {
+    rows.extend(prefill());
+    rows.extend(crate::dispatch_other::rows());
+    // The CPU's and CUDA's kernels work grids and tails out by themselves; Metal's text trusts them.
+    if matches!(device.kind(), DeviceKind::Metal | DeviceKind::Emulator) {
         rows.extend(launches());
         rows.extend(crate::dispatch_other::launch_rows());
     }

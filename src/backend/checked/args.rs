@@ -48,6 +48,15 @@ impl<'a, T: Pod> Span<'a, T> {
 /// The bound arguments of one dispatch.
 pub(crate) struct Args<'a>(&'a Dispatch);
 
+/// A copy, whose size may be what a caller asked for.
+fn copied(bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut copy = Vec::new();
+    let room = copy.try_reserve_exact(bytes.len());
+    room.map_err(|_| MlxError::BufferAllocationError { bytes: bytes.len() })?;
+    copy.extend_from_slice(bytes);
+    Ok(copy)
+}
+
 impl<'a> Args<'a> {
     pub(crate) fn new(dispatch: &'a Dispatch) -> Self {
         Self(dispatch)
@@ -112,7 +121,6 @@ impl<'a> Args<'a> {
     }
 
     /// Refuses a buffer that does not start on `size` bytes; bytes in the command are aligned.
-    #[cfg(feature = "emulator")]
     pub(crate) fn aligned(&self, index: usize, size: usize) -> Result<()> {
         match self.get(index) {
             Some(Arg::Memory { .. }) => self.pointer(index, 1, size, Access::Read).map(|_| ()),
@@ -132,15 +140,17 @@ impl<'a> Args<'a> {
             .checked_mul(size_of::<T>())
             .ok_or_else(|| self.fail(index, "a count that fits", count))?;
         let bytes = self.bytes(index, len)?;
-        Ok(bytes
-            .chunks_exact(size_of::<T>())
-            .map(bytemuck::pod_read_unaligned)
-            .collect())
+        let mut elements = Vec::new();
+        let room = elements.try_reserve_exact(count);
+        room.map_err(|_| MlxError::BufferAllocationError { bytes: len })?;
+        let chunks = bytes.chunks_exact(size_of::<T>());
+        elements.extend(chunks.map(bytemuck::pod_read_unaligned::<T>));
+        Ok(elements)
     }
 
     fn bytes(&self, index: usize, len: usize) -> Result<Vec<u8>> {
         match self.get(index) {
-            Some(Arg::Bytes(bytes)) if bytes.len() >= len => Ok(bytes[..len].to_vec()),
+            Some(Arg::Bytes(bytes)) if bytes.len() >= len => copied(&bytes[..len]),
             Some(Arg::Bytes(bytes)) => Err(self.fail(index, format!("{len} bytes"), bytes.len())),
             Some(Arg::Memory {
                 memory,
@@ -150,7 +160,7 @@ impl<'a> Args<'a> {
                 let host = memory.host(Access::Read)?;
                 // SAFETY: the encoder keeps `offset + there` inside the memory; nobody writes while
                 // commands run.
-                Ok(unsafe { std::slice::from_raw_parts(host.add(*offset), len) }.to_vec())
+                copied(unsafe { std::slice::from_raw_parts(host.add(*offset), len) })
             }
             Some(Arg::Memory { len: there, .. }) => {
                 Err(self.fail(index, format!("{len} bytes"), there))

@@ -1,16 +1,18 @@
 //! Dispatches read back: what params, constants and bindings of this crate's kernels say, with every
-//! size checked, for they may come from any caller of the encoder. The devices of this process run
-//! nothing that is not read here first.
+//! size checked, for they may come from any caller of the encoder. No device is given a dispatch that
+//! neither `ops` made of a checked problem nor [`check`] has passed.
 
 mod args;
-#[cfg(feature = "emulator")]
 pub(crate) mod launch;
 mod masks;
+mod params;
 mod prefill;
 mod vec;
 
 pub(crate) use args::{Args, Span};
+pub(crate) use launch::check;
 pub(crate) use masks::{Classes, Fill};
+pub(crate) use params::params;
 pub(crate) use prefill::Prefill;
 pub(super) use prefill::Stated;
 pub(crate) use vec::{Partials, Reduce};

@@ -11,7 +11,7 @@ use super::gpu::Gpu;
 use crate::attention::bindings::Access;
 use crate::backend::Memory;
 use crate::backend::host_memory::HostMemory;
-use crate::error::Result;
+use crate::error::{MlxError, Result};
 
 /// Which side was written last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,8 +96,8 @@ impl CudaMemory {
         if mirror.newer == Newer::Host {
             if let Some(host) = &mirror.host {
                 let from = host.host(Access::Read)?;
-                // SAFETY: the mirror has `len` bytes, which nobody writes: a slice for writing needs
-                // the only handle, and the command holds one.
+                // SAFETY: the mirror has `len` bytes, which nobody writes: what is lent to the host for
+                // writing cannot be in a command.
                 let bytes = unsafe { std::slice::from_raw_parts(from, self.len) };
                 // SAFETY: as many bytes on either side. The driver has copied pageable memory when
                 // it returns, and the kernel follows on the same stream.
@@ -133,8 +133,8 @@ impl Memory for CudaMemory {
         if newer == Newer::Device {
             self.gpu.context.enter()?;
             self.gpu.stream.synchronize()?;
-            // SAFETY: the mirror has `len` bytes, and no slice for writing exists, as above; slices
-            // for reading are documented to be taken again after a command that writes.
+            // SAFETY: the mirror has `len` bytes, and none of them is lent: while one is, the runtime
+            // asks for `host_as_it_stands`.
             let bytes = unsafe { std::slice::from_raw_parts_mut(at, self.len) };
             // SAFETY: as many bytes on either side, and no command that writes them is running.
             unsafe { result::memcpy_dtoh_sync(bytes, self.device) }
@@ -145,6 +145,17 @@ impl Memory for CudaMemory {
             mirror.newer = Newer::Host;
         }
         Ok(at)
+    }
+
+    fn is_mirrored(&self) -> bool {
+        true
+    }
+
+    fn host_as_it_stands(&self, access: Access) -> Result<*mut u8> {
+        let mirror = self.mirror();
+        let host = mirror.host.as_ref();
+        host.ok_or_else(|| MlxError::CommandBufferError("nothing is lent".into()))?
+            .host(access)
     }
 
     fn address(&self, _access: Access) -> Result<*mut u8> {

@@ -1,13 +1,17 @@
 //! Buffers, encoder and registry on the CPU device, small enough for miri.
 
+mod checks;
+mod guards;
+mod turns;
+
 use half::bf16;
 
 use super::buffer::MlxBuffer;
 use super::device::MlxDevice;
 use super::encoder::{CapturedNode, CapturedOpKind, CommandEncoder, KernelArg, MTLSize, as_bytes};
 use super::registry::{KernelRegistry, Pipeline};
-use crate::attention::bindings::{Access, names};
-use crate::attention::params::MaskFillParamsGpu;
+use crate::attention::bindings::{Access, constant, names};
+use crate::attention::params::{BlkParamsGpu, MaskFillParamsGpu};
 use crate::backend::cpu::CpuOptions;
 use crate::{DType, MlxError};
 
@@ -42,6 +46,36 @@ fn fill(encoder: &mut CommandEncoder, device: &MlxDevice, mask: &MlxBuffer, rows
     let args = [
         (0, KernelArg::Buffer(mask)),
         (1, KernelArg::Bytes(as_bytes(&params))),
+    ];
+    let one = MTLSize::new(1, 1, 1);
+    encoder.encode_threadgroups_with_args(pipeline, &args, one, one);
+}
+
+/// Encodes the classes of a mask's cells, each a tile of its own.
+fn classify(
+    encoder: &mut CommandEncoder,
+    device: &MlxDevice,
+    mask: &MlxBuffer,
+    classes: &MlxBuffer,
+    rows: u32,
+    keys: u32,
+) {
+    let mut registry = KernelRegistry::new();
+    let ints = [(constant::BLK_BQ, 1), (constant::BLK_BK, 1)];
+    let pipeline = registry
+        .get_pipeline_with_constants(names::BLK, device.metal_device(), &[], &ints)
+        .unwrap();
+    let params = BlkParamsGpu {
+        seq_len_q: rows,
+        seq_len_k: keys,
+        nq: rows,
+        nk: keys,
+        row_stride: keys.into(),
+    };
+    let args = [
+        (0, KernelArg::Buffer(mask)),
+        (1, KernelArg::Buffer(classes)),
+        (2, KernelArg::Bytes(as_bytes(&params))),
     ];
     let one = MTLSize::new(1, 1, 1);
     encoder.encode_threadgroups_with_args(pipeline, &args, one, one);
