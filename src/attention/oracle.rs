@@ -187,6 +187,29 @@ fn check(problem: &Problem, inputs: &Inputs<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Whether row `i` of head `h` sees key `j`: by position, and by the mask, whose cell hides the key
+/// where it is false or -inf. Every finite cell leaves it visible.
+pub(crate) fn sees(
+    problem: &Problem,
+    mask: Option<Values<'_>>,
+    s: &Sequence,
+    (h, i, j): (usize, usize, usize),
+) -> bool {
+    s.visibility.attended(i as i64, j as i64)
+        && match (problem.mask(), mask) {
+            (Some(spec), Some(mask)) => {
+                let cell = mask.get(problem.mask_at(s, h, i) + j);
+                let hides = if spec.is_bool() {
+                    0.0
+                } else {
+                    f64::NEG_INFINITY
+                };
+                cell != hides
+            }
+            _ => true,
+        }
+}
+
 /// Score and bias of one visible pair; `None` where it is hidden.
 fn score(
     problem: &Problem,
@@ -195,17 +218,13 @@ fn score(
     s: &Sequence,
     (h, i, j): (usize, usize, usize),
 ) -> Option<f64> {
-    if !s.visibility.attended(i as i64, j as i64) {
+    if !sees(problem, inputs.mask, s, (h, i, j)) {
         return None;
     }
-    let cell = inputs.mask.filter(|_| problem.mask().is_some());
-    let cell = cell.map(|mask| mask.get(problem.mask_at(s, h, i) + j));
-    let is_bool = problem.mask().is_some_and(|m| m.is_bool());
-    match cell {
-        Some(c) if is_bool && c == 0.0 => return None,
-        Some(c) if !is_bool && c == f64::NEG_INFINITY => return None,
-        _ => {}
-    }
+    let additive = problem.mask().filter(|m| !m.is_bool());
+    let bias = additive
+        .and(inputs.mask)
+        .map(|mask| mask.get(problem.mask_at(s, h, i) + j));
     let (q, k) = (
         problem.q_at(s, h, i),
         problem.k_at(s, h / problem.group(), j),
@@ -230,8 +249,8 @@ fn score(
     if let Some(c) = problem.softcap().map(f64::from) {
         x = round(c * round(round(x / c).tanh()));
     }
-    if let Some(c) = cell.filter(|_| !is_bool) {
-        x = round(x + c);
+    if let Some(bias) = bias {
+        x = round(x + bias);
     }
     if let Some(slope) = inputs
         .alibi_slopes
