@@ -234,10 +234,15 @@ fn score(
     let scale = f64::from(problem.scale());
     let naive = precision == Precision::Naive;
     let round = |x: f64| {
-        if naive {
-            round_to(problem.dtype(), x)
-        } else {
-            x
+        if !naive {
+            return x;
+        }
+        // A bias that the dtype does not reach is added in f32, whose range bounds every score.
+        match round_to(problem.dtype(), x) {
+            r if r.is_infinite() && x.is_finite() => {
+                round_to(DType::F32, x).clamp(-f64::from(f32::MAX), f64::from(f32::MAX))
+            }
+            r => r,
         }
     };
     let dot = if naive {
@@ -383,6 +388,62 @@ mod tests {
         assert_eq!(r.o[..32], [0.0; 32]);
         assert_eq!(r.lse[0], f64::NEG_INFINITY);
         assert_eq!(r.o[32..], [1.0; 32]);
+    }
+
+    /// One query over keys of equal scores: K is 0, V of key `j` is `j + 1`.
+    fn biased(dtype: DType, biases: &[f32], sink: Option<f32>, precision: Precision) -> (f64, f64) {
+        let problem = Problem::builder(dtype, shape(1, biases.len()))
+            .kv_dtype(dtype)
+            .mask(crate::attention::MaskSpec::plane(DType::F32, biases.len()))
+            .sinks(sink.is_some())
+            .lse(true)
+            .build()
+            .unwrap();
+        let n = biases.len() * 32;
+        let v: Vec<f32> = (0..n).map(|i| (i / 32 + 1) as f32).collect();
+        let zeros = vec![0.0f32; n];
+        let narrow = |x: &[f32]| x.iter().map(|x| f16::from_f32(*x)).collect::<Vec<_>>();
+        let (v16, zeros16) = (narrow(&v), narrow(&zeros));
+        let values = |wide, narrow| match dtype {
+            DType::F32 => Values::F32(wide),
+            _ => Values::F16(narrow),
+        };
+        let inputs = Inputs {
+            q: values(&zeros, &zeros16),
+            k: values(&zeros, &zeros16),
+            v: values(&v, &v16),
+            mask: Some(Values::F32(biases)),
+            sinks: sink.as_ref().map(std::slice::from_ref),
+            alibi_slopes: None,
+        };
+        let r = attention(&problem, &inputs, precision).unwrap();
+        (r.o[0], r.lse[0])
+    }
+
+    #[test]
+    fn the_largest_finite_biases_and_sinks_are_weighed_like_any_other() {
+        for dtype in [DType::F32, DType::F16] {
+            for precision in [Precision::Exact, Precision::Naive] {
+                for bias in [-f32::MAX, -2.0e38, -1.0e5, 0.0, 1.0e5, 2.0e38, f32::MAX] {
+                    let (o, lse) = biased(dtype, &[bias; 4], None, precision);
+                    assert!((o - 2.5).abs() < 1e-6, "{dtype} {precision:?} {bias}: {o}");
+                    let size = 1.0 + f64::from(bias).abs();
+                    let want = f64::from(bias) + 4.0f64.ln();
+                    assert!((lse - want).abs() <= 1e-6 * size, "{bias}: {lse}");
+                    for sink in [f32::NEG_INFINITY, -f32::MAX] {
+                        let (o, _) = biased(dtype, &[bias; 4], Some(sink), precision);
+                        // As high as the sink, five share the weight, which is no power of two.
+                        let want = if sink == bias { 2.0 } else { 2.5 };
+                        assert!((o - want).abs() < 1e-3, "{bias} {sink}: {o}");
+                    }
+                }
+                // The higher of two lows decides, and a high sink leaves nothing.
+                let (o, lse) = biased(dtype, &[-3.0e38, -2.0e38, -3.0e38], None, precision);
+                assert_eq!((o, lse as f32), (2.0, -2.0e38));
+                let (o, lse) = biased(dtype, &[0.0, 1.0], Some(3.0e38), precision);
+                assert_eq!((o, lse as f32), (0.0, 3.0e38));
+            }
+        }
     }
 
     #[test]
