@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod asked;
 mod bench;
 mod check;
 mod cli;
@@ -17,10 +18,12 @@ mod input;
 mod json;
 mod measure;
 mod output;
+mod packed;
 mod plot;
 mod progress;
 mod random;
 mod run;
+mod score;
 mod svg;
 mod table;
 mod tiles;
