@@ -61,9 +61,13 @@ fn run_all(scope: Scope, device: &MlxDevice) {
     let mut registry = KernelRegistry::new();
     let mut failed = Vec::new();
     for case in verify::cases(scope, device) {
-        match verify::run(&case, device, &mut registry) {
-            Ok(outcome) if outcome.ok() => {}
-            Ok(outcome) => failed.push(format!("{}: {:?}", case.name(), outcome.failures)),
+        match verify::run_poisoned(&case, device, &mut registry) {
+            Ok((plain, poisoned)) if plain.ok() && poisoned.ok() => {}
+            Ok((plain, poisoned)) => failed.push(format!(
+                "{}: {:?}",
+                case.name(),
+                [plain.failures, poisoned.failures].concat()
+            )),
             Err(error) => failed.push(format!("{}: {error}", case.name())),
         }
     }
@@ -71,7 +75,7 @@ fn run_all(scope: Scope, device: &MlxDevice) {
 }
 
 #[test]
-fn every_case_passes() {
+fn every_case_passes_in_both_its_forms() {
     for device in common::devices() {
         // Other devices may be slow to emulate; the program's `verify` gives them all of it.
         let scope = match device.kind() {

@@ -20,7 +20,7 @@ pub struct ProblemBuilder {
     kv_dtype: DType,
     scale: Option<f32>,
     softcap: Option<f32>,
-    offset: QueryOffset,
+    offset: Option<QueryOffset>,
     causal: bool,
     window: Option<u32>,
     window_right: Option<u32>,
@@ -33,6 +33,7 @@ pub struct ProblemBuilder {
     alibi: bool,
     lse: bool,
     packed: Option<CuSeqlens>,
+    refuse_empty: bool,
 }
 
 impl ProblemBuilder {
@@ -43,7 +44,7 @@ impl ProblemBuilder {
             kv_dtype: dtype,
             scale: None,
             softcap: None,
-            offset: QueryOffset::At(0),
+            offset: None,
             causal: false,
             window: None,
             window_right: None,
@@ -56,6 +57,7 @@ impl ProblemBuilder {
             alibi: false,
             lse: false,
             packed,
+            refuse_empty: false,
         }
     }
 
@@ -71,15 +73,20 @@ impl ProblemBuilder {
         self
     }
 
-    /// Hides keys after each query's own position (see [`ProblemBuilder::query_offset`]).
+    /// Hides keys after each query's own position (see [`ProblemBuilder::query_offset`], which must be
+    /// called where qL and kL differ).
     pub fn causal(mut self, causal: bool) -> Self {
         self.causal = causal;
         self
     }
 
-    /// Where query row 0 stands among the keys; `At(0)` when not given.
+    /// Where query row 0 stands among the keys: `QueryOffset::At(0)` aligns the top left corners of
+    /// queries and keys, `QueryOffset::BottomRight` the bottom right ones. With a causal bound, a window
+    /// or ALiBi it must be given wherever qL and kL differ, in any packed sequence, too: an
+    /// implementation that assumes the one is wrong for callers who mean the other. Where they are the
+    /// same, both choices are.
     pub fn query_offset(mut self, offset: QueryOffset) -> Self {
-        self.offset = offset;
+        self.offset = Some(offset);
         self
     }
 
@@ -128,7 +135,14 @@ impl ProblemBuilder {
         self
     }
 
-    /// Tile classes of the mask are given too (see [`crate::ops::flash_attn_prefill_blk`]).
+    /// Tile classes of the mask are given too (see [`crate::ops::flash_attn_prefill_blk`]). They are
+    /// obeyed tile by tile, whatever the mask holds there: class 0 skips exactly its tile, as if each
+    /// cell were -inf; class 2 adds no mask exactly there, as if each cell were 0; class 1 adds the mask.
+    ///
+    /// For a mask whose masked cells are -inf, the device's own classes give the same bits as the mask
+    /// without classes. A finite cell of -1e30 or lower also counts as masked when tiles are classified,
+    /// while without classes it is a bias like any other, which leaves its key visible: a row that holds
+    /// nothing else is then weighed by it, and zero with classes.
     pub fn tile_classes(mut self, given: bool) -> Self {
         self.tile_classes = given;
         self
@@ -154,6 +168,12 @@ impl ProblemBuilder {
         self
     }
 
+    /// Refuses a problem without batches, queries or keys, as the established entry points do.
+    pub(crate) fn refuse_empty(mut self) -> Self {
+        self.refuse_empty = true;
+        self
+    }
+
     /// Checks everything and gives the problem.
     pub fn build(self) -> Result<Problem> {
         let packed = match &self.packed {
@@ -175,6 +195,9 @@ impl ProblemBuilder {
             shape.batch = q.count();
             shape.query_len = q.longest();
             shape.key_len = k.longest();
+        }
+        if self.refuse_empty {
+            check_not_empty(&shape, packed.as_ref())?;
         }
         check_shape(&shape)?;
         check_dtypes(self.dtype, self.kv_dtype)?;
@@ -198,7 +221,8 @@ impl ProblemBuilder {
                 w,
             ));
         }
-        if let QueryOffset::At(offset) = self.offset
+        let offset = self.offset(&shape, packed.as_ref())?;
+        if let QueryOffset::At(offset) = offset
             && i32::try_from(offset).is_err()
         {
             return Err(MlxError::expected("q_offset", "a 32-bit offset", offset));
@@ -273,7 +297,7 @@ impl ProblemBuilder {
             kv_dtype: self.kv_dtype,
             scale,
             softcap: self.softcap,
-            offset: self.offset,
+            offset,
             causal: self.causal,
             window: self.window,
             window_right: self.window_right,
@@ -289,6 +313,37 @@ impl ProblemBuilder {
             packed,
             elements,
         })
+    }
+
+    /// The offset as given; 0 where none is and none is needed.
+    fn offset(
+        &self,
+        shape: &Shape,
+        packed: Option<&(Boundaries, Boundaries)>,
+    ) -> Result<QueryOffset> {
+        if let Some(offset) = self.offset {
+            return Ok(offset);
+        }
+        let position_matters =
+            self.causal || self.window.is_some() || self.window_right.is_some() || self.alibi;
+        let lengths = |b: usize| match packed {
+            None => (shape.query_len, shape.key_len),
+            Some((q, k)) => (q.len(b), k.len(b)),
+        };
+        // All batches of a dense problem have the same lengths.
+        let sequences = packed.map_or(shape.batch.min(1), |(q, _)| q.count());
+        let unlike = (0..sequences)
+            .map(lengths)
+            .find(|(q, k)| q != k && *q > 0 && *k > 0);
+        match unlike {
+            Some((q, k)) if position_matters => Err(MlxError::expected(
+                "query_offset",
+                "a choice where qL and kL differ: `query_offset(QueryOffset::At(0))` (top left, query 0 \
+                 at key 0) or `query_offset(QueryOffset::BottomRight)` (the last query at the last key)",
+                format!("none, with {q} queries over {k} keys"),
+            )),
+            _ => Ok(QueryOffset::At(0)),
+        }
     }
 
     fn strides_of(&self, role: Role, heads: usize, capacity: usize) -> Result<Strides> {
@@ -336,22 +391,43 @@ impl ProblemBuilder {
     }
 }
 
-fn check_shape(shape: &Shape) -> Result<()> {
+fn check_not_empty(shape: &Shape, packed: Option<&(Boundaries, Boundaries)>) -> Result<()> {
+    if let Some((q, k)) = packed {
+        for (name, boundaries) in [("cu_seqlens_q", q), ("cu_seqlens_k", k)] {
+            if boundaries.longest() == 0 {
+                return Err(MlxError::expected(
+                    name,
+                    "at least one row",
+                    "only empty sequences",
+                ));
+            }
+        }
+    }
     let sizes = [
         ("batch", shape.batch),
-        ("n_heads", shape.heads),
-        ("n_kv_heads", shape.kv_heads),
         ("seq_len_q", shape.query_len),
         ("seq_len_k", shape.key_len),
-        ("head_dim", shape.head_dim),
     ];
-    for (name, size) in sizes {
-        if size == 0 || i32::try_from(size).is_err() {
-            return Err(MlxError::expected(
-                name,
-                "a size from 1 to 2147483647",
-                size,
-            ));
+    match sizes.into_iter().find(|(_, size)| *size == 0) {
+        Some((name, _)) => Err(MlxError::expected(name, "a size from 1 to 2147483647", 0)),
+        None => Ok(()),
+    }
+}
+
+fn check_shape(shape: &Shape) -> Result<()> {
+    // No batch, no queries and no keys are empty work; no heads and no head dim are mistakes.
+    let sizes = [
+        ("batch", shape.batch, 0),
+        ("n_heads", shape.heads, 1),
+        ("n_kv_heads", shape.kv_heads, 1),
+        ("seq_len_q", shape.query_len, 0),
+        ("seq_len_k", shape.key_len, 0),
+        ("head_dim", shape.head_dim, 1),
+    ];
+    for (name, size, least) in sizes {
+        if size < least || i32::try_from(size).is_err() {
+            let range = format!("a size from {least} to 2147483647");
+            return Err(MlxError::expected(name, range, size));
         }
     }
     if !shape.heads.is_multiple_of(shape.kv_heads) {

@@ -32,6 +32,13 @@ pub(crate) struct Extent {
     pub(crate) row: usize,
 }
 
+impl Extent {
+    /// Whether there is no element.
+    fn is_empty(&self) -> bool {
+        [self.batch, self.heads, self.len, self.row].contains(&0)
+    }
+}
+
 impl Layout {
     /// Strides of a dense operand of `heads` heads, room for `capacity` positions and rows of `row`
     /// elements; `None` where a product does not fit in `usize`.
@@ -59,12 +66,15 @@ impl Strides {
         batch * self.batch + head * self.head + pos * self.seq
     }
 
-    /// Elements from the first to one past the last; refuses what does not fit `isize` in bytes, and
+    /// Elements from the first to one past the last, 0 where there are none; refuses what does not fit `isize` in bytes, and
     /// strides that do not, even those that nothing steps over: kernels get them all as `i64`.
     pub(crate) fn span(&self, operand: &str, extent: Extent) -> Result<usize> {
         let most = isize::MAX as usize / 8;
         let last = |count: usize, stride: usize| {
-            (count - 1).checked_mul(stride).filter(|_| stride <= most)
+            count
+                .saturating_sub(1)
+                .checked_mul(stride)
+                .filter(|_| stride <= most)
         };
         (|| {
             last(extent.batch, self.batch)?
@@ -73,6 +83,7 @@ impl Strides {
                 .checked_add(extent.row)
                 .filter(|elements| *elements <= most)
         })()
+        .map(|elements| if extent.is_empty() { 0 } else { elements })
         .ok_or_else(|| {
             MlxError::InvalidArgument(format!(
                 "{operand}: the last element's offset overflows with strides {self:?} over {extent:?}"
@@ -82,6 +93,9 @@ impl Strides {
 
     /// Refuses an output in which two rows share an element.
     pub(crate) fn check_disjoint(&self, operand: &str, extent: Extent) -> Result<()> {
+        if extent.is_empty() {
+            return Ok(());
+        }
         let mut axes = [
             (self.batch, extent.batch),
             (self.head, extent.heads),
@@ -151,6 +165,23 @@ mod tests {
             },
         ] {
             assert!(strides.check_disjoint("out", E).is_err(), "{strides:?}");
+        }
+    }
+
+    #[test]
+    fn an_empty_extent_has_no_elements_and_no_overlap() {
+        let strides = Strides {
+            batch: 0,
+            head: 40,
+            seq: 8,
+        };
+        for empty in [
+            Extent { batch: 0, ..E },
+            Extent { len: 0, ..E },
+            Extent { row: 0, ..E },
+        ] {
+            assert_eq!(strides.span("out", empty).unwrap(), 0);
+            strides.check_disjoint("out", empty).unwrap();
         }
     }
 

@@ -95,19 +95,20 @@ impl Visibility {
     }
 }
 
-/// What a kernel does with one tile of the mask.
+/// What a kernel does with one tile of the mask, exactly that tile, whatever the mask holds there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum TileClass {
-    /// Every cell is masked: the tile is neither loaded nor computed.
+    /// Every cell is masked: the tile is skipped, as if each cell were -inf.
     Skip = 0,
     /// Some cells are masked or biased: the mask is added.
     Mixed = 1,
-    /// No cell is masked or biased: computed without the mask.
+    /// No cell is masked or biased: computed without the mask, as if each cell were 0.
     Free = 2,
 }
 
-/// Mask cells at or below this count as masked when tiles are classified.
+/// Mask cells at or below this count as masked when tiles are classified. Without classes only -inf
+/// hides a key, so that the two agree on every row where masked cells are -inf.
 pub const MASKED_AT_OR_BELOW: f32 = -1.0e30;
 
 impl TileClass {
@@ -149,8 +150,8 @@ impl TileClass {
 
 /// A mask operand: its dtype and how it broadcasts. Columns (keys) are contiguous.
 ///
-/// A float mask is added to the scaled scores in natural-log units, `-inf` masking a key; a `U8`
-/// mask is boolean, nonzero attending.
+/// A float mask is added to the scaled scores in natural-log units, `-inf` hiding a key; every finite
+/// value, however low, leaves its key visible. A `U8` mask is boolean, nonzero attending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MaskSpec {
     /// `BF16`, `F16` or `F32` (additive) or `U8` (bool).

@@ -187,6 +187,29 @@ fn check(problem: &Problem, inputs: &Inputs<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Whether row `i` of head `h` sees key `j`: by position, and by the mask, whose cell hides the key
+/// where it is false or -inf. Every finite cell leaves it visible.
+pub(crate) fn sees(
+    problem: &Problem,
+    mask: Option<Values<'_>>,
+    s: &Sequence,
+    (h, i, j): (usize, usize, usize),
+) -> bool {
+    s.visibility.attended(i as i64, j as i64)
+        && match (problem.mask(), mask) {
+            (Some(spec), Some(mask)) => {
+                let cell = mask.get(problem.mask_at(s, h, i) + j);
+                let hides = if spec.is_bool() {
+                    0.0
+                } else {
+                    f64::NEG_INFINITY
+                };
+                cell != hides
+            }
+            _ => true,
+        }
+}
+
 /// Score and bias of one visible pair; `None` where it is hidden.
 fn score(
     problem: &Problem,
@@ -195,17 +218,13 @@ fn score(
     s: &Sequence,
     (h, i, j): (usize, usize, usize),
 ) -> Option<f64> {
-    if !s.visibility.attended(i as i64, j as i64) {
+    if !sees(problem, inputs.mask, s, (h, i, j)) {
         return None;
     }
-    let cell = inputs.mask.filter(|_| problem.mask().is_some());
-    let cell = cell.map(|mask| mask.get(problem.mask_at(s, h, i) + j));
-    let is_bool = problem.mask().is_some_and(|m| m.is_bool());
-    match cell {
-        Some(c) if is_bool && c == 0.0 => return None,
-        Some(c) if !is_bool && c == f64::NEG_INFINITY => return None,
-        _ => {}
-    }
+    let additive = problem.mask().filter(|m| !m.is_bool());
+    let bias = additive
+        .and(inputs.mask)
+        .map(|mask| mask.get(problem.mask_at(s, h, i) + j));
     let (q, k) = (
         problem.q_at(s, h, i),
         problem.k_at(s, h / problem.group(), j),
@@ -215,10 +234,15 @@ fn score(
     let scale = f64::from(problem.scale());
     let naive = precision == Precision::Naive;
     let round = |x: f64| {
-        if naive {
-            round_to(problem.dtype(), x)
-        } else {
-            x
+        if !naive {
+            return x;
+        }
+        // A bias that the dtype does not reach is added in f32, whose range bounds every score.
+        match round_to(problem.dtype(), x) {
+            r if r.is_infinite() && x.is_finite() => {
+                round_to(DType::F32, x).clamp(-f64::from(f32::MAX), f64::from(f32::MAX))
+            }
+            r => r,
         }
     };
     let dot = if naive {
@@ -230,8 +254,8 @@ fn score(
     if let Some(c) = problem.softcap().map(f64::from) {
         x = round(c * round(round(x / c).tanh()));
     }
-    if let Some(c) = cell.filter(|_| !is_bool) {
-        x = round(x + c);
+    if let Some(bias) = bias {
+        x = round(x + bias);
     }
     if let Some(slope) = inputs
         .alibi_slopes
@@ -364,6 +388,62 @@ mod tests {
         assert_eq!(r.o[..32], [0.0; 32]);
         assert_eq!(r.lse[0], f64::NEG_INFINITY);
         assert_eq!(r.o[32..], [1.0; 32]);
+    }
+
+    /// One query over keys of equal scores: K is 0, V of key `j` is `j + 1`.
+    fn biased(dtype: DType, biases: &[f32], sink: Option<f32>, precision: Precision) -> (f64, f64) {
+        let problem = Problem::builder(dtype, shape(1, biases.len()))
+            .kv_dtype(dtype)
+            .mask(crate::attention::MaskSpec::plane(DType::F32, biases.len()))
+            .sinks(sink.is_some())
+            .lse(true)
+            .build()
+            .unwrap();
+        let n = biases.len() * 32;
+        let v: Vec<f32> = (0..n).map(|i| (i / 32 + 1) as f32).collect();
+        let zeros = vec![0.0f32; n];
+        let narrow = |x: &[f32]| x.iter().map(|x| f16::from_f32(*x)).collect::<Vec<_>>();
+        let (v16, zeros16) = (narrow(&v), narrow(&zeros));
+        let values = |wide, narrow| match dtype {
+            DType::F32 => Values::F32(wide),
+            _ => Values::F16(narrow),
+        };
+        let inputs = Inputs {
+            q: values(&zeros, &zeros16),
+            k: values(&zeros, &zeros16),
+            v: values(&v, &v16),
+            mask: Some(Values::F32(biases)),
+            sinks: sink.as_ref().map(std::slice::from_ref),
+            alibi_slopes: None,
+        };
+        let r = attention(&problem, &inputs, precision).unwrap();
+        (r.o[0], r.lse[0])
+    }
+
+    #[test]
+    fn the_largest_finite_biases_and_sinks_are_weighed_like_any_other() {
+        for dtype in [DType::F32, DType::F16] {
+            for precision in [Precision::Exact, Precision::Naive] {
+                for bias in [-f32::MAX, -2.0e38, -1.0e5, 0.0, 1.0e5, 2.0e38, f32::MAX] {
+                    let (o, lse) = biased(dtype, &[bias; 4], None, precision);
+                    assert!((o - 2.5).abs() < 1e-6, "{dtype} {precision:?} {bias}: {o}");
+                    let size = 1.0 + f64::from(bias).abs();
+                    let want = f64::from(bias) + 4.0f64.ln();
+                    assert!((lse - want).abs() <= 1e-6 * size, "{bias}: {lse}");
+                    for sink in [f32::NEG_INFINITY, -f32::MAX] {
+                        let (o, _) = biased(dtype, &[bias; 4], Some(sink), precision);
+                        // As high as the sink, five share the weight, which is no power of two.
+                        let want = if sink == bias { 2.0 } else { 2.5 };
+                        assert!((o - want).abs() < 1e-3, "{bias} {sink}: {o}");
+                    }
+                }
+                // The higher of two lows decides, and a high sink leaves nothing.
+                let (o, lse) = biased(dtype, &[-3.0e38, -2.0e38, -3.0e38], None, precision);
+                assert_eq!((o, lse as f32), (2.0, -2.0e38));
+                let (o, lse) = biased(dtype, &[0.0, 1.0], Some(3.0e38), precision);
+                assert_eq!((o, lse as f32), (0.0, 3.0e38));
+            }
+        }
     }
 
     #[test]

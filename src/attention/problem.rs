@@ -46,7 +46,8 @@ pub struct Sequence {
     pub query_len: usize,
     /// Its keys.
     pub key_len: usize,
-    /// Which of its keys each row sees.
+    /// Which of its keys each row sees by position, this sequence's offset included. A mask hides
+    /// more.
     pub visibility: Visibility,
     /// Batch index that strides apply to (0 when packed).
     pub(crate) batch: usize,
@@ -105,8 +106,8 @@ impl Problem {
     /// Starts a problem over packed sequences: Q and O `[total_q, H, D]`, K and V
     /// `[total_k, Hkv, D]`, sequence `b` owning query rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]`
     /// and key rows likewise. A mask has a row for each packed query row and columns local to the
-    /// sequence. `shape` gives heads and head dim; its batch and lengths are set from the
-    /// boundaries.
+    /// sequence. In [`Problem::shape`] the batch is the count of sequences, the lengths are the longest
+    /// ones. Sequences may be empty, and so may all of them.
     pub fn varlen(
         dtype: DType,
         heads: usize,
@@ -203,7 +204,8 @@ impl Problem {
         self.shape.heads / self.shape.kv_heads
     }
 
-    /// Visibility apart from the offset, which may differ by sequence.
+    /// Which keys a sequence of these lengths shows its rows by position: a bottom-right offset, which
+    /// the lengths decide, is worked out for them.
     pub fn visibility(&self, query_len: usize, key_len: usize) -> Visibility {
         let q_offset = match self.offset {
             QueryOffset::At(offset) => offset,
@@ -303,6 +305,54 @@ impl Problem {
                 .and(spec(DType::F32, self.shape.heads)),
             Role::Lse => self.lse.then_some(()).and(spec(DType::F32, e.lse)),
         }
+    }
+
+    /// Whether there is no output: no batch, or no query in any sequence.
+    pub fn has_no_rows(&self) -> bool {
+        self.shape.batch == 0 || self.shape.query_len == 0
+    }
+
+    /// A problem of the same results where this one has no keys at all: one key, which no row sees, so
+    /// that every row is zero. Its K and V have one row of the dtype of Q, which is never read into a
+    /// result.
+    pub(crate) fn without_keys(&self) -> Option<Self> {
+        if self.shape.key_len > 0 || self.has_no_rows() {
+            return None;
+        }
+        let row = Strides {
+            batch: 0,
+            head: 0,
+            seq: self.shape.head_dim,
+        };
+        let packed = self.packed.as_ref();
+        Some(Self {
+            shape: Shape {
+                key_len: 1,
+                ..self.shape
+            },
+            kv_dtype: self.dtype,
+            // The last row stands before the only key.
+            causal: true,
+            offset: QueryOffset::At(-i64::try_from(self.shape.query_len).unwrap_or(i64::MAX)),
+            window: None,
+            window_right: None,
+            softcap: None,
+            k: row,
+            v: row,
+            mask: None,
+            tile_classes: false,
+            sinks: false,
+            alibi: false,
+            packed: packed.map(|(q, _)| (q.clone(), Boundaries::one_row(q.count()))),
+            elements: Elements {
+                k: self.shape.head_dim,
+                v: self.shape.head_dim,
+                mask: 0,
+                tile_classes: 0,
+                ..self.elements
+            },
+            ..self.clone()
+        })
     }
 
     /// Floating-point operations over the visible pairs: `4 * D` each.

@@ -12,15 +12,12 @@ pub(crate) struct Boundaries {
 impl Boundaries {
     /// Checks that `cu` starts at 0 and never falls.
     pub(crate) fn new(operand: &str, cu: &[u32]) -> Result<Self> {
-        if cu.len() < 2 {
-            return Err(MlxError::expected(
-                operand,
-                "at least 2 boundaries (one sequence)",
-                cu.len(),
-            ));
-        }
-        if cu[0] != 0 {
-            return Err(MlxError::expected(operand, "a first boundary of 0", cu[0]));
+        match cu.first() {
+            Some(0) => {}
+            None => return Err(MlxError::expected(operand, "a first boundary of 0", "none")),
+            Some(first) => {
+                return Err(MlxError::expected(operand, "a first boundary of 0", first));
+            }
         }
         let mut longest = 0;
         for (i, pair) in cu.windows(2).enumerate() {
@@ -33,17 +30,19 @@ impl Boundaries {
             };
             longest = longest.max(len as usize);
         }
-        if longest == 0 {
-            return Err(MlxError::expected(
-                operand,
-                "at least one row",
-                "only empty sequences",
-            ));
-        }
         Ok(Self {
             cu: cu.into(),
             longest,
         })
+    }
+
+    /// One row in the first of `count` sequences, at least one, and none in the others.
+    pub(crate) fn one_row(count: usize) -> Self {
+        let cu = std::iter::once(0).chain(std::iter::repeat_n(1, count));
+        Self {
+            cu: cu.collect(),
+            longest: 1,
+        }
     }
 
     pub(crate) fn cu(&self) -> &[u32] {
@@ -80,8 +79,19 @@ mod tests {
         let b = Boundaries::new("cu", &[0, 3, 3, 10]).unwrap();
         assert_eq!((b.count(), b.longest(), b.total()), (3, 7, 10));
         assert_eq!((b.start(2), b.len(1), b.len(2)), (3, 0, 7));
-        for bad in [&[][..], &[0], &[1, 2], &[0, 5, 4], &[0, 0]] {
+        for bad in [&[][..], &[1], &[1, 2], &[0, 5, 4]] {
             assert!(Boundaries::new("cu", bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn sequences_may_be_empty_or_none() {
+        let lengths = |cu: &[u32]| {
+            let b = Boundaries::new("cu", cu).unwrap();
+            (b.count(), b.longest(), b.total())
+        };
+        assert_eq!(lengths(&[0]), (0, 0, 0));
+        assert_eq!(lengths(&[0, 0, 0]), (2, 0, 0));
+        assert_eq!(Boundaries::one_row(3).cu(), [0, 1, 1, 1]);
     }
 }

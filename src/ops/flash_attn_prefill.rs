@@ -21,7 +21,7 @@
 pub use crate::attention::params::{AttnMaskParamsGpu, AttnParamsGpu};
 use crate::attention::plan::PlanOptions;
 use crate::attention::variant::{self, MaskKind, Variant};
-use crate::attention::{Layout, MaskSpec, Problem, Shape};
+use crate::attention::{Layout, MaskSpec, Problem, QueryOffset, Shape};
 use crate::error::{MlxError, Result};
 use crate::ops::{Operands, check_buffer};
 use crate::runtime::buffer::MlxBuffer;
@@ -161,8 +161,10 @@ impl SeedCall<'_> {
         let mut problem = Problem::builder(variant.dtype, shape)
             .scale(p.scale)
             .causal(p.do_causal)
+            .query_offset(QueryOffset::At(0))
             .layout(self.layout)
-            .tile_classes(self.blk.is_some());
+            .tile_classes(self.blk.is_some())
+            .refuse_empty();
         if let Some(mask) = self.mask {
             let dtype = match variant.mask {
                 MaskKind::Additive => variant.dtype,
@@ -255,7 +257,7 @@ dispatchers! {
     /// bf16, head dim 256, additive bf16 mask.
     dispatch_flash_attn_prefill_bf16_d256("flash_attn_prefill_bf16_d256");
     /// bf16, head dim 256, additive bf16 mask with the classes of its 32x16 tiles: the same bits as
-    /// without them, and masked tiles cost nothing.
+    /// without them where masked cells are -inf, and masked tiles cost nothing.
     dispatch_flash_attn_prefill_bf16_d256_with_blk("flash_attn_prefill_bf16_d256", blk: blk);
     /// bf16, head dim 256, bool mask.
     dispatch_flash_attn_prefill_bf16_d256_boolmask("flash_attn_prefill_bf16_d256_boolmask");

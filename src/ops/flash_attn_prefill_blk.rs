@@ -1,5 +1,7 @@
-//! Classifies the tiles of a mask, so that prefill skips those that are wholly masked and does not
-//! read those that mask nothing.
+//! Classifies the tiles of a mask, so that prefill skips those that are wholly masked (class 0) and
+//! adds no mask where it masks nothing (class 2); elsewhere the mask is added (class 1). Cells of -1e30
+//! and lower count as masked. Prefill gives the same bits with and without classes where all masked
+//! cells are -inf: without classes a finite cell leaves its key visible.
 
 use crate::attention::bindings::{constant, names, other};
 use crate::attention::params::BlkParamsGpu;

@@ -72,6 +72,9 @@ impl<'a> Operands<'a> {
 
 /// Encodes attention; the caller commits.
 ///
+/// Empty work is work: a problem without batches or queries encodes nothing, one without keys writes
+/// zeros, and -inf as log-sum-exp. An operand without elements may be any buffer of its dtype.
+///
 /// # Errors
 /// `InvalidArgument` where a buffer does not fit the problem (absent, surplus, dtype, size, overlap
 /// of an output) or the device has no kernel for it. Nothing is encoded then.
@@ -102,6 +105,30 @@ pub(crate) fn encode(
     options: PlanOptions,
 ) -> Result<()> {
     check_operands(problem, operands)?;
+    if problem.has_no_rows() {
+        return Ok(());
+    }
+    // No device binds empty memory or launches over no keys: it gets a key that no row sees, for which
+    // Q's memory stands in.
+    if let Some(problem) = problem.without_keys() {
+        let stand_in = Operands {
+            lse: operands.lse,
+            ..Operands::new(operands.q, operands.q, operands.q, operands.out)
+        };
+        return dispatch(encoder, device, registry, &problem, &stand_in, options);
+    }
+    dispatch(encoder, device, registry, problem, operands, options)
+}
+
+/// Encodes a checked problem that has rows and keys.
+fn dispatch(
+    encoder: &mut CommandEncoder,
+    device: &MlxDevice,
+    registry: &mut KernelRegistry,
+    problem: &Problem,
+    operands: &Operands<'_>,
+    options: PlanOptions,
+) -> Result<()> {
     let (plan, pipeline) = registry.plan(device.metal_device(), problem, options)?;
     let mut args = Vec::with_capacity(plan.args.len());
     for (index, arg) in &plan.args {
@@ -154,6 +181,7 @@ fn check_operands(problem: &Problem, operands: &Operands<'_>) -> Result<()> {
         let clash = Role::ALL
             .into_iter()
             .filter(|role| *role != output)
+            .filter(|role| problem.operand(*role).is_some_and(|spec| spec.elements > 0))
             .find(|role| operands.get(*role).is_some_and(|other| other.overlaps(out)));
         if let Some(role) = clash {
             return Err(MlxError::expected(

@@ -174,6 +174,12 @@ impl MlxBuffer {
         view
     }
 
+    /// A view of no bytes, with the shape as it is.
+    pub(crate) fn emptied(mut self) -> Self {
+        self.len = 0;
+        self
+    }
+
     /// Refuses a view that was made out of bounds.
     pub(crate) fn check(&self) -> Result<()> {
         match &self.fault {

@@ -95,6 +95,7 @@ impl MlxDevice {
         let cuda = backend(self.metal_device())?;
         let plans = problems
             .into_iter()
+            .filter(|problem| !problem.has_no_rows() && problem.shape().key_len > 0)
             .map(|problem| {
                 let plan = Plan::new(problem, cuda.family(), PlanOptions::default())?;
                 Ok((problem, plan.variant.kernel, plan.constants))

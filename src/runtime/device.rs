@@ -153,7 +153,8 @@ impl MlxDevice {
         Ok(MlxBuffer::new(memory, self.kind(), dtype, shape))
     }
 
-    /// A buffer that holds a copy of `data`, whose element size must be `dtype`'s.
+    /// A buffer that holds a copy of `data`, whose element size must be `dtype`'s. Without data and with
+    /// a shape of no elements it is a view of no bytes, for operands of empty work.
     pub fn buffer_from_slice<T: Pod>(
         &self,
         data: &[T],
@@ -166,6 +167,9 @@ impl MlxDevice {
                 format!("{}-byte elements of {dtype}", dtype.size_of()),
                 format!("{}-byte elements", size_of::<T>()),
             ));
+        }
+        if data.is_empty() && shape.contains(&0) {
+            return Ok(self.alloc_buffer(dtype.size_of(), dtype, shape)?.emptied());
         }
         let mut buffer = self.alloc_buffer(size_of_val(data), dtype, shape)?;
         buffer.as_mut_slice::<T>()?.copy_from_slice(data);

@@ -126,7 +126,7 @@ pub fn cases(scope: Scope, device: &MlxDevice) -> Vec<Case> {
     let family = device.family();
     let mut all = Vec::new();
     grid(scope, family, &mut all);
-    let extra = [edges(), masks(), long(), decode(), wide()].concat();
+    let extra = [edges(), masks(), long(), decode(), wide(), empty()].concat();
     let step = match scope {
         // Prime to the lists' own periods.
         Scope::Quick => 11,
@@ -327,6 +327,36 @@ fn decode() -> Vec<Case> {
             }
         })
         .collect()
+}
+
+/// Work without batches, queries or keys, dense and packed.
+fn empty() -> Vec<Case> {
+    let sizes = [(0, 5, 7), (2, 0, 7), (2, 5, 0), (0, 0, 0)];
+    let dense = sizes.map(|(batch, query_len, key_len)| Case {
+        batch,
+        ..Case::new(64, DType::BF16, (query_len, key_len))
+    });
+    let lengths: [(&[u32], &[u32]); 3] = [(&[0, 0], &[3, 0]), (&[3, 0, 5], &[0, 0, 0]), (&[], &[])];
+    let packed = lengths.map(|(q, k)| Case {
+        packed: Some((q.to_vec(), k.to_vec())),
+        ..Case::new(128, DType::F32, (0, 0))
+    });
+    let all = dense.into_iter().chain(packed);
+    all.flat_map(|plain| {
+        let full = Case {
+            mask: MaskKind::PlaneF32,
+            mask_dtype: DType::F32,
+            placement: Placement::Strided,
+            bounds: BOUNDS[2],
+            sinks: true,
+            alibi: true,
+            softcap: Some(2.0),
+            ..plain.clone()
+        };
+        // Quick takes one in eleven of all extra cases: at least one of these.
+        [plain, full].map(|case| Case { lse: true, ..case })
+    })
+    .collect()
 }
 
 /// The entry for head dim 512, with 4 and 8 simdgroups.

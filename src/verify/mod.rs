@@ -3,6 +3,10 @@
 //! wherever a kernel must not read, outputs are poisoned before and watched around, and results are
 //! held against the f64 oracle.
 //!
+//! Each case has a poison form, too ([`run_poisoned`]): K and V hold NaN, infinities and the largest
+//! finite numbers in cells that no row sees, and in some that only some rows see. A row that sees no
+//! such cell must have the bits that it has without them; one that does must not be finite.
+//!
 //! ```no_run
 //! use mlx_flash_attn::verify::{self, Scope};
 //! use mlx_flash_attn::{KernelRegistry, MlxDevice};
@@ -20,12 +24,14 @@
 mod case;
 mod cases;
 mod data;
+mod poison;
 mod run;
 
 pub use case::Case;
 pub use cases::{Scope, cases};
 pub use data::{Data, Random};
-pub use run::{Outcome, run};
+pub use poison::Poisoned;
+pub use run::{Outcome, run, run_poisoned};
 
 #[cfg(test)]
 mod tests {

@@ -2,6 +2,7 @@
 
 use super::case::{Bounds, Case, Entry};
 use super::data::{Data, Host};
+use super::poison::{self, Poisoned};
 use crate::attention::oracle::{self, Precision, Values};
 use crate::attention::tolerance::{self, Comparison};
 use crate::attention::variant::class_tile;
@@ -46,23 +47,77 @@ impl Outcome {
 /// Where the device refuses or fails to run what it should serve.
 pub fn run(case: &Case, device: &MlxDevice, registry: &mut KernelRegistry) -> Result<Outcome> {
     let data = Data::of(case)?;
-    let buffers = Buffers::new(case, &data, device)?;
-    let mut encoder = device.command_encoder()?;
-    let mask = encode(case, &data, &buffers, &mut encoder, device, registry)?;
-    encoder.commit_and_wait()?;
+    let result = Results::of(case, &data, device, registry)?;
+    judge(&data, result)
+}
 
-    let mut failures = Vec::new();
-    if let (Some(mask), Some(host)) = (&mask, &data.mask)
-        && case.built.is_some()
-        && mask.as_slice::<u8>()? != host.bytes()
-    {
-        failures.push("mask: the device's fill is not what its parameters say".into());
+/// Runs a case in both its forms: as [`run`] does, and once more with poison in cells of K and V that
+/// rows do not see, or that only some rows see.
+///
+/// # Errors
+/// Where the device refuses or fails to run what it should serve.
+pub fn run_poisoned(
+    case: &Case,
+    device: &MlxDevice,
+    registry: &mut KernelRegistry,
+) -> Result<(Outcome, Poisoned)> {
+    let data = Data::of(case)?;
+    let plain = Results::of(case, &data, device, registry)?;
+    let (spoilt, plan) = poison::spoil(case, &data)?;
+    let result = Results::of(case, &spoilt, device, registry)?;
+    let poisoned = plan.compare(&data.problem, &plain, &result);
+    Ok((judge(&data, plain)?, poisoned))
+}
+
+/// What a device made of a case.
+pub(super) struct Results {
+    /// O in the oracle's order.
+    pub(super) o: Vec<f64>,
+    pub(super) lse: Option<Vec<f32>>,
+    /// What was wrong apart from the numbers, a line each.
+    pub(super) failures: Vec<String>,
+}
+
+impl Results {
+    fn of(
+        case: &Case,
+        data: &Data,
+        device: &MlxDevice,
+        registry: &mut KernelRegistry,
+    ) -> Result<Self> {
+        let buffers = Buffers::new(case, data, device)?;
+        let mut encoder = device.command_encoder()?;
+        let mask = encode(case, data, &buffers, &mut encoder, device, registry)?;
+        encoder.commit_and_wait()?;
+
+        let mut failures = Vec::new();
+        if let (Some(mask), Some(host)) = (&mask, &data.mask)
+            && case.built.is_some()
+            && mask.as_slice::<u8>()? != host.bytes()
+        {
+            failures.push("mask: the device's fill is not what its parameters say".into());
+        }
+        let (o, lse) = read(&data.problem, &buffers, &mut failures)?;
+        for (name, guarded) in &buffers.inputs {
+            if !guarded.is_as_made()? {
+                failures.push(format!("{name}: the kernel wrote an input"));
+            }
+        }
+        Ok(Self { o, lse, failures })
     }
+}
+
+/// Holds results against the oracle.
+fn judge(data: &Data, results: Results) -> Result<Outcome> {
+    let Results {
+        o,
+        lse,
+        mut failures,
+    } = results;
     let problem = &data.problem;
     let inputs = data.inputs()?;
     let exact = oracle::attention(problem, &inputs, Precision::Exact)?;
     let naive = oracle::attention(problem, &inputs, Precision::Naive)?;
-    let (o, lse) = read(problem, &buffers, &mut failures)?;
     let comparison = tolerance::compare(problem, &o, &exact, &naive);
     if !comparison.ok {
         failures.push(format!(
@@ -78,11 +133,6 @@ pub fn run(case: &Case, device: &MlxDevice, registry: &mut KernelRegistry) -> Re
         let (error, allowed) = tolerance::compare_lse(&lse, &exact);
         if error > allowed {
             failures.push(format!("lse: error {error:.3e} of {allowed:.3e} allowed"));
-        }
-    }
-    for (name, guarded) in &buffers.inputs {
-        if !guarded.is_as_made()? {
-            failures.push(format!("{name}: the kernel wrote an input"));
         }
     }
     Ok(Outcome {

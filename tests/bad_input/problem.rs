@@ -154,6 +154,17 @@ fn refused(
     row(name, words, move |_| make().build().map(|_| ()))
 }
 
+/// Something that depends on positions, over 9 queries and 11 keys whose corners nobody aligned.
+fn unplaced(name: &'static str, change: fn(ProblemBuilder) -> ProblemBuilder) -> Row {
+    let words = &[
+        "query_offset",
+        "query_offset(QueryOffset::At(0))",
+        "query_offset(QueryOffset::BottomRight)",
+        "9 queries over 11 keys",
+    ];
+    refused(name, words, move || change(builder()))
+}
+
 fn sized(spoil: fn(&mut Shape)) -> impl Fn() -> ProblemBuilder {
     move || {
         let mut shape = shape([1, 2, 1], (9, 11), 64);
@@ -171,19 +182,12 @@ const ZEROS: Strides = Strides {
 pub(crate) fn builder_rows() -> Vec<Row> {
     let plane = |dtype| MaskSpec::plane(dtype, 11);
     vec![
-        refused("no batch", &["batch", "0"], sized(|s| s.batch = 0)),
         refused("no heads", &["n_heads", "0"], sized(|s| s.heads = 0)),
         refused(
             "no key heads",
             &["n_kv_heads", "0"],
             sized(|s| s.kv_heads = 0),
         ),
-        refused(
-            "no queries",
-            &["seq_len_q", "0"],
-            sized(|s| s.query_len = 0),
-        ),
-        refused("no keys", &["seq_len_k", "0"], sized(|s| s.key_len = 0)),
         refused("no head dim", &["head_dim", "0"], sized(|s| s.head_dim = 0)),
         refused(
             "a head dim between",
@@ -270,6 +274,10 @@ pub(crate) fn builder_rows() -> Vec<Row> {
         refused("an offset below i32", &["q_offset"], || {
             builder().query_offset(QueryOffset::At(i64::MIN))
         }),
+        unplaced("a causal bound", |b| b.causal(true)),
+        unplaced("a window", |b| b.window(3)),
+        unplaced("a right window", |b| b.window_right(3)),
+        unplaced("slopes", |b| b.alibi(true)),
         refused(
             "a capacity below the keys",
             &["key_capacity", "11", "10"],
@@ -350,14 +358,12 @@ fn packed(q: &[u32], k: &[u32]) -> Result<()> {
 
 pub(crate) fn packed_rows() -> Vec<Row> {
     vec![
+        row("no boundaries", &["cu_seqlens_q", "0", "none"], |_| {
+            packed(&[], &[0, 1])
+        }),
         row(
-            "no boundaries",
-            &["cu_seqlens_q", "2 boundaries", "0"],
-            |_| packed(&[], &[0, 1]),
-        ),
-        row(
-            "one boundary",
-            &["cu_seqlens_k", "2 boundaries", "1"],
+            "key boundaries of no sequence for one of queries",
+            &["cu_seqlens_k", "1 sequences", "0"],
             |_| packed(&[0, 1], &[0]),
         ),
         row(
@@ -375,9 +381,21 @@ pub(crate) fn packed_rows() -> Vec<Row> {
             &["cu_seqlens_k", "2 sequences", "1"],
             |_| packed(&[0, 1, 2], &[0, 1]),
         ),
-        row("only empty sequences", &["cu_seqlens_q", "one row"], |_| {
-            packed(&[0, 0], &[0, 1])
-        }),
+        row(
+            "packed sequences of other lengths, without an offset",
+            &[
+                "query_offset",
+                "At(0)",
+                "BottomRight",
+                "1 queries over 4 keys",
+            ],
+            |_| {
+                Problem::varlen(DType::F32, 2, 1, 64, &[0, 3, 4], &[0, 3, 7])
+                    .causal(true)
+                    .build()
+                    .map(|_| ())
+            },
+        ),
         row("a sequence past i32", &["seq_len_k", "4294967295"], |_| {
             packed(&[0, 1], &[0, u32::MAX])
         }),

@@ -348,8 +348,9 @@ pub(crate) struct Attention {
 impl Attention {
     /// The problem that takes every operand.
     pub(crate) fn problem() -> ProblemBuilder {
-        use mlx_flash_attn::attention::MaskSpec;
+        use mlx_flash_attn::attention::{MaskSpec, QueryOffset};
         builder()
+            .query_offset(QueryOffset::At(0))
             .mask(MaskSpec::plane(DType::F32, 11))
             .tile_classes(true)
             .sinks(true)

@@ -4,7 +4,7 @@
 
 use half::{bf16, f16};
 use mlx_flash_attn::attention::tolerance::relative_bound;
-use mlx_flash_attn::attention::{Problem, ProblemBuilder, Shape};
+use mlx_flash_attn::attention::{Problem, ProblemBuilder, QueryOffset, Shape};
 use mlx_flash_attn::encoder::CommandEncoder;
 use mlx_flash_attn::ops::flash_attn_prefill_blk::{
     BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
@@ -195,8 +195,9 @@ impl Qkv {
         }
     }
 
+    /// A problem over these operands, whose positions count from 0 unless a test says otherwise.
     pub(crate) fn builder(&self) -> ProblemBuilder {
-        Problem::builder(self.dtype, self.shape)
+        Problem::builder(self.dtype, self.shape).query_offset(QueryOffset::At(0))
     }
 
     /// Q, K, V and a poisoned output, Q, K and V between NaNs. They lie on no alignment, but on CUDA,

@@ -93,26 +93,26 @@ impl Source<'_> {
 /// Everything that a problem is built from, checked by nobody yet.
 #[derive(Debug, Clone)]
 pub(crate) struct Wild {
-    dtype: DType,
-    kv_dtype: Option<DType>,
-    shape: Shape,
-    packed: Option<(Vec<u32>, Vec<u32>)>,
-    layout: Layout,
-    capacity: Option<usize>,
-    strides: [Option<Strides>; 4],
-    mask: Option<MaskSpec>,
-    causal: bool,
-    offset: QueryOffset,
-    window: Option<u32>,
-    window_right: Option<u32>,
+    pub(crate) dtype: DType,
+    pub(crate) kv_dtype: Option<DType>,
+    pub(crate) shape: Shape,
+    pub(crate) packed: Option<(Vec<u32>, Vec<u32>)>,
+    pub(crate) layout: Layout,
+    pub(crate) capacity: Option<usize>,
+    pub(crate) strides: [Option<Strides>; 4],
+    pub(crate) mask: Option<MaskSpec>,
+    pub(crate) causal: bool,
+    pub(crate) offset: QueryOffset,
+    pub(crate) window: Option<u32>,
+    pub(crate) window_right: Option<u32>,
     /// Times `1 / sqrt(D)`.
-    gain: Option<f32>,
-    softcap: Option<f32>,
-    tile_classes: bool,
-    sinks: bool,
-    alibi: bool,
-    lse: bool,
-    seed: u64,
+    pub(crate) gain: Option<f32>,
+    pub(crate) softcap: Option<f32>,
+    pub(crate) tile_classes: bool,
+    pub(crate) sinks: bool,
+    pub(crate) alibi: bool,
+    pub(crate) lse: bool,
+    pub(crate) seed: u64,
 }
 
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
@@ -336,8 +336,10 @@ pub(crate) fn check(
         });
         let bytes = crate::common::to_bytes(&values.collect::<Vec<f32>>(), spec.dtype);
         let shape = vec![spec.elements];
-        let mut buffer = device.alloc_buffer(bytes.len(), spec.dtype, shape).unwrap();
-        buffer.as_mut_slice::<u8>().unwrap().copy_from_slice(&bytes);
+        // An operand without elements may be any buffer.
+        let room = bytes.len().max(spec.dtype.size_of());
+        let mut buffer = device.alloc_buffer(room, spec.dtype, shape).unwrap();
+        buffer.as_mut_slice::<u8>().unwrap()[..bytes.len()].copy_from_slice(&bytes);
         let mut words = vec![0u64; bytes.len().div_ceil(8)];
         bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(&bytes);
         Some((buffer, words))

@@ -109,7 +109,7 @@ mod tests {
     use crate::random::Random;
     use half::bf16;
     use mlx_flash_attn::DType;
-    use mlx_flash_attn::attention::{Layout, Shape};
+    use mlx_flash_attn::attention::{Layout, QueryOffset, Shape};
 
     const SHAPE: Shape = Shape {
         batch: 2,
@@ -124,6 +124,7 @@ mod tests {
         let problem = Problem::builder(DType::BF16, SHAPE)
             .layout(layout)
             .causal(true)
+            .query_offset(QueryOffset::At(0))
             .lse(true)
             .build()
             .unwrap();

@@ -120,6 +120,10 @@ pub(crate) struct VerifyArgs {
     /// Run a sample of the matrix
     #[arg(long)]
     pub(crate) quick: bool,
+    /// Run each case a second time with NaN, infinities and huge numbers in keys and values that rows do
+    /// not see; rows must keep their bits. Counted as a case of its own
+    #[arg(long)]
+    pub(crate) poison: bool,
     /// Run every Nth case, from the Kth on, so that N runs cover all
     #[arg(long, value_name = "K/N", default_value = "1/1", value_parser = args::part)]
     pub(crate) part: (usize, usize),

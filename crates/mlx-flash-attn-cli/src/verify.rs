@@ -32,11 +32,12 @@ pub(crate) fn execute(args: &VerifyArgs, results: &mut Results) -> Result<Status
     // The CPU serves everything, so what its matrix has more of is what this device lacks. Parts of
     // two matrices do not compare.
     if device.kind() != DeviceKind::Cpu && parts == 1 {
+        let forms = 1 + i64::from(args.poison);
         for case in verify::cases(scope, &MlxDevice::open(DeviceKind::Cpu)?) {
-            report.expect(&case, 1);
+            report.expect(&case, forms);
         }
         for case in &cases {
-            report.expect(case, -1);
+            report.expect(case, -forms);
         }
     }
     // The first kernel that does not build is reported by its case.
@@ -51,7 +52,13 @@ pub(crate) fn execute(args: &VerifyArgs, results: &mut Results) -> Result<Status
     let mut registry = KernelRegistry::new();
     let bar = progress::bar(cases.len() as u64, "verifying", args.json);
     for case in &cases {
-        report.add(case, judge(case, &device, &mut registry));
+        if args.poison {
+            let [plain, poisoned] = judge_both(case, &device, &mut registry);
+            report.add(case, plain);
+            report.add(case, poisoned);
+        } else {
+            report.add(case, judge(case, &device, &mut registry));
+        }
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -78,6 +85,19 @@ fn judge(case: &Case, device: &MlxDevice, registry: &mut KernelRegistry) -> Opti
         Ok(outcome) if outcome.ok() => None,
         Ok(outcome) => Some(outcome.failures.join("; ")),
         Err(error) => Some(error.to_string()),
+    }
+}
+
+/// As [`judge`], of a case's plain and its poison form.
+fn judge_both(
+    case: &Case,
+    device: &MlxDevice,
+    registry: &mut KernelRegistry,
+) -> [Option<String>; 2] {
+    let wrong = |failures: Vec<String>| (!failures.is_empty()).then(|| failures.join("; "));
+    match verify::run_poisoned(case, device, registry) {
+        Ok((plain, poisoned)) => [wrong(plain.failures), wrong(poisoned.failures)],
+        Err(error) => [(); 2].map(|()| Some(error.to_string())),
     }
 }
 

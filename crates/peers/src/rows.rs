@@ -1,7 +1,7 @@
 //! The table: which attention is timed, and what it is held against.
 
 use mlx_flash_attn::DType;
-use mlx_flash_attn::attention::{Problem, Shape};
+use mlx_flash_attn::attention::{Problem, QueryOffset, Shape};
 
 /// One row of the table.
 #[derive(Debug, Clone, Copy)]
@@ -89,7 +89,9 @@ pub(crate) fn sizes(shape: Shape) -> [usize; 6] {
 impl Row {
     /// The row as the library is asked for it.
     pub(crate) fn problem(&self, dtype: DType) -> mlx_flash_attn::Result<Problem> {
-        let builder = Problem::builder(dtype, self.shape).causal(self.causal);
+        let builder = Problem::builder(dtype, self.shape)
+            .causal(self.causal)
+            .query_offset(QueryOffset::At(0));
         match self.window {
             Some(window) => builder.window(window).build(),
             None => builder.build(),

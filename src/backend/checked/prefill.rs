@@ -165,7 +165,8 @@ fn problem(dispatch: &Dispatch, args: &Args<'_>) -> Result<Problem> {
             builder = builder.query_offset(QueryOffset::BottomRight);
         }
     }
-    builder.build().map_err(|e| fail(&e.to_string()))
+    let problem = builder.refuse_empty().build();
+    problem.map_err(|e| fail(&e.to_string()))
 }
 
 fn pointers(problem: &Problem, args: &Args<'_>) -> Result<Pointers> {

@@ -70,6 +70,7 @@ impl<'a> Partials<'a> {
             builder = builder.window(p.kv_seq_len.saturating_sub(p.kv_start));
         }
         let problem = builder
+            .refuse_empty()
             .build()
             .map_err(|e| MlxError::CommandBufferError(format!("{}: {e}", dispatch.kernel.name)))?;
         let kv = problem.operand(Role::Key).map_or(0, |s| s.elements);

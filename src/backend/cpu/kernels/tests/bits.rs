@@ -16,6 +16,7 @@ fn threads_do_not_matter() {
         Problem::builder(DType::F16, shape(3, (4, 2), (1, 3000), 64)),
         Problem::builder(DType::BF16, shape(4, (7, 1), (50, 400), 80))
             .window(90)
+            .query_offset(QueryOffset::At(0))
             .causal(true),
         Problem::varlen(DType::BF16, 4, 2, 64, &[0, 3, 200, 201], &[0, 30, 31, 600]),
     ];
