@@ -162,6 +162,36 @@ fn packed_sequences_pass_the_check_and_padding_is_zero() {
     }
 }
 
+#[test]
+fn empty_work_gives_empty_tensors_or_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let [input, output] = ["in", "out"].map(|name| dir.path().join(name));
+    let none = |file: File, name| file.with_bytes(name, Dtype::I32, &[3], vec![0; 12]);
+    let files = [
+        (File::qkv([0, 4, 3, 64], [0, 2, 5, 64]), vec![0, 4, 3]),
+        (File::qkv([2, 4, 0, 64], [2, 2, 5, 64]), vec![2, 4, 0]),
+        (File::qkv([2, 4, 3, 64], [2, 2, 0, 64]), vec![2, 4, 3]),
+        (
+            none(none(packed(), "cu_seqlens_q"), "cu_seqlens_k"),
+            vec![4, 16],
+        ),
+    ];
+    for (file, lse) in files {
+        file.write(&input);
+        let mut command = program();
+        command.args(["run", "--check", "--lse", "--causal", "-i"]);
+        let ran = command.arg(&input).arg("-o").arg(&output).output().unwrap();
+        assert_eq!(ran.status.code(), Some(0), "{lse:?}: {ran:?}");
+        let (_, shape, bytes) = tensor(&output, "o");
+        assert_eq!(shape, tensor(&input, "q").1);
+        assert!(bytes.iter().all(|x| *x == 0));
+        let (_, shape, bytes) = tensor(&output, "lse");
+        assert_eq!(shape, lse);
+        let hidden = f32::NEG_INFINITY.to_le_bytes();
+        assert!(bytes.chunks(4).all(|x| x == hidden));
+    }
+}
+
 /// Past `--key-len` nothing is read: the cache has NaN there.
 #[test]
 fn rows_past_the_key_length_are_not_read() {
