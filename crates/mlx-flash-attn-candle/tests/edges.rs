@@ -13,7 +13,7 @@ use mlx_flash_attn_candle::{
 #[test]
 fn hidden_nan_of_a_padded_cache_reaches_no_result() {
     for device in &devices() {
-        for dtype in DTYPES {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
             for ql in [1, 5] {
                 let (b, h, hkv, kl, d) = (2, 4, 2, 300, 64);
                 let q = random(1, &[b, h, ql, d], dtype, device);
