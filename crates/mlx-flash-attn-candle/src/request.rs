@@ -171,6 +171,7 @@ impl Request {
             _ => q.narrow(0, 0, oq.len)?,
         };
 
+        let dense = (oq.batch > 0).then_some((oq.len, ok.len));
         let dtype = dtype_of("q", q.dtype())?;
         let mut builder = match packed {
             None => {
@@ -199,7 +200,7 @@ impl Request {
             .strides(Role::Key, ok.strides)
             .strides(Role::Value, ov.strides)
             .causal(options.causal)
-            .query_offset(offset(options, packed, oq.len, ok.len)?)
+            .query_offset(offset(options, packed, dense)?)
             .sinks(options.sinks.is_some())
             .alibi(options.alibi_slopes.is_some())
             .lse(lse);
@@ -232,12 +233,12 @@ impl Request {
     }
 }
 
-/// The caller's choice; any, where none can make a difference.
+/// The caller's choice; any, where none can make a difference. `dense` are the numbers of queries and
+/// keys of each batch, if there is one.
 fn offset(
     options: &Options,
     packed: Option<Packed<'_>>,
-    query_len: usize,
-    key_len: usize,
+    dense: Option<(usize, usize)>,
 ) -> Result<QueryOffset> {
     if let Some(offset) = options.offset {
         return Ok(offset);
@@ -248,7 +249,7 @@ fn offset(
         || options.alibi_slopes.is_some();
     let differ = |&(queries, keys): &(usize, usize)| queries != keys && queries > 0 && keys > 0;
     let unequal = match packed {
-        None => Some((query_len, key_len)).filter(differ),
+        None => dense.filter(differ),
         Some(p) => lengths(p.cu_seqlens_q)
             .zip(lengths(p.cu_seqlens_k))
             .find(differ),

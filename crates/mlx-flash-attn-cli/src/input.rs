@@ -185,9 +185,10 @@ impl<'a> Input<'a> {
         })
     }
 
-    /// Numbers of queries and keys of each sequence.
+    /// Numbers of queries and keys of each sequence; once where all are the same.
     pub(crate) fn lengths(&self) -> Vec<(usize, usize)> {
         match &self.packed {
+            None if self.shape.batch == 0 => Vec::new(),
             None => vec![(self.shape.query_len, self.shape.key_len)],
             Some(packed) => packed.lengths(),
         }

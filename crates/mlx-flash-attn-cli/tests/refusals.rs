@@ -418,7 +418,9 @@ fn wrong_files() {
         assert_run_refused(&input, "", "not a safetensors file", what);
     }
     assert_run_refused(&path("missing"), "", "missing", "a missing file");
-    assert_run_refused(dir.path(), "", "cannot read", "a folder");
+    let folder = path("folder");
+    fs::create_dir(&folder).unwrap();
+    assert_run_refused(&folder, "", "cannot read", "a folder");
 }
 
 #[test]

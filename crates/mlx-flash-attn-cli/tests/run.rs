@@ -66,7 +66,10 @@ fn every_option_passes_the_check() {
             &["--key-len", "30", "--lse"],
         ),
         (plain.clone(), &["--softcap", "2.5", "--scale", "-0.3"]),
-        (in_dtype(Dtype::F16), &["--causal", "--device", "cpu"]),
+        (
+            in_dtype(Dtype::F16),
+            &["--causal", "--q-offset", "0", "--device", "cpu"],
+        ),
         (in_dtype(Dtype::F32), &["--lse"]),
         (
             plain.clone().with("mask", Dtype::F32, &[20, 37]),
