@@ -69,7 +69,7 @@ impl MlxDevice {
             DeviceKind::Emulator => Self::emulator(EmulatorOptions::default()),
             other => Err(MlxError::DeviceUnavailable {
                 device: other.name().into(),
-                reason: "this build has no such backend; use `cpu`".into(),
+                reason: absent(other).into(),
             }),
         }
     }
@@ -174,6 +174,19 @@ impl MlxDevice {
         let mut buffer = self.alloc_buffer(size_of_val(data), dtype, shape)?;
         buffer.as_mut_slice::<T>()?.copy_from_slice(data);
         Ok(buffer)
+    }
+}
+
+/// Why a build has no backend of this kind, and what to build instead.
+fn absent(kind: DeviceKind) -> &'static str {
+    match kind {
+        DeviceKind::Metal if cfg!(target_vendor = "apple") => {
+            "this build has no Metal: build it with `--features metal`"
+        }
+        DeviceKind::Metal => "Metal is on Apple systems alone; use `cpu`",
+        DeviceKind::Cuda => "this build has no CUDA: build it with `--features cuda`",
+        DeviceKind::Emulator => "this build has no emulator: build it with `--features emulator`",
+        DeviceKind::Cpu => "this build has no such backend",
     }
 }
 

@@ -13,4 +13,4 @@ pub use drop_in::{
     flash_attn, flash_attn_varlen, flash_attn_varlen_windowed, flash_attn_windowed, sdpa,
 };
 pub use mlx_flash_attn::attention::{Layout, QueryOffset};
-pub use options::Options;
+pub use options::{Mask, Options};

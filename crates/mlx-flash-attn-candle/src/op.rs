@@ -26,6 +26,34 @@ struct Attention {
 
 /// Runs a request; gives the output, and the log-sum-exp if it was asked for.
 pub(crate) fn run(request: Request) -> Result<(Tensor, Option<Tensor>)> {
+    let padding = request.padding;
+    let (mut out, mut lse) = match request.is_empty() {
+        true => unseen(&request)?,
+        false => computed(request)?,
+    };
+    if padding > 0 {
+        out = out.pad_with_zeros(0, 0, padding)?;
+        if let Some(rows) = &mut lse {
+            let hidden = (rows.dim(0)?, padding);
+            let hidden = Tensor::full(f32::NEG_INFINITY, hidden, rows.device())?;
+            *rows = Tensor::cat(&[&*rows, &hidden], 1)?;
+        }
+    }
+    Ok((out, lse))
+}
+
+/// The result of a request of which no query sees a key.
+fn unseen(request: &Request) -> Result<(Tensor, Option<Tensor>)> {
+    let (device, dtype) = (request.q.device(), request.q.dtype());
+    let out = Tensor::zeros(&request.shape, dtype, device)?;
+    let lse = match request.problem.has_lse() {
+        true => Some(Tensor::full(f32::NEG_INFINITY, &request.lse_shape, device)?),
+        false => None,
+    };
+    Ok((out, lse))
+}
+
+fn computed(request: Request) -> Result<(Tensor, Option<Tensor>)> {
     let request = Arc::new(request);
     let lse = Arc::new(Mutex::new(None));
     let op = Attention {

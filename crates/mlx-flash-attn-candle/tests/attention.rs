@@ -6,7 +6,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::{cells, check, devices, error, random, reference};
 use mlx_flash_attn_candle::{
-    Layout, Options, QueryOffset, attention, attention_varlen, attention_varlen_with_lse,
+    Layout, Mask, Options, QueryOffset, attention, attention_varlen, attention_varlen_with_lse,
     attention_with_lse,
 };
 
@@ -94,6 +94,7 @@ fn seq_major_is_the_same_with_heads_and_rows_swapped() {
         let [q, k, v] = qkv(DType::F32, [2, 4, 2, 23, 41, 64], device);
         let options = Options {
             causal: true,
+            offset: Some(QueryOffset::BottomRight),
             ..Options::default()
         };
         let want = attention(&q, &k, &v, &options).unwrap();
@@ -126,7 +127,7 @@ fn bounds_and_offsets() {
             ] {
                 let options = Options {
                     causal,
-                    offset,
+                    offset: Some(offset),
                     window,
                     window_right,
                     ..Options::default()
@@ -181,7 +182,7 @@ fn additive_masks_broadcast() {
                 });
                 for mask in [mask, turned] {
                     let options = Options {
-                        mask: Some(mask),
+                        mask: Some(Mask::Add(mask)),
                         ..Options::default()
                     };
                     let got = attention(&q, &k, &v, &options).unwrap();
@@ -192,29 +193,37 @@ fn additive_masks_broadcast() {
     }
 }
 
+/// The same cells as both kinds of integer masks: 1 means what the variant says.
 #[test]
-fn integer_masks_are_boolean() {
+fn integer_masks_attend_or_hide_by_type() {
     for device in &devices() {
         let (b, h, ql, kl) = (2, 2, 9, 33);
         let [q, k, v] = qkv(DType::F32, [b, h, 2, ql, kl, 64], device);
-        let seen = |b: usize, i: usize, j: usize| i != 4 && (i * 7 + j * 3 + b).is_multiple_of(4);
-        let (want, _) = reference(&q, &k, &v, None, &|s, [b, _, i, j]| {
-            seen(b, i, j).then_some(s)
-        });
+        let set = |b: usize, i: usize, j: usize| i != 4 && (i * 7 + j * 3 + b).is_multiple_of(4);
         let cells: Vec<u8> = (0..b * ql * kl)
-            .map(|n| 3 * u8::from(seen(n / (ql * kl), n / kl % ql, n % kl)))
+            .map(|n| 3 * u8::from(set(n / (ql * kl), n / kl % ql, n % kl)))
             .collect();
-        let mask = Tensor::from_vec(cells, (b, 1, ql, kl), device).unwrap();
+        let cells = Tensor::from_vec(cells, (b, 1, ql, kl), device).unwrap();
         for dtype in [DType::U8, DType::U32, DType::I64] {
-            let options = Options {
-                mask: Some(mask.to_dtype(dtype).unwrap()),
-                ..Options::default()
-            };
-            let got = attention(&q, &k, &v, &options).unwrap();
-            check(&format!("{dtype:?}"), &got, &want);
-            // Row 4 sees nothing.
-            let row = common::cells(&got.narrow(2, 4, 1).unwrap());
-            assert!(row.iter().all(|x| *x == 0.0));
+            let cells = cells.to_dtype(dtype).unwrap();
+            for (mask, attends) in [
+                (Mask::Attend(cells.clone()), true),
+                (Mask::Hide(cells), false),
+            ] {
+                let what = format!("{dtype:?}, 1 attends: {attends}");
+                let options = Options {
+                    mask: Some(mask),
+                    ..Options::default()
+                };
+                let got = attention(&q, &k, &v, &options).unwrap();
+                let (want, _) = reference(&q, &k, &v, None, &|s, [b, _, i, j]| {
+                    (set(b, i, j) == attends).then_some(s)
+                });
+                check(&what, &got, &want);
+                // Row 4 sees nothing, or everything.
+                let row = common::cells(&got.narrow(2, 4, 1).unwrap());
+                assert_eq!(row.iter().all(|x| *x == 0.0), attends, "{what}");
+            }
         }
     }
 }
@@ -285,7 +294,8 @@ fn packed_sequences_are_each_their_own() {
         for masked in [false, true] {
             let options = Options {
                 causal: true,
-                mask: masked.then(|| mask.clone()),
+                offset: Some(QueryOffset::BottomRight),
+                mask: masked.then(|| Mask::Add(mask.clone())),
                 ..Options::default()
             };
             let (got, lse) = attention_varlen_with_lse(&q, &k, &v, &cu_q, &cu_k, &options).unwrap();
@@ -300,10 +310,8 @@ fn packed_sequences_are_each_their_own() {
                 };
                 let options = Options {
                     mask: masked.then(|| {
-                        mask.narrow(1, at, len)
-                            .unwrap()
-                            .narrow(2, 0, lens_k[n])
-                            .unwrap()
+                        let rows = mask.narrow(1, at, len).unwrap();
+                        Mask::Add(rows.narrow(2, 0, lens_k[n]).unwrap())
                     }),
                     ..options.clone()
                 };

@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use mlx_flash_attn_candle::{Options, attention};
+use mlx_flash_attn_candle::{Options, QueryOffset, attention};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -26,6 +26,7 @@ fn calls_take_little_besides_their_output() {
     let device = &Device::Cpu;
     let causal = Options {
         causal: true,
+        offset: Some(QueryOffset::BottomRight),
         ..Options::default()
     };
     // A token over a cache of 64 MiB, as a view of one that has more room.

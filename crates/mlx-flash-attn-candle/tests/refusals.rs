@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use common::{devices, random};
-use mlx_flash_attn_candle::{Layout, Options, QueryOffset, attention, attention_varlen};
+use mlx_flash_attn_candle::{Layout, Mask, Options, QueryOffset, attention, attention_varlen};
 
 const F32: DType = DType::F32;
 
@@ -40,12 +40,6 @@ fn shapes_and_dtypes() {
         run(&q48, &q48, &q48),
         &["head_dim", "[32, 64, 80, 96, 128, 192, 256, 512]", "48"],
     );
-    let none = x(&[1, 4, 0, 64]);
-    refused(run(&none, &kv, &kv), &["seq_len_q"]);
-    refused(run(&q, &none, &none), &["seq_len_k"]);
-    let none = x(&[0, 4, 8, 64]);
-    refused(run(&none, &none, &none), &["batch"]);
-
     let of = |x: &Tensor, dtype| x.to_dtype(dtype).unwrap();
     for dtype in [DType::F64, DType::U32, DType::I64] {
         refused(run(&of(&q, dtype), &kv, &kv), &["q:", "bf16, f16 or f32"]);
@@ -109,7 +103,7 @@ fn options() {
         }),
         &["window_right"],
     );
-    let offset = QueryOffset::At(i64::MAX);
+    let offset = Some(QueryOffset::At(i64::MAX));
     refused(with(Options { offset, ..plain() }), &["q_offset"]);
 
     let mask = |dims: &[usize], dtype| {
@@ -119,7 +113,7 @@ fn options() {
             .to_dtype(dtype)
             .unwrap();
         Options {
-            mask: Some(mask),
+            mask: Some(Mask::Add(mask)),
             ..plain()
         }
     };
@@ -155,13 +149,94 @@ fn options() {
     );
 }
 
+/// Whether 1 attends or hides is said by the variant, never by the dtype.
+#[test]
+fn masks_of_another_kind_than_their_cells() {
+    let q = random(1, &[1, 4, 8, 64], F32, &Device::Cpu);
+    let (float, integer) = (
+        Tensor::zeros((8, 8), F32, &Device::Cpu).unwrap(),
+        Tensor::zeros((8, 8), DType::U8, &Device::Cpu).unwrap(),
+    );
+    for (mask, words) in [
+        (Mask::Add(integer), ["mask", "U8", "Mask::Hide"]),
+        (Mask::Attend(float.clone()), ["mask", "F32", "Mask::Add"]),
+        (Mask::Hide(float), ["mask", "F32", "Mask::Add"]),
+    ] {
+        let options = Options {
+            mask: Some(mask),
+            ..Options::default()
+        };
+        refused(attention(&q, &q, &q, &options), &words);
+    }
+}
+
+/// Nothing counts positions from a corner that the caller has not named.
+#[test]
+fn bounds_over_other_lengths_without_an_offset() {
+    let q = random(1, &[1, 4, 3, 64], F32, &Device::Cpu);
+    let kv = random(2, &[1, 2, 8, 64], F32, &Device::Cpu);
+    let slopes = Tensor::ones(4, F32, &Device::Cpu).unwrap();
+    let plain = Options::default;
+    let by_position = [
+        Options {
+            causal: true,
+            ..plain()
+        },
+        Options {
+            window: Some(2),
+            ..plain()
+        },
+        Options {
+            window_right: Some(0),
+            ..plain()
+        },
+        Options {
+            alibi_slopes: Some(slopes),
+            ..plain()
+        },
+    ];
+    let pack = |x: &Tensor| x.squeeze(0).unwrap().transpose(0, 1).unwrap();
+    let (pq, pkv) = (pack(&q), pack(&kv));
+    let words = ["offset", "BottomRight", "At(0)", "3 queries", "8 keys"];
+    attention(&q, &kv, &kv, &plain()).unwrap();
+    for options in by_position {
+        refused(attention(&q, &kv, &kv, &options), &words);
+        let packed = |cu_k: &[u32]| attention_varlen(&pq, &pkv, &pkv, &[0, 3], cu_k, &options);
+        refused(packed(&[0, 8]), &words);
+        packed(&[0, 3]).unwrap();
+        attention(
+            &kv,
+            &kv,
+            &kv,
+            &Options {
+                alibi_slopes: None,
+                ..options.clone()
+            },
+        )
+        .unwrap();
+        for offset in [QueryOffset::BottomRight, QueryOffset::At(0)] {
+            let offset = Some(offset);
+            attention(
+                &q,
+                &kv,
+                &kv,
+                &Options {
+                    offset,
+                    ..options.clone()
+                },
+            )
+            .unwrap();
+        }
+    }
+}
+
 #[test]
 fn boundaries() {
     let q = random(1, &[10, 4, 64], F32, &Device::Cpu);
     let run =
         |cu_q: &[u32], cu_k: &[u32]| attention_varlen(&q, &q, &q, cu_q, cu_k, &Options::default());
     run(&[0, 4, 10], &[0, 6, 10]).unwrap();
-    refused(run(&[0, 4, 9], &[0, 6, 10]), &["cu_seqlens_q", "10", "9"]);
+    refused(run(&[0, 4, 11], &[0, 6, 10]), &["cu_seqlens_q", "10", "11"]);
     refused(run(&[0, 4, 10], &[0, 6, 11]), &["cu_seqlens_k", "10", "11"]);
     refused(run(&[], &[0, 10]), &["cu_seqlens_q"]);
     refused(run(&[1, 10], &[0, 10]), &["cu_seqlens_q"]);
@@ -193,7 +268,7 @@ fn operands_lie_on_one_device() {
         refused(run(&there, &here, &here, &plain), &["k:", "as q"]);
         refused(run(&here, &here, &there, &plain), &["v:", "as q"]);
         let mask = Options {
-            mask: Some(random(2, &[8, 8], F32, &Device::Cpu)),
+            mask: Some(Mask::Add(random(2, &[8, 8], F32, &Device::Cpu))),
             ..plain
         };
         refused(run(&there, &there, &there, &mask), &["mask", "as q"]);

@@ -99,6 +99,93 @@ impl From<DTypeArg> for DType {
     }
 }
 
+/// `--mask` of `bench`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MaskArg {
+    /// Booleans, every other key visible on average.
+    Bool,
+    /// bfloat16, added.
+    Bf16,
+    /// IEEE-754 binary16, added.
+    F16,
+    /// IEEE-754 binary32, added.
+    F32,
+}
+
+impl From<MaskArg> for DType {
+    fn from(mask: MaskArg) -> Self {
+        match mask {
+            MaskArg::Bool => Self::U8,
+            MaskArg::Bf16 => Self::BF16,
+            MaskArg::F16 => Self::F16,
+            MaskArg::F32 => Self::F32,
+        }
+    }
+}
+
+/// Which axes a mask has besides that of the keys; it broadcasts over the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MaskAxes {
+    pub(crate) batch: bool,
+    pub(crate) heads: bool,
+    pub(crate) queries: bool,
+}
+
+impl MaskAxes {
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        let mut axes = Self {
+            batch: false,
+            heads: false,
+            queries: false,
+        };
+        for letter in text.chars().filter(|_| text != "none") {
+            let axis = match letter {
+                'b' => &mut axes.batch,
+                'h' => &mut axes.heads,
+                'q' => &mut axes.queries,
+                _ => return Err("expected letters of `bhq`, or `none`".into()),
+            };
+            if std::mem::replace(axis, true) {
+                return Err(format!("`{letter}` is there twice"));
+            }
+        }
+        Ok(axes)
+    }
+
+    /// Sizes of a mask over `[B, H, qL, kL]`.
+    pub(crate) fn of(self, [batch, heads, queries, keys]: [usize; 4]) -> [usize; 4] {
+        let or_one = |own: bool, size| if own { size } else { 1 };
+        [
+            or_one(self.batch, batch),
+            or_one(self.heads, heads),
+            or_one(self.queries, queries),
+            keys,
+        ]
+    }
+}
+
+impl std::fmt::Display for MaskAxes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let axes = [(self.batch, "b"), (self.heads, "h"), (self.queries, "q")];
+        let letters: String = axes.iter().filter(|a| a.0).map(|a| a.1).collect();
+        f.write_str(if letters.is_empty() { "none" } else { &letters })
+    }
+}
+
+/// Cumulative lengths of packed sequences; what they must be is checked with the problem.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct CuSeqlens(pub(crate) Vec<u32>);
+
+impl CuSeqlens {
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        let numbers = text.split(',').map(|part| part.trim().parse().ok());
+        numbers
+            .collect::<Option<_>>()
+            .map(Self)
+            .ok_or_else(|| "expected whole numbers with commas, such as 0,100,164".into())
+    }
+}
+
 /// A finite number.
 pub(crate) fn finite(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
@@ -129,6 +216,14 @@ pub(crate) fn size(text: &str) -> Result<usize, String> {
 pub(crate) fn window(text: &str) -> Result<u32, String> {
     let size = size(text)?;
     u32::try_from(size).map_err(|e| e.to_string())
+}
+
+/// A number of keys after a query's own, which may be none.
+pub(crate) fn window_right(text: &str) -> Result<u32, String> {
+    text.parse::<u32>()
+        .ok()
+        .filter(|keys| u64::from(*keys) <= MAX)
+        .ok_or_else(|| format!("expected a whole number from 0 to {MAX}"))
 }
 
 /// `K/N`: the Kth of N parts, from 1.
@@ -203,6 +298,27 @@ mod tests {
         for bad in ["0", "-1", "2147483648", "99999999999999999999", "1.5"] {
             assert!(window(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn mask_axes_and_boundaries() {
+        let sizes = [2, 4, 8, 16];
+        for (text, expected) in [
+            ("none", [1, 1, 1, 16]),
+            ("q", [1, 1, 8, 16]),
+            ("bq", [2, 1, 8, 16]),
+            ("qhb", [2, 4, 8, 16]),
+        ] {
+            let axes = MaskAxes::parse(text).unwrap();
+            assert_eq!(axes.of(sizes), expected, "{text}");
+        }
+        assert!(MaskAxes::parse("qq").is_err() && MaskAxes::parse("k").is_err());
+        assert_eq!(CuSeqlens::parse("0, 3,7"), Ok(CuSeqlens(vec![0, 3, 7])));
+        for bad in ["", "0,x", "0,-1", "0,4294967296"] {
+            assert!(CuSeqlens::parse(bad).is_err(), "{bad}");
+        }
+        assert_eq!(window_right("0"), Ok(0));
+        assert!(window_right("-1").is_err() && window_right("2147483648").is_err());
     }
 
     #[test]

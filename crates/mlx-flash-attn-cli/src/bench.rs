@@ -5,10 +5,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use half::{bf16, f16};
 use indicatif::ProgressBar;
-use mlx_flash_attn::attention::{Problem, QueryOffset, Role, Shape};
+use mlx_flash_attn::attention::{Problem, Role, Shape};
 use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::{DType, DeviceKind, KernelRegistry, MlxBuffer, MlxDevice};
+use serde_json::Value;
 
+use crate::asked;
 use crate::cli::BenchArgs;
 use crate::files::Target;
 use crate::json::{self, BenchLine};
@@ -37,16 +39,16 @@ pub(crate) fn execute(args: &BenchArgs, results: &mut Results) -> Result<Status>
     let problems = args
         .shape
         .iter()
-        .map(|shape| problem(args, *shape, dtype))
+        .map(|shape| Ok((*shape, problem(args, *shape, dtype)?)))
         .collect::<Result<Vec<_>>>()?;
     let peak = measured_peak(&device, dtype);
     let mut lines = Vec::new();
-    for problem in &problems {
-        let bar = progress::bar(1000, &label(problem.shape()), args.json);
-        let times = time(&device, problem, &bar)
-            .with_context(|| format!("--shape {}", label(problem.shape())));
+    for (shape, problem) in &problems {
+        let bar = progress::bar(1000, &label(*shape), args.json);
+        let times =
+            time(&device, problem, &bar).with_context(|| format!("--shape {}", label(*shape)));
         bar.finish_and_clear();
-        let line = line(args, &device, problem, &times?, peak);
+        let line = line(args, &device, *shape, problem, &times?, peak);
         if args.json {
             results.json(&line)?;
         }
@@ -69,14 +71,8 @@ fn measured_peak(device: &MlxDevice, dtype: DType) -> Option<f64> {
 }
 
 fn problem(args: &BenchArgs, shape: Shape, dtype: DType) -> Result<Problem> {
-    let mut builder = Problem::builder(dtype, shape)
-        .causal(args.causal)
-        .query_offset(QueryOffset::BottomRight);
-    if let Some(window) = args.window {
-        builder = builder.window(window);
-    }
     let checked = || {
-        let problem = builder.build()?;
+        let problem = asked::builder(args, shape, dtype)?.build()?;
         let needed = bytes(&problem).saturating_mul(sets(&problem));
         match available_memory() {
             Some(available) if needed > available => bail!(
@@ -90,11 +86,9 @@ fn problem(args: &BenchArgs, shape: Shape, dtype: DType) -> Result<Problem> {
     checked().with_context(|| format!("--shape {}", label(shape)))
 }
 
-const ROLES: [Role; 4] = [Role::Query, Role::Key, Role::Value, Role::Output];
-
 /// Bytes of one set of operands.
 fn bytes(problem: &Problem) -> usize {
-    ROLES
+    Role::ALL
         .into_iter()
         .filter_map(|role| problem.operand(role))
         .map(|spec| spec.elements.saturating_mul(spec.dtype.size_of()))
@@ -126,8 +120,13 @@ fn time(device: &MlxDevice, problem: &Problem, bar: &ProgressBar) -> Result<Time
     let mut many = |i: usize, n: usize| {
         let start = Instant::now();
         for set in sets.iter().cycle().skip(i).take(n) {
-            let operands = Operands::new(&set.q, &set.k, &set.v, &set.out);
-            ops::attention(&mut encoder, device, &mut registry, problem, &operands)?;
+            ops::attention(
+                &mut encoder,
+                device,
+                &mut registry,
+                problem,
+                &set.operands(),
+            )?;
             encoder.memory_barrier();
         }
         let (begin, end) = encoder.commit_wait_with_gpu_time()?;
@@ -162,30 +161,60 @@ struct Set {
     k: MlxBuffer,
     v: MlxBuffer,
     out: MlxBuffer,
+    mask: Option<MlxBuffer>,
+    sinks: Option<MlxBuffer>,
+    alibi_slopes: Option<MlxBuffer>,
+    lse: Option<MlxBuffer>,
 }
 
 impl Set {
     fn new(device: &MlxDevice, problem: &Problem, random: &mut Random) -> Result<Self> {
-        let mut operand = |role: Role, filled: bool| -> Result<MlxBuffer> {
+        let mut optional = |role: Role| -> Result<Option<MlxBuffer>> {
             let Some(spec) = problem.operand(role) else {
-                bail!("{} has no size", role.name())
+                return Ok(None);
             };
             let (dtype, n) = (spec.dtype, spec.elements);
             let Some(bytes) = n.checked_mul(dtype.size_of()) else {
                 bail!("{}: {n} elements overflow", role.name())
             };
             let mut buffer = device.alloc_buffer(bytes, dtype, vec![n])?;
-            if filled {
-                fill(&mut buffer, random)?;
+            match role {
+                Role::Output | Role::Lse => {}
+                Role::AlibiSlopes => {
+                    let slopes = buffer.as_mut_slice::<f32>()?;
+                    for (h, slope) in (1..).zip(slopes) {
+                        *slope = (-8.0 * h as f32 / n as f32).exp2();
+                    }
+                }
+                _ => fill(&mut buffer, random)?,
             }
-            Ok(buffer)
+            Ok(Some(buffer))
+        };
+        let (mask, sinks) = (optional(Role::Mask)?, optional(Role::Sinks)?);
+        let (alibi_slopes, lse) = (optional(Role::AlibiSlopes)?, optional(Role::Lse)?);
+        let mut operand = |role: Role| {
+            optional(role)?.ok_or_else(|| anyhow::anyhow!("{} has no size", role.name()))
         };
         Ok(Self {
-            q: operand(Role::Query, true)?,
-            k: operand(Role::Key, true)?,
-            v: operand(Role::Value, true)?,
-            out: operand(Role::Output, false)?,
+            q: operand(Role::Query)?,
+            k: operand(Role::Key)?,
+            v: operand(Role::Value)?,
+            out: operand(Role::Output)?,
+            mask,
+            sinks,
+            alibi_slopes,
+            lse,
         })
+    }
+
+    fn operands(&self) -> Operands<'_> {
+        Operands {
+            mask: self.mask.as_ref(),
+            sinks: self.sinks.as_ref(),
+            alibi_slopes: self.alibi_slopes.as_ref(),
+            lse: self.lse.as_ref(),
+            ..Operands::new(&self.q, &self.k, &self.v, &self.out)
+        }
     }
 }
 
@@ -199,7 +228,12 @@ fn fill(buffer: &mut MlxBuffer, random: &mut Random) -> Result<()> {
             let values = buffer.as_mut_slice::<f16>()?;
             values.fill_with(|| f16::from_f32(random.normal()));
         }
-        _ => buffer.as_mut_slice::<f32>()?.fill_with(|| random.normal()),
+        DType::F32 => buffer.as_mut_slice::<f32>()?.fill_with(|| random.normal()),
+        DType::U8 => {
+            let values = buffer.as_mut_slice::<u8>()?;
+            values.fill_with(|| u8::from(random.normal() > 0.0));
+        }
+        other => bail!("no random elements of {other}"),
     }
     Ok(())
 }
@@ -207,6 +241,7 @@ fn fill(buffer: &mut MlxBuffer, random: &mut Random) -> Result<()> {
 fn line(
     args: &BenchArgs,
     device: &MlxDevice,
+    shape: Shape,
     problem: &Problem,
     times: &Times,
     peak: Option<f64>,
@@ -215,15 +250,16 @@ fn line(
     BenchLine {
         device: device.kind().name(),
         dtype: problem.dtype().name(),
-        shape: json::sizes(problem.shape()),
-        causal: args.causal,
-        window: args.window,
+        shape: json::sizes(shape),
+        causal: args.score.causal,
+        window: args.score.window,
         ms_median: times.median,
         ms_min: times.min,
         ms_max: times.max,
         tflops,
         peak_tflops: peak,
         share: peak.map(|peak| tflops / peak),
+        asked: asked::besides(args),
     }
 }
 
@@ -233,11 +269,20 @@ fn label(shape: Shape) -> String {
 
 fn title(args: &BenchArgs, device: &MlxDevice, dtype: DType) -> String {
     let mut title = format!("Attention on {}, {dtype}", device.name());
-    if args.causal {
+    if args.score.causal {
         title.push_str(", causal");
     }
-    if let Some(window) = args.window {
+    if let Some(window) = args.score.window {
         title.push_str(&format!(", window {window}"));
+    }
+    for (name, value) in asked::besides(args) {
+        title.push_str(", ");
+        title.push_str(&name.replace('_', " "));
+        match value {
+            Value::Bool(_) => {}
+            Value::String(text) => title.push_str(&format!(" {text}")),
+            other => title.push_str(&format!(" {other}")),
+        }
     }
     title
 }

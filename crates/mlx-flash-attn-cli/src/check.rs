@@ -27,7 +27,12 @@ impl Verdict {
         lse: Option<&[f32]>,
         hidden: bool,
     ) -> Result<Self> {
-        let rows = problem.shape().batch * problem.shape().heads * problem.query_rows();
+        let sequences = match problem.cu_seqlens() {
+            None => problem.shape().batch,
+            // Their rows are all among `query_rows`.
+            Some(_) => 1,
+        };
+        let rows = sequences * problem.shape().heads * problem.query_rows();
         let bar = progress::bar(2 * rows as u64, "checking against float64", hidden);
         let reference =
             |precision| oracle::attention_with_progress(problem, inputs, precision, || bar.inc(1));

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use mlx_flash_attn::attention::{QueryOffset, Shape};
 
-use crate::args::{self, DTypeArg, DeviceArg, LayoutArg};
+use crate::args::{self, CuSeqlens, DTypeArg, DeviceArg, LayoutArg, MaskArg, MaskAxes};
+use crate::score::ScoreArgs;
 
 /// Exact flash attention on this machine's devices: compute it, check it, measure it.
 ///
@@ -55,13 +56,24 @@ pub(crate) struct ImagesArgs {
 
 /// Compute attention over the tensors of a safetensors file.
 ///
-/// The file holds `q` [B,H,qL,D], `k` and `v` [B,Hkv,kL,D] in BF16, F16 or F32 (seq-major: [B,L,H,D]);
-/// it may hold `mask` [qL,kL] or [B|1,H|1,qL,kL], BOOL (true attends) or BF16, F16 or F32 (added to
-/// the scaled scores), and `sinks` F32 [H]. The output file holds `o` in q's dtype and layout.
+/// The file holds `q` [B,H,qL,D], `k` and `v` [B,Hkv,kL,D] in BF16, F16 or F32 (seq-major: [B,L,H,D]).
+/// It may hold:
+///
+/// - `mask` [qL|1,kL] or [B|1,H|1,qL|1,kL]: BOOL or U8 (true or not 0: the key is visible), or BF16,
+///   F16 or F32 (added to the scaled scores; -inf hides a key);
+///
+/// - `sinks` F32 [H], `alibi_slopes` F32 [H] (-slope * distance is added);
+///
+/// - `cu_seqlens_q` and `cu_seqlens_k` [n+1] (I32, U32, I64 or U64): n packed sequences, `q`
+///   [rows,H,D], `k` and `v` [rows,Hkv,D]; B is then 1, kL in a mask that of the longest sequence,
+///   and rows past the last boundary are padding: not read, zeros in the output.
+///
+/// The output file holds `o` in q's dtype and layout.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
-  mlx-flash-attn run -i qkv.safetensors -o out.safetensors --causal --check")]
+Examples:
+  mlx-flash-attn run -i qkv.safetensors -o out.safetensors --causal --check
+  mlx-flash-attn run -i cache.safetensors -o out.safetensors --key-len 300 --causal --q-offset bottom-right")]
 pub(crate) struct RunArgs {
     /// Safetensors file with `q`, `k`, `v`
     #[arg(short, long, value_name = "FILE")]
@@ -69,34 +81,22 @@ pub(crate) struct RunArgs {
     /// Safetensors file to write; it appears whole or not at all
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: PathBuf,
-    /// Hide keys after a query's own position
-    #[arg(long)]
-    pub(crate) causal: bool,
-    /// Position of query row 0 among the keys, or `bottom-right` for kL - qL
-    #[arg(
-        long,
-        value_name = "N",
-        default_value = "0",
-        allow_hyphen_values = true,
-        value_parser = args::query_offset
-    )]
-    pub(crate) q_offset: QueryOffset,
-    /// Show a query exactly N keys up to and including its own position
-    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::window)]
-    pub(crate) window: Option<u32>,
-    /// Cap scores: s = X * tanh(s / X)
-    #[arg(long, value_name = "X", allow_hyphen_values = true, value_parser = args::positive)]
-    pub(crate) softcap: Option<f32>,
-    /// Multiply scores by X [default: 1/sqrt(D)]
-    #[arg(long, value_name = "X", allow_hyphen_values = true, value_parser = args::finite)]
-    pub(crate) scale: Option<f32>,
+    #[command(flatten)]
+    pub(crate) score: ScoreArgs,
+    /// Position of query row 0 among the keys, or `bottom-right` for kL - qL; needed where qL differs
+    /// from kL and a bound or ALiBi counts positions
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::query_offset)]
+    pub(crate) q_offset: Option<QueryOffset>,
+    /// Take the first N rows of k and v alone as keys: a cache with room for more
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::size)]
+    pub(crate) key_len: Option<usize>,
     /// Order of the axes of q, k, v and o
     #[arg(long, value_enum, default_value_t = LayoutArg::HeadMajor)]
     pub(crate) layout: LayoutArg,
     /// Device to compute on
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub(crate) device: DeviceArg,
-    /// Write the log-sum-exp of each row too: `lse` F32 [B,H,qL]
+    /// Write the log-sum-exp of each row too: `lse` F32 [B,H,qL], packed [H,rows]
     #[arg(long)]
     pub(crate) lse: bool,
     /// Compare with the float64 reference (slow); exit with 1 if over the tolerance
@@ -135,12 +135,14 @@ pub(crate) struct VerifyArgs {
 /// Measure attention on random inputs of given shapes.
 ///
 /// Each shape is warmed up, then run for at least a second; on a GPU its own clock counts. TFLOP/s
-/// counts 4*D operations a visible pair. With `--causal` or `--window` the last query sees the last
-/// key.
+/// counts 4*D operations for each pair of a query and a key within the bounds; a mask hides none of
+/// them.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
-  mlx-flash-attn bench --shape 1,32,8,4096,4096,128 --shape 1,32,8,1,4096,128 --causal")]
+Examples:
+  mlx-flash-attn bench --shape 1,32,8,4096,4096,128 --shape 1,32,8,1,4096,128 --causal
+  mlx-flash-attn bench --shape 4,32,8,1,4096,128 --mask bool --mask-axes b --key-capacity 8192
+  mlx-flash-attn bench --shape 1,32,8,300,300,128 --cu-seqlens-q 0,100,300 --cu-seqlens-k 0,100,300")]
 pub(crate) struct BenchArgs {
     /// Batch, query heads, key/value heads, query length, key length, head dim; repeatable
     #[arg(
@@ -154,17 +156,71 @@ pub(crate) struct BenchArgs {
     /// Element type of inputs and output
     #[arg(long, value_enum, default_value_t = DTypeArg::Bf16)]
     pub(crate) dtype: DTypeArg,
-    /// Hide keys after a query's own position
+    /// Element type of k and v, where it differs: f16 under f32
+    #[arg(long, value_enum)]
+    pub(crate) kv_dtype: Option<DTypeArg>,
+    /// Order of the axes of q, k, v and o
+    #[arg(long, value_enum, default_value_t = LayoutArg::HeadMajor)]
+    pub(crate) layout: LayoutArg,
+    #[command(flatten)]
+    pub(crate) score: ScoreArgs,
+    /// Position of query row 0 among the keys, or `bottom-right` for SK - SQ: the last query sees the
+    /// last key, as in decoding and chunked prefill
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "bottom-right",
+        allow_hyphen_values = true,
+        value_parser = args::query_offset
+    )]
+    pub(crate) q_offset: QueryOffset,
+    /// Give a mask of this type, with random cells
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub(crate) mask: Option<MaskArg>,
+    /// Axes of the mask besides that of the keys: letters of `bhq`, or `none`; it broadcasts over the
+    /// others
+    #[arg(
+        long,
+        value_name = "AXES",
+        default_value = "q",
+        requires = "mask",
+        value_parser = MaskAxes::parse
+    )]
+    pub(crate) mask_axes: MaskAxes,
+    /// Give each head a sink logit
     #[arg(long)]
-    pub(crate) causal: bool,
-    /// Show a query exactly N keys up to and including its own position
-    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::window)]
-    pub(crate) window: Option<u32>,
+    pub(crate) sinks: bool,
+    /// Give each head an ALiBi slope: 2^(-8 h / H) for the heads h from 1 to H
+    #[arg(long)]
+    pub(crate) alibi: bool,
+    /// Write the log-sum-exp too
+    #[arg(long)]
+    pub(crate) lse: bool,
+    /// Rows that k and v have room for, at least SK: a cache that is not full
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::size)]
+    pub(crate) key_capacity: Option<usize>,
+    /// Pack sequences with these boundaries among the SQ rows of q; B is 1
+    #[arg(
+        long,
+        value_name = "0,N,...",
+        requires = "cu_seqlens_k",
+        conflicts_with_all = ["key_capacity", "layout"],
+        value_parser = CuSeqlens::parse
+    )]
+    pub(crate) cu_seqlens_q: Option<CuSeqlens>,
+    /// Their boundaries among the SK rows of k and v
+    #[arg(
+        long,
+        value_name = "0,N,...",
+        requires = "cu_seqlens_q",
+        value_parser = CuSeqlens::parse
+    )]
+    pub(crate) cu_seqlens_k: Option<CuSeqlens>,
     /// Device to measure
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub(crate) device: DeviceArg,
     /// Print one JSON object a shape: device, dtype, shape, causal, window, ms_median, ms_min,
-    /// ms_max, tflops
+    /// ms_max, tflops, peak_tflops, share, and what else was asked for
     #[arg(long)]
     pub(crate) json: bool,
     /// Draw the results
@@ -200,15 +256,13 @@ pub(crate) struct TilesArgs {
     /// Show a query exactly N keys up to and including its own position
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::window)]
     pub(crate) window: Option<u32>,
-    /// Position of query row 0 among the keys, or `bottom-right` for SK - SQ
-    #[arg(
-        long,
-        value_name = "N",
-        default_value = "0",
-        allow_hyphen_values = true,
-        value_parser = args::query_offset
-    )]
-    pub(crate) q_offset: QueryOffset,
+    /// Show a query at most N keys after its own position
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::window_right)]
+    pub(crate) window_right: Option<u32>,
+    /// Position of query row 0 among the keys, or `bottom-right` for SK - SQ; needed with a bound
+    /// where SQ differs from SK
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::query_offset)]
+    pub(crate) q_offset: Option<QueryOffset>,
     /// Head dimension, which decides the tile
     #[arg(long, value_name = "D", default_value = "64", allow_hyphen_values = true, value_parser = args::head_dim)]
     pub(crate) head_dim: usize,

@@ -7,9 +7,20 @@ use mlx_flash_attn::attention::{MaskSpec, Shape};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::args::LayoutArg;
+use crate::packed::Packed;
+use crate::score::mask_spec;
 
 /// The tensors this program knows.
-const KNOWN: [&str; 5] = ["q", "k", "v", "mask", "sinks"];
+const KNOWN: [&str; 8] = [
+    "q",
+    "k",
+    "v",
+    "mask",
+    "sinks",
+    "alibi_slopes",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+];
 
 /// One operand: its element type and its bytes, dense.
 #[derive(Debug)]
@@ -22,22 +33,65 @@ pub(crate) struct Tensor<'a> {
 /// What a file holds.
 #[derive(Debug)]
 pub(crate) struct Input<'a> {
+    /// The sizes; for packed sequences a batch of 1, and all rows.
     pub(crate) shape: Shape,
+    /// Rows that K and V have room for.
+    pub(crate) capacity: usize,
+    pub(crate) packed: Option<Packed>,
     pub(crate) q: Tensor<'a>,
     pub(crate) k: Tensor<'a>,
     pub(crate) v: Tensor<'a>,
     pub(crate) mask: Option<(Tensor<'a>, MaskSpec)>,
     pub(crate) sinks: Option<Tensor<'a>>,
+    pub(crate) alibi_slopes: Option<Tensor<'a>>,
     /// Names of tensors that nothing reads.
     pub(crate) unused: Vec<String>,
 }
 
+/// How the axes of q, k and v are read.
+#[derive(Debug, Clone, Copy)]
+enum Axes {
+    Dense(LayoutArg),
+    /// [rows, H, D].
+    Packed,
+}
+
+impl Axes {
+    fn rank(self) -> usize {
+        self.names().split(',').count()
+    }
+
+    fn names(self) -> &'static str {
+        match self {
+            Self::Dense(layout) => layout.axes(),
+            Self::Packed => "[rows, H, D]",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Dense(layout) => layout.name(),
+            Self::Packed => "packed, as `cu_seqlens_q` is there",
+        }
+    }
+}
+
 impl<'a> Input<'a> {
-    /// Takes the operands out of `tensors`, whose axes are in the order of `layout`.
-    pub(crate) fn new(tensors: &SafeTensors<'a>, layout: LayoutArg) -> Result<Self> {
-        Self::in_layout(tensors, layout).map_err(|error| {
+    /// Takes the operands out of `tensors`, whose axes are in the order of `layout`; of `k` and `v`
+    /// the first `key_len` rows, if given, are keys.
+    pub(crate) fn new(
+        tensors: &SafeTensors<'a>,
+        layout: LayoutArg,
+        key_len: Option<usize>,
+    ) -> Result<Self> {
+        let packed = Packed::of(tensors)?;
+        if packed.is_some() {
+            return Self::read(tensors, Axes::Packed, key_len, packed);
+        }
+        let read = |layout| Self::read(tensors, Axes::Dense(layout), key_len, None);
+        read(layout).map_err(|error| {
             // Axes taken for one another are the usual reason why shapes disagree.
-            match Self::in_layout(tensors, layout.other()) {
+            match read(layout.other()) {
                 Ok(_) => anyhow!(
                     "{error} (with `--layout {}` the shapes fit)",
                     layout.other().name()
@@ -47,17 +101,22 @@ impl<'a> Input<'a> {
         })
     }
 
-    fn in_layout(tensors: &SafeTensors<'a>, layout: LayoutArg) -> Result<Self> {
+    fn read(
+        tensors: &SafeTensors<'a>,
+        order: Axes,
+        key_len: Option<usize>,
+        packed: Option<Packed>,
+    ) -> Result<Self> {
         let [q, k, v] = [
             required(tensors, "q")?,
             required(tensors, "k")?,
             required(tensors, "v")?,
         ];
-        let [batch, heads, query_len, head_dim] = axes("q", &q, layout)?;
-        let [k_batch, kv_heads, key_len, k_dim] = axes("k", &k, layout)?;
+        let [batch, heads, query_len, head_dim] = axes("q", &q, order)?;
+        let [k_batch, kv_heads, capacity, k_dim] = axes("k", &k, order)?;
         same("k", "batch size", batch, k_batch, "q", &k)?;
         same("k", "head dim", head_dim, k_dim, "q", &k)?;
-        axes("v", &v, layout)?;
+        axes("v", &v, order)?;
         if v.shape() != k.shape() {
             bail!(
                 "tensor `v`: expected shape {:?} as `k`, found {:?}",
@@ -65,12 +124,24 @@ impl<'a> Input<'a> {
                 v.shape()
             );
         }
-        if !heads.is_multiple_of(kv_heads) {
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             bail!(
                 "tensor `k`: expected a number of heads that divides the {heads} of `q`, \
                  found {kv_heads} (shape {:?}, {})",
                 k.shape(),
-                layout.axes()
+                order.names()
+            );
+        }
+        if key_len.is_some() && packed.is_some() {
+            bail!("--key-len: `cu_seqlens_k` says already which rows are keys");
+        }
+        let key_len = key_len.unwrap_or(capacity);
+        if key_len > capacity {
+            bail!(
+                "--key-len: expected at most the {capacity} rows of `k`, found {key_len} (shape {:?}, \
+                 {})",
+                k.shape(),
+                order.names()
             );
         }
         let shape = Shape {
@@ -81,6 +152,10 @@ impl<'a> Input<'a> {
             key_len,
             head_dim,
         };
+        if let Some(packed) = &packed {
+            packed.check(query_len, capacity)?;
+        }
+        let columns = packed.as_ref().map_or(key_len, Packed::longest_keys);
         let q = tensor("q", &q, &FLOATS)?;
         // Half-precision caches under float32 queries are usual.
         let kv: &[Dtype] = match q.dtype {
@@ -89,26 +164,41 @@ impl<'a> Input<'a> {
             _ => &[Dtype::BF16],
         };
         let k_dtype = [k.dtype()];
+        let per_head = |name| {
+            optional(tensors, name)
+                .map(|view| self::per_head(name, &view, heads))
+                .transpose()
+        };
         Ok(Self {
             shape,
+            capacity,
+            packed,
             k: tensor("k", &k, kv)?,
             v: tensor("v", &v, &k_dtype)?,
             mask: optional(tensors, "mask")
-                .map(|view| mask(&view, &shape))
+                .map(|view| mask(&view, [batch, heads, query_len, columns]))
                 .transpose()?,
-            sinks: optional(tensors, "sinks")
-                .map(|view| sinks(&view, heads))
-                .transpose()?,
+            sinks: per_head("sinks")?,
+            alibi_slopes: per_head("alibi_slopes")?,
             unused: unused(tensors),
             q,
         })
     }
+
+    /// Numbers of queries and keys of each sequence; once where all are the same.
+    pub(crate) fn lengths(&self) -> Vec<(usize, usize)> {
+        match &self.packed {
+            None if self.shape.batch == 0 => Vec::new(),
+            None => vec![(self.shape.query_len, self.shape.key_len)],
+            Some(packed) => packed.lengths(),
+        }
+    }
 }
 
 const FLOATS: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
-const MASKS: [Dtype; 4] = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::BOOL];
+const MASKS: [Dtype; 5] = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::BOOL, Dtype::U8];
 
-fn optional<'a>(tensors: &SafeTensors<'a>, name: &str) -> Option<TensorView<'a>> {
+pub(crate) fn optional<'a>(tensors: &SafeTensors<'a>, name: &str) -> Option<TensorView<'a>> {
     tensors.tensor(name).ok()
 }
 
@@ -136,23 +226,19 @@ fn unused(tensors: &SafeTensors<'_>) -> Vec<String> {
     unused
 }
 
-/// Batch, heads, length and head dim of an operand of rank 4, none of them 0.
-fn axes(name: &str, view: &TensorView<'_>, layout: LayoutArg) -> Result<[usize; 4]> {
-    let shape = view.shape();
-    let &[batch, a, b, dim] = shape else {
-        bail!(
-            "tensor `{name}`: expected rank 4 {} ({}), found rank {} {shape:?}",
-            layout.axes(),
-            layout.name(),
+/// Batch, heads, length and head dim of an operand; 1 batch where sequences are packed.
+fn axes(name: &str, view: &TensorView<'_>, order: Axes) -> Result<[usize; 4]> {
+    Ok(match (order, view.shape()) {
+        (Axes::Dense(LayoutArg::HeadMajor), &[batch, heads, len, dim])
+        | (Axes::Dense(LayoutArg::SeqMajor), &[batch, len, heads, dim]) => [batch, heads, len, dim],
+        (Axes::Packed, &[len, heads, dim]) => [1, heads, len, dim],
+        (_, shape) => bail!(
+            "tensor `{name}`: expected rank {} {} ({}), found rank {} {shape:?}",
+            order.rank(),
+            order.names(),
+            order.name(),
             shape.len()
-        );
-    };
-    if shape.contains(&0) {
-        bail!("tensor `{name}`: expected sizes of at least 1, found shape {shape:?}");
-    }
-    Ok(match layout {
-        LayoutArg::HeadMajor => [batch, a, b, dim],
-        LayoutArg::SeqMajor => [batch, b, a, dim],
+        ),
     })
 }
 
@@ -178,7 +264,7 @@ fn tensor<'a>(name: &str, view: &TensorView<'a>, allowed: &[Dtype]) -> Result<Te
         Dtype::BF16 => Some(DType::BF16),
         Dtype::F16 => Some(DType::F16),
         Dtype::F32 => Some(DType::F32),
-        Dtype::BOOL => Some(DType::U8),
+        Dtype::BOOL | Dtype::U8 => Some(DType::U8),
         _ => None,
     };
     match dtype.filter(|_| allowed.contains(&view.dtype())) {
@@ -198,27 +284,31 @@ fn tensor<'a>(name: &str, view: &TensorView<'a>, allowed: &[Dtype]) -> Result<Te
     }
 }
 
-fn mask<'a>(view: &TensorView<'a>, shape: &Shape) -> Result<(Tensor<'a>, MaskSpec)> {
+fn mask<'a>(view: &TensorView<'a>, full: [usize; 4]) -> Result<(Tensor<'a>, MaskSpec)> {
     let tensor = tensor("mask", view, &MASKS)?;
-    let (rows, keys) = (shape.query_len, shape.key_len);
-    let broadcasts = |found: usize, full: usize| found == 1 || found == full;
-    let spec = match *view.shape() {
-        [q, k] if [q, k] == [rows, keys] => MaskSpec::plane(tensor.dtype, keys),
-        [b, h, q, k]
-            if broadcasts(b, shape.batch)
-                && broadcasts(h, shape.heads)
-                && [q, k] == [rows, keys] =>
-        {
-            MaskSpec::broadcast(tensor.dtype, [b, h, q, k])
+    let sizes = match *view.shape() {
+        [q, k] => Some([1, 1, q, k]),
+        [b, h, q, k] => Some([b, h, q, k]),
+        _ => None,
+    };
+    let [batch, heads, rows, keys] = full;
+    let fits = |sizes: &[usize; 4]| {
+        let mut pairs = sizes.iter().zip(full);
+        sizes[3] == keys && pairs.all(|(found, full)| *found == 1 || *found == full)
+    };
+    match sizes.filter(fits) {
+        Some(sizes) => {
+            let spec = mask_spec(tensor.dtype, sizes);
+            Ok((tensor, spec))
         }
-        _ => bail!(
-            "tensor `mask`: expected shape [{rows}, {keys}] or [{}, {}, {rows}, {keys}], found {:?}",
-            or_one(shape.batch),
-            or_one(shape.heads),
+        None => bail!(
+            "tensor `mask`: expected shape [{2}, {keys}] or [{0}, {1}, {2}, {keys}], found {3:?}",
+            or_one(batch),
+            or_one(heads),
+            or_one(rows),
             view.shape()
         ),
-    };
-    Ok((tensor, spec))
+    }
 }
 
 /// A size that may broadcast.
@@ -229,12 +319,12 @@ fn or_one(size: usize) -> String {
     }
 }
 
-fn sinks<'a>(view: &TensorView<'a>, heads: usize) -> Result<Tensor<'a>> {
+fn per_head<'a>(name: &str, view: &TensorView<'a>, heads: usize) -> Result<Tensor<'a>> {
     if view.shape() != [heads] {
         bail!(
-            "tensor `sinks`: expected shape [{heads}], one for each head of `q`, found {:?}",
+            "tensor `{name}`: expected shape [{heads}], one for each head of `q`, found {:?}",
             view.shape()
         );
     }
-    tensor("sinks", view, &[Dtype::F32])
+    tensor(name, view, &[Dtype::F32])
 }

@@ -2,6 +2,7 @@
 
 use mlx_flash_attn::attention::Shape;
 use serde::{Serialize, Serializer};
+use serde_json::{Map, Value};
 
 /// One line of `run`.
 #[derive(Debug, Serialize)]
@@ -48,6 +49,9 @@ pub(crate) struct BenchLine {
     pub(crate) peak_tflops: Option<f64>,
     /// `tflops / peak_tflops`.
     pub(crate) share: Option<f64>,
+    /// What else was asked for, by the names of its options; nothing where nothing was.
+    #[serde(flatten)]
+    pub(crate) asked: Map<String, Value>,
 }
 
 /// B, H, Hkv, Sq, Sk, D.
@@ -83,6 +87,9 @@ pub(crate) struct TilesLine {
     pub(crate) sk: usize,
     pub(crate) causal: bool,
     pub(crate) window: Option<u32>,
+    /// Only where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) window_right: Option<u32>,
     pub(crate) q_offset: i64,
     pub(crate) head_dim: usize,
     /// Query rows and keys of a tile.

@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 mod args;
+mod asked;
 mod bench;
 mod check;
 mod cli;
@@ -18,10 +19,12 @@ mod input;
 mod json;
 mod measure;
 mod output;
+mod packed;
 mod plot;
 mod progress;
 mod random;
 mod run;
+mod score;
 mod svg;
 mod table;
 mod tiles;

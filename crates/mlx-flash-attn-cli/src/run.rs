@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use mlx_flash_attn::attention::oracle::{Inputs, Values};
-use mlx_flash_attn::attention::{Problem, QueryOffset, Shape};
+use mlx_flash_attn::attention::{Problem, Shape};
 use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::{DType, KernelRegistry, MlxBuffer, MlxDevice};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
@@ -18,6 +18,7 @@ use crate::input::{Input, Tensor};
 use crate::json::RunLine;
 use crate::output::{Results, Status, message};
 use crate::progress;
+use crate::score;
 use crate::table::{Fields, milliseconds};
 
 pub(crate) fn execute(args: &RunArgs, results: &mut Results) -> Result<Status> {
@@ -65,7 +66,10 @@ struct Job {
     out: MlxBuffer,
     mask: Option<MlxBuffer>,
     sinks: Option<MlxBuffer>,
+    alibi_slopes: Option<MlxBuffer>,
     lse: Option<MlxBuffer>,
+    /// Query rows past the last boundary of packed sequences.
+    padding: usize,
     summary: Summary,
 }
 
@@ -76,54 +80,60 @@ impl Job {
         let tensors = SafeTensors::deserialize(&bytes)
             .map_err(|e| anyhow::anyhow!("{}: not a safetensors file: {e}", path.display()))?;
         let at = || format!("{}", path.display());
-        let input = Input::new(&tensors, args.layout).with_context(at)?;
+        let input = Input::new(&tensors, args.layout, args.key_len).with_context(at)?;
         note_what_has_no_effect(args, &input, path);
         Self::new(args, &input, device).with_context(at)
     }
 
     fn new(args: &RunArgs, input: &Input<'_>, device: &MlxDevice) -> Result<Self> {
-        let mut builder = Problem::builder(input.q.dtype, input.shape)
+        let shape = input.shape;
+        let builder = match &input.packed {
+            None => Problem::builder(input.q.dtype, shape)
+                .layout(args.layout.into())
+                .key_capacity(input.capacity),
+            Some(packed) => Problem::varlen(
+                input.q.dtype,
+                shape.heads,
+                shape.kv_heads,
+                shape.head_dim,
+                &packed.queries,
+                &packed.keys,
+            ),
+        };
+        let positions_count = args.score.bounded() || input.alibi_slopes.is_some();
+        let offset = score::offset(args.q_offset, positions_count, input.lengths())?;
+        let mut builder = args
+            .score
+            .apply(builder)
             .kv_dtype(input.k.dtype)
-            .layout(args.layout.into())
-            .causal(args.causal)
-            .query_offset(args.q_offset)
+            .query_offset(offset)
             .sinks(input.sinks.is_some())
+            .alibi(input.alibi_slopes.is_some())
             .lse(args.lse);
         if let Some((_, spec)) = &input.mask {
             builder = builder.mask(*spec);
         }
-        if let Some(window) = args.window {
-            builder = builder.window(window);
-        }
-        if let Some(softcap) = args.softcap {
-            builder = builder.softcap(softcap);
-        }
-        if let Some(scale) = args.scale {
-            builder = builder.scale(scale);
-        }
         let problem = builder.build()?;
         let upload = |tensor: &Tensor<'_>| upload(device, tensor);
-        let zeros = |dtype: DType, shape: Vec<usize>| {
-            let elements: usize = shape.iter().product();
-            device.alloc_buffer(elements * dtype.size_of(), dtype, shape)
+        let Shape { batch, heads, .. } = shape;
+        let rows = problem.query_rows();
+        let lse_shape = match input.packed {
+            None => vec![batch, heads, rows],
+            Some(_) => vec![heads, rows],
         };
-        let Shape {
-            batch,
-            heads,
-            query_len,
-            ..
-        } = input.shape;
         Ok(Self {
+            padding: shape.query_len - rows,
             problem,
             q: upload(&input.q)?,
             k: upload(&input.k)?,
             v: upload(&input.v)?,
-            out: zeros(input.q.dtype, input.q.shape.clone())?,
+            out: zeros(device, input.q.dtype, input.q.shape.clone())?,
             mask: input.mask.as_ref().map(|(t, _)| upload(t)).transpose()?,
             sinks: input.sinks.as_ref().map(upload).transpose()?,
+            alibi_slopes: input.alibi_slopes.as_ref().map(upload).transpose()?,
             lse: args
                 .lse
-                .then(|| zeros(DType::F32, vec![batch, heads, query_len]))
+                .then(|| zeros(device, DType::F32, lse_shape))
                 .transpose()?,
             summary: Summary::new(input, args.layout),
         })
@@ -136,6 +146,7 @@ impl Job {
         let operands = Operands {
             mask: self.mask.as_ref(),
             sinks: self.sinks.as_ref(),
+            alibi_slopes: self.alibi_slopes.as_ref(),
             lse: self.lse.as_ref(),
             ..Operands::new(&self.q, &self.k, &self.v, &self.out)
         };
@@ -156,83 +167,121 @@ impl Job {
             DType::F16 => Dtype::F16,
             _ => Dtype::F32,
         };
-        let mut tensors = vec![("o", view(dtype, &self.out)?)];
-        if let Some(lse) = &self.lse {
-            tensors.push(("lse", view(Dtype::F32, lse)?));
+        let out = TensorView::new(dtype, self.out.shape().to_vec(), bytes(&self.out)?)?;
+        let mut tensors = vec![("o", out)];
+        let lse = self.lse.as_ref().map(|lse| self.padded(lse)).transpose()?;
+        if let Some((shape, bytes)) = &lse {
+            let lse = TensorView::new(Dtype::F32, shape.clone(), bytes)?;
+            tensors.push(("lse", lse));
         }
         Ok(serialize(tensors, None)?)
+    }
+
+    /// Shape and bytes of the log-sum-exp, with `-inf` for the rows of padding.
+    fn padded(&self, lse: &MlxBuffer) -> Result<(Vec<usize>, Vec<u8>)> {
+        let Some((rows, outer)) = lse.shape().split_last() else {
+            bail!("lse: expected rows, found a scalar")
+        };
+        let row_bytes = rows * size_of::<f32>();
+        let hidden = f32::NEG_INFINITY.to_le_bytes().repeat(self.padding);
+        let stored = bytes(lse)?;
+        let mut padded = Vec::new();
+        for head in 0..outer.iter().product() {
+            padded.extend_from_slice(&stored[head * row_bytes..][..row_bytes]);
+            padded.extend_from_slice(&hidden);
+        }
+        let shape = [outer, &[rows + self.padding]].concat();
+        Ok((shape, padded))
     }
 
     fn check(&self, hidden: bool) -> Result<Verdict> {
         let mask = self.mask.as_ref().map(values).transpose()?;
         let sinks = self.sinks.as_ref().map(MlxBuffer::as_slice::<f32>);
-        let lse = self.lse.as_ref().map(MlxBuffer::as_slice::<f32>);
+        let slopes = self.alibi_slopes.as_ref().map(MlxBuffer::as_slice::<f32>);
+        let lse = self.lse.as_ref().map(floats).transpose()?;
         let inputs = Inputs {
             q: values(&self.q)?,
             k: values(&self.k)?,
             v: values(&self.v)?,
             mask,
             sinks: sinks.transpose()?,
-            alibi_slopes: None,
+            alibi_slopes: slopes.transpose()?,
         };
         let out = values(&self.out)?;
-        Verdict::new(&self.problem, &inputs, &out, lse.transpose()?, hidden)
+        Verdict::new(&self.problem, &inputs, &out, lse, hidden)
     }
 }
 
-fn view(dtype: Dtype, buffer: &MlxBuffer) -> Result<TensorView<'_>> {
-    let bytes = buffer.as_slice::<u8>()?;
-    Ok(TensorView::new(dtype, buffer.shape().to_vec(), bytes)?)
-}
-
-fn values(buffer: &MlxBuffer) -> Result<Values<'_>> {
-    Ok(Values::from_bytes(
-        buffer.dtype(),
-        buffer.as_slice::<u8>()?,
-    )?)
+/// Memory for elements of a shape; for none of them too, which a device does not allocate.
+fn zeros(device: &MlxDevice, dtype: DType, shape: Vec<usize>) -> mlx_flash_attn::Result<MlxBuffer> {
+    let bytes = elements(&shape).saturating_mul(dtype.size_of());
+    device.alloc_buffer(bytes.max(dtype.size_of()), dtype, shape)
 }
 
 fn upload(device: &MlxDevice, tensor: &Tensor<'_>) -> mlx_flash_attn::Result<MlxBuffer> {
-    let mut buffer = device.alloc_buffer(tensor.bytes.len(), tensor.dtype, tensor.shape.clone())?;
+    let mut buffer = zeros(device, tensor.dtype, tensor.shape.clone())?;
     // Bytes, as a file's tensors need not be aligned.
-    buffer.as_mut_slice::<u8>()?.copy_from_slice(tensor.bytes);
+    buffer.as_mut_slice::<u8>()?[..tensor.bytes.len()].copy_from_slice(tensor.bytes);
     Ok(buffer)
 }
 
-/// What is computed, for people.
-struct Summary {
-    q: String,
-    kv: String,
-    mask: Option<String>,
-    sinks: bool,
+fn elements(shape: &[usize]) -> usize {
+    shape.iter().copied().fold(1, usize::saturating_mul)
 }
+
+/// The bytes of a buffer's elements.
+fn bytes(buffer: &MlxBuffer) -> Result<&[u8]> {
+    let len = elements(buffer.shape()) * buffer.dtype().size_of();
+    Ok(&buffer.as_slice::<u8>()?[..len])
+}
+
+fn floats(buffer: &MlxBuffer) -> Result<&[f32]> {
+    Ok(&buffer.as_slice::<f32>()?[..elements(buffer.shape())])
+}
+
+fn values(buffer: &MlxBuffer) -> Result<Values<'_>> {
+    Ok(Values::from_bytes(buffer.dtype(), bytes(buffer)?)?)
+}
+
+/// What is computed, for people.
+struct Summary(Vec<(&'static str, String)>);
 
 impl Summary {
     fn new(input: &Input<'_>, layout: LayoutArg) -> Self {
-        let mask = input.mask.as_ref().map(|(mask, spec)| {
+        let (q, k) = (&input.q, &input.k);
+        let order = match &input.packed {
+            None => layout.name().to_owned(),
+            Some(packed) => format!("{} packed sequences", packed.lengths().len()),
+        };
+        let mut keys = format!("{} {:?}", k.dtype, k.shape);
+        if input.shape.key_len < input.capacity {
+            keys.push_str(&format!(", {} of the rows are keys", input.shape.key_len));
+        }
+        let mut fields = vec![
+            ("q", format!("{} {:?} {order}", q.dtype, q.shape)),
+            ("k, v", keys),
+        ];
+        if let Some((mask, spec)) = &input.mask {
             let dtype = if spec.is_bool() {
                 "bool"
             } else {
                 mask.dtype.name()
             };
-            format!("{dtype} {:?}", mask.shape)
-        });
-        Self {
-            q: format!("{} {:?} {}", input.q.dtype, input.q.shape, layout.name()),
-            kv: format!("{} {:?}", input.k.dtype, input.k.shape),
-            mask,
-            sinks: input.sinks.is_some(),
+            fields.push(("mask", format!("{dtype} {:?}", mask.shape)));
         }
+        let per_head = [
+            ("sinks", &input.sinks),
+            ("alibi slopes", &input.alibi_slopes),
+        ];
+        for (name, _) in per_head.into_iter().filter(|(_, x)| x.is_some()) {
+            fields.push((name, "one for each head".into()));
+        }
+        Self(fields)
     }
 
     fn describe(&self, fields: &mut Fields) {
-        fields.add("q", &self.q);
-        fields.add("k, v", &self.kv);
-        if let Some(mask) = &self.mask {
-            fields.add("mask", mask);
-        }
-        if self.sinks {
-            fields.add("sinks", "one for each head");
+        for (name, value) in &self.0 {
+            fields.add(name, value);
         }
     }
 }
@@ -246,10 +295,10 @@ fn note_what_has_no_effect(args: &RunArgs, input: &Input<'_>, path: &Path) {
             names.join(", ")
         ));
     }
-    let bounded = args.causal || args.window.is_some();
-    if args.q_offset != QueryOffset::default() && !bounded {
+    let positions_count = args.score.bounded() || input.alibi_slopes.is_some();
+    if args.q_offset.is_some() && !positions_count {
         message(format_args!(
-            "note: --q-offset has no effect without --causal or --window"
+            "note: --q-offset has no effect without a bound or ALiBi slopes"
         ));
     }
 }

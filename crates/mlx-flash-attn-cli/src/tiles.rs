@@ -9,6 +9,7 @@ use crate::files::Target;
 use crate::grid::{Counts, Grid};
 use crate::json::TilesLine;
 use crate::output::{Results, Status, message};
+use crate::score;
 use crate::svg::{Anchor, Svg};
 use crate::table::Table;
 
@@ -47,15 +48,17 @@ pub(crate) fn execute(args: &TilesArgs, results: &mut Results) -> Result<Status>
         .as_ref()
         .map(|path| Target::new(path, &[]))
         .transpose()?;
+    let bounded = args.causal || args.window.is_some() || args.window_right.is_some();
+    let offset = score::offset(args.q_offset, bounded, [(args.sq, args.sk)])?;
     let grid = Grid {
         visibility: Visibility {
-            q_offset: match args.q_offset {
+            q_offset: match offset {
                 QueryOffset::At(offset) => offset,
                 QueryOffset::BottomRight => args.sk as i64 - args.sq as i64,
             },
             causal: args.causal,
             window: args.window,
-            window_right: None,
+            window_right: args.window_right,
         },
         tile: class_tile(args.head_dim),
         query_len: args.sq,
@@ -105,6 +108,7 @@ fn line(args: &TilesArgs, grid: &Grid, counts: &Counts) -> TilesLine {
         sk: args.sk,
         causal: args.causal,
         window: args.window,
+        window_right: args.window_right,
         q_offset: grid.visibility.q_offset,
         head_dim: args.head_dim,
         tile: [grid.tile.bq, grid.tile.bk],
@@ -126,6 +130,9 @@ fn title(args: &TilesArgs, grid: &Grid) -> String {
     }
     if let Some(window) = args.window {
         title.push_str(&format!(", window {window}"));
+    }
+    if let Some(keys) = args.window_right {
+        title.push_str(&format!(", {keys} to the right"));
     }
     if grid.visibility.q_offset != 0 {
         title.push_str(&format!(", offset {}", grid.visibility.q_offset));

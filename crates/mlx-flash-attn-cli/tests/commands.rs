@@ -118,6 +118,64 @@ fn bench_as_json() {
     assert!((counted / flops - 1.0).abs() < 1e-9, "{counted} {flops}");
 }
 
+/// Everything that the library can do can be measured; what was asked for is in the line.
+#[test]
+fn bench_takes_what_the_library_takes() {
+    let keys = [
+        "device",
+        "dtype",
+        "shape",
+        "causal",
+        "window",
+        "ms_median",
+        "ms_min",
+        "ms_max",
+        "tflops",
+        "peak_tflops",
+        "share",
+    ];
+    let dense = "--dtype f32 --kv-dtype f16 --layout seq-major --window 3 --window-right 2 --q-offset 4 \
+                 --softcap 5 --scale 0.5 --mask bool --mask-axes bh --sinks --alibi --lse \
+                 --key-capacity 40 --shape 2,4,2,16,24,32";
+    let packed = "--mask f16 --cu-seqlens-q 0,4,12 --cu-seqlens-k 0,0,20 --shape 1,2,1,16,24,32";
+    let mut lines = Vec::new();
+    for (options, more) in [
+        (
+            dense,
+            &[
+                "kv_dtype",
+                "layout",
+                "window_right",
+                "q_offset",
+                "softcap",
+                "scale",
+                "mask",
+                "sinks",
+                "alibi",
+                "lse",
+                "key_capacity",
+            ][..],
+        ),
+        (packed, &["mask", "cu_seqlens_q", "cu_seqlens_k"]),
+    ] {
+        let ran = words(&format!("bench --device cpu --json {options}"));
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        let line = json_lines(&ran.stdout).remove(0);
+        assert_keys(&line, &[&keys, more].concat());
+        assert!(line["ms_median"].as_f64() > Some(0.0));
+        lines.push(line);
+    }
+    let line = &lines[1];
+    assert_eq!(line["shape"], serde_json::json!([1, 2, 1, 16, 24, 32]));
+    assert_eq!(line["mask"], "f16 q");
+    // 8 queries over 20 keys; the first sequence has no keys.
+    let counted = line["tflops"].as_f64().unwrap() * line["ms_median"].as_f64().unwrap() * 1e9;
+    assert!(
+        (counted / (4.0 * 32.0 * 2.0 * 8.0 * 20.0) - 1.0).abs() < 1e-9,
+        "{counted}"
+    );
+}
+
 #[test]
 fn bench_for_people_with_a_plot() {
     let dir = tempfile::tempdir().unwrap();

@@ -77,7 +77,35 @@ fn wrong_command_lines() {
             "/no/such/folder",
         ),
         ("devices --quick", "--quick"),
+        ("run -i x -o y --window-right -1", "--window-right"),
+        ("run -i x -o y --key-len 0", "--key-len"),
+        ("bench --shape 1,1,1,8,8,64 --mask int8", "--mask"),
+        ("bench --shape 1,1,1,8,8,64 --mask f32 --mask-axes x", "bhq"),
+        ("bench --shape 1,1,1,8,8,64 --mask-axes b", "--mask"),
+        (
+            "bench --shape 1,1,1,8,8,64 --key-capacity 7",
+            "key_capacity",
+        ),
+        ("bench --shape 1,1,1,8,8,64 --kv-dtype f16", "K and V"),
+        (
+            "bench --shape 1,1,1,8,8,64 --cu-seqlens-q 0,8",
+            "--cu-seqlens-k",
+        ),
+        (
+            "bench --shape 1,1,1,8,8,64 --cu-seqlens-q 0,9 --cu-seqlens-k 0,8",
+            "cu_seqlens_q",
+        ),
+        (
+            "bench --shape 2,1,1,8,8,64 --cu-seqlens-q 0,8 --cu-seqlens-k 0,8",
+            "expected B 1",
+        ),
+        (
+            "bench --shape 1,1,1,8,8,64 --cu-seqlens-q 0,6,4 --cu-seqlens-k 0,4,8",
+            "never fall",
+        ),
         ("tiles --sq 128", "--sk"),
+        // Positions count from the corner that the caller names.
+        ("tiles --sq 128 --sk 256 --causal", "--q-offset"),
         ("tiles --sq 0 --sk 128", "--sq"),
         ("tiles --sq 128 --sk 2147483648", "--sk"),
         ("tiles --sq 128 --sk 128 --head-dim 100", "--head-dim"),
@@ -93,6 +121,36 @@ fn wrong_command_lines() {
         } else {
             assert_refused(&ran, culprit, line);
         }
+    }
+}
+
+/// A device that this build lacks: the message names the feature to build with.
+#[test]
+fn devices_that_are_not_in_this_build() {
+    let mut absent = Vec::new();
+    if !cfg!(feature = "cuda") {
+        absent.push(("cuda", "--features cuda"));
+    }
+    if !cfg!(feature = "emulator") {
+        absent.push(("emulator", "--features emulator"));
+    }
+    if !cfg!(target_vendor = "apple") {
+        absent.push(("metal", "Apple"));
+    }
+    for (device, remedy) in absent {
+        for line in [
+            "run -i x -o y --device",
+            "verify --device",
+            "bench --shape 1,1,1,8,8,64 --device",
+        ] {
+            assert_refused(&words(&format!("{line} {device}")), remedy, line);
+        }
+        let mut command = program();
+        command.args(["bench", "--shape", "1,1,1,8,8,64"]);
+        let output = command.env("MLX_FLASH_DEVICE", device).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{device}");
+        assert!(stderr.contains(remedy), "{stderr}");
     }
 }
 
@@ -161,12 +219,6 @@ fn wrong_tensors() {
             good.clone().with("v", bf, &[1, 2, 2, 9, 64]),
             "",
             &["`v`", "rank 4"],
-        ),
-        (
-            "a size of 0",
-            good.clone().with("q", bf, &[2, 4, 0, 64]),
-            "",
-            &["`q`", "[2, 4, 0, 64]"],
         ),
         (
             "integers",
@@ -238,16 +290,16 @@ fn wrong_tensors() {
             &["--layout head-major"],
         ),
         (
-            "a mask of one row",
-            good.clone().with("mask", bf, &[1, 9]),
+            "a mask of one key",
+            good.clone().with("mask", bf, &[8, 1]),
             "",
-            &["`mask`", "[8, 9]", "[1, 9]"],
+            &["`mask`", "[8 or 1, 9]", "[8, 1]"],
         ),
         (
             "a mask for another batch size",
             good.clone().with("mask", bf, &[3, 1, 8, 9]),
             "",
-            &["`mask`", "[2 or 1, 4 or 1, 8, 9]"],
+            &["`mask`", "[2 or 1, 4 or 1, 8 or 1, 9]"],
         ),
         (
             "a mask of rank 3",
@@ -266,6 +318,61 @@ fn wrong_tensors() {
             good.clone().with("sinks", Dtype::F32, &[2]),
             "",
             &["`sinks`", "[4]", "[2]"],
+        ),
+        (
+            "slopes of another number",
+            good.clone().with("alibi_slopes", Dtype::F32, &[4, 1]),
+            "",
+            &["`alibi_slopes`", "[4]", "[4, 1]"],
+        ),
+        (
+            "positions that count from no named corner",
+            good.clone().with("alibi_slopes", Dtype::F32, &[4]),
+            "",
+            &[
+                "--q-offset bottom-right",
+                "--q-offset 0",
+                "8 queries",
+                "9 keys",
+            ],
+        ),
+        (
+            "a causal bound from no named corner",
+            good.clone(),
+            "--causal",
+            &["--q-offset bottom-right", "--q-offset 0"],
+        ),
+        (
+            "more keys than rows",
+            good.clone(),
+            "--key-len 10",
+            &["--key-len", "at most the 9 rows", "10"],
+        ),
+        (
+            "packed sequences of rank 4",
+            good.clone().with("cu_seqlens_q", Dtype::I32, &[2]).with(
+                "cu_seqlens_k",
+                Dtype::I32,
+                &[2],
+            ),
+            "",
+            &["`q`", "rank 3", "[rows, H, D]"],
+        ),
+        (
+            "boundaries of queries alone",
+            good.clone().with("cu_seqlens_q", Dtype::I32, &[2]),
+            "",
+            &["`cu_seqlens_k`", "with `cu_seqlens_q`"],
+        ),
+        (
+            "boundaries of floats",
+            good.clone().with("cu_seqlens_q", Dtype::F32, &[2]).with(
+                "cu_seqlens_k",
+                Dtype::I32,
+                &[2],
+            ),
+            "",
+            &["`cu_seqlens_q`", "U32", "F32"],
         ),
         (
             "half-precision sinks",
@@ -311,7 +418,9 @@ fn wrong_files() {
         assert_run_refused(&input, "", "not a safetensors file", what);
     }
     assert_run_refused(&path("missing"), "", "missing", "a missing file");
-    assert_run_refused(dir.path(), "", "cannot read", "a folder");
+    let folder = path("folder");
+    fs::create_dir(&folder).unwrap();
+    assert_run_refused(&folder, "", "cannot read", "a folder");
 }
 
 #[test]

@@ -49,13 +49,31 @@ fn every_option_passes_the_check() {
         (plain.clone(), &["--causal", "--q-offset", "bottom-right"]),
         (plain.clone(), &["--causal", "--q-offset", "-5", "--lse"]),
         (plain.clone(), &["--causal", "--q-offset=17", "--window=9"]),
-        (plain.clone(), &["--window", "1"]),
+        (plain.clone(), &["--window", "1", "--q-offset", "0"]),
+        (
+            plain.clone(),
+            &[
+                "--window=5",
+                "--window-right",
+                "2",
+                "--q-offset=bottom-right",
+            ],
+        ),
+        (plain.clone(), &["--window-right", "0", "--q-offset", "0"]),
+        (plain.clone(), &["--key-len", "20", "--causal", "--lse"]),
+        (
+            plain.clone().with("mask", Dtype::F16, &[2, 1, 1, 30]),
+            &["--key-len", "30", "--lse"],
+        ),
         (plain.clone(), &["--softcap", "2.5", "--scale", "-0.3"]),
-        (in_dtype(Dtype::F16), &["--causal", "--device", "cpu"]),
+        (
+            in_dtype(Dtype::F16),
+            &["--causal", "--q-offset", "0", "--device", "cpu"],
+        ),
         (in_dtype(Dtype::F32), &["--lse"]),
         (
             plain.clone().with("mask", Dtype::F32, &[20, 37]),
-            &["--causal"],
+            &["--causal", "--q-offset", "bottom-right"],
         ),
         (plain.clone().with("mask", Dtype::BOOL, &[20, 37]), &[]),
         (
@@ -66,7 +84,17 @@ fn every_option_passes_the_check() {
             plain.clone().with("mask", Dtype::F16, &[1, 4, 20, 37]),
             &["--lse"],
         ),
+        (plain.clone().with("mask", Dtype::F32, &[1, 37]), &[]),
+        (plain.clone().with("mask", Dtype::U8, &[2, 4, 1, 37]), &[]),
+        (
+            plain.clone().with("mask", Dtype::BOOL, &[1, 4, 20, 37]),
+            &[],
+        ),
         (plain.clone().with("sinks", Dtype::F32, &[4]), &["--lse"]),
+        (
+            plain.clone().with("alibi_slopes", Dtype::F32, &[4]),
+            &["--causal", "--q-offset", "bottom-right"],
+        ),
     ];
     let dir = tempfile::tempdir().unwrap();
     let [input, output] = ["in", "out"].map(|name| dir.path().join(name));
@@ -86,6 +114,110 @@ fn every_option_passes_the_check() {
         assert_eq!(check["ok"], true);
         assert_eq!(tensor(&output, "o").1, q);
     }
+}
+
+/// Two sequences and an empty one, in tensors with room for more; what lies past them is NaN.
+fn packed() -> File {
+    let nan = |rows: usize| half::bf16::NAN.to_le_bytes().repeat(rows * 2 * 64);
+    let plain = File::default()
+        .with("q", Dtype::BF16, &[12, 4, 64])
+        .with("k", Dtype::BF16, &[30, 2, 64])
+        .with("v", Dtype::BF16, &[30, 2, 64]);
+    let longer = |file: File, name, rows: usize, heads: usize, more: usize| {
+        let bytes = [plain.bytes(name), &nan(more * heads / 2)].concat();
+        file.with_bytes(name, Dtype::BF16, &[rows + more, heads, 64], bytes)
+    };
+    let file = longer(File::default(), "q", 12, 4, 4);
+    let file = longer(longer(file, "k", 30, 2, 6), "v", 30, 2, 6);
+    let cu = |numbers: &[i64]| numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+    let narrow = |numbers: &[i32]| numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+    file.with_bytes("cu_seqlens_q", Dtype::I64, &[4], cu(&[0, 5, 5, 12]))
+        .with_bytes("cu_seqlens_k", Dtype::I32, &[4], narrow(&[0, 10, 10, 30]))
+}
+
+#[test]
+fn packed_sequences_pass_the_check_and_padding_is_zero() {
+    let dir = tempfile::tempdir().unwrap();
+    let [input, output] = ["in", "out"].map(|name| dir.path().join(name));
+    let cases: [(File, &[&str]); 3] = [
+        (packed(), &[]),
+        (packed(), &["--causal", "--q-offset", "bottom-right"]),
+        (packed().with("mask", Dtype::F32, &[1, 4, 1, 20]), &[]),
+    ];
+    for (file, options) in cases {
+        file.write(&input);
+        let mut command = program();
+        command.args(["run", "--check", "--lse", "-i"]).arg(&input);
+        let ran = command.arg("-o").arg(&output).args(options).output();
+        let ran = ran.unwrap();
+        assert_eq!(ran.status.code(), Some(0), "{options:?}: {ran:?}");
+        let (_, shape, bytes) = tensor(&output, "o");
+        assert_eq!(shape, [16, 4, 64]);
+        let (used, padding) = bytes.split_at(12 * 4 * 64 * 2);
+        assert!(padding.iter().all(|x| *x == 0));
+        assert!(used.chunks(2).any(|x| x != [0, 0]));
+        let (_, shape, bytes) = tensor(&output, "lse");
+        assert_eq!(shape, [4, 16]);
+        for (n, x) in bytes.chunks(4).enumerate() {
+            let x = f32::from_le_bytes(x.try_into().unwrap());
+            assert_eq!(x == f32::NEG_INFINITY, n % 16 >= 12, "{n}: {x}");
+        }
+    }
+}
+
+#[test]
+fn empty_work_gives_empty_tensors_or_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let [input, output] = ["in", "out"].map(|name| dir.path().join(name));
+    let none = |file: File, name| file.with_bytes(name, Dtype::I32, &[3], vec![0; 12]);
+    let files = [
+        (File::qkv([0, 4, 3, 64], [0, 2, 5, 64]), vec![0, 4, 3]),
+        (File::qkv([2, 4, 0, 64], [2, 2, 5, 64]), vec![2, 4, 0]),
+        (File::qkv([2, 4, 3, 64], [2, 2, 0, 64]), vec![2, 4, 3]),
+        (
+            none(none(packed(), "cu_seqlens_q"), "cu_seqlens_k"),
+            vec![4, 16],
+        ),
+    ];
+    for (file, lse) in files {
+        file.write(&input);
+        let mut command = program();
+        command.args(["run", "--check", "--lse", "--causal", "-i"]);
+        let ran = command.arg(&input).arg("-o").arg(&output).output().unwrap();
+        assert_eq!(ran.status.code(), Some(0), "{lse:?}: {ran:?}");
+        let (_, shape, bytes) = tensor(&output, "o");
+        assert_eq!(shape, tensor(&input, "q").1);
+        assert!(bytes.iter().all(|x| *x == 0));
+        let (_, shape, bytes) = tensor(&output, "lse");
+        assert_eq!(shape, lse);
+        let hidden = f32::NEG_INFINITY.to_le_bytes();
+        assert!(bytes.chunks(4).all(|x| x == hidden));
+    }
+}
+
+/// Past `--key-len` nothing is read: the cache has NaN there.
+#[test]
+fn rows_past_the_key_length_are_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let [input, output] = ["in", "out"].map(|name| dir.path().join(name));
+    let (used, room) = (5, 9);
+    let file = File::qkv([1, 1, 3, 32], [1, 1, used, 32]);
+    let mut longer = file.clone();
+    for name in ["k", "v"] {
+        let rest = half::bf16::NAN.to_le_bytes().repeat((room - used) * 32);
+        let bytes = [file.bytes(name), &rest].concat();
+        longer = longer.with_bytes(name, Dtype::BF16, &[1, 1, room, 32], bytes);
+    }
+    let mut outputs = Vec::new();
+    for (file, options) in [(&file, &[][..]), (&longer, &["--key-len", "5"])] {
+        file.write(&input);
+        let mut command = program();
+        command.args(["run", "-i"]).arg(&input).arg("-o");
+        let ran = command.arg(&output).args(options).output().unwrap();
+        assert_eq!(ran.status.code(), Some(0), "{ran:?}");
+        outputs.push(tensor(&output, "o"));
+    }
+    assert_eq!(outputs[0], outputs[1]);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use candle_core::{D, DType, Device, Module, Tensor, safetensors};
 use candle_nn::{Embedding, LayerNorm, Linear, VarBuilder, embedding, layer_norm, linear};
-use mlx_flash_attn_candle::{Layout, Options, attention};
+use mlx_flash_attn_candle::{Layout, Mask, Options, attention};
 use serde_json::Value;
 
 #[derive(Debug)]
@@ -138,7 +138,7 @@ impl Model {
         }
         let options = Options {
             layout: Layout::SeqMajor,
-            mask: Some(mask),
+            mask: Some(Mask::Add(mask)),
             ..Options::default()
         };
 

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Result, Tensor};
 use clap::ValueEnum;
-use mlx_flash_attn_candle::{Options, attention};
+use mlx_flash_attn_candle::{Options, QueryOffset, attention};
 
 /// Whose attention a model uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -46,6 +46,7 @@ impl Attention {
                 v,
                 &Options {
                     causal: true,
+                    offset: Some(QueryOffset::BottomRight),
                     window,
                     ..Options::default()
                 },

@@ -65,7 +65,7 @@ impl File {
                 Dtype::BF16 => half::bf16::from_f32(value(i).0).to_le_bytes().to_vec(),
                 Dtype::F16 => half::f16::from_f32(value(i).0).to_le_bytes().to_vec(),
                 Dtype::F32 => value(i).0.to_le_bytes().to_vec(),
-                Dtype::BOOL => vec![u8::from(value(i).1)],
+                Dtype::BOOL | Dtype::U8 => vec![u8::from(value(i).1)],
                 other => vec![1; other.bitsize() / 8],
             })
             .collect();
@@ -87,6 +87,11 @@ impl File {
     pub(crate) fn without(mut self, name: &str) -> Self {
         self.0.retain(|(n, ..)| *n != name);
         self
+    }
+
+    /// The bytes of a tensor.
+    pub(crate) fn bytes(&self, name: &str) -> &[u8] {
+        &self.0.iter().find(|(n, ..)| *n == name).unwrap().3
     }
 
     pub(crate) fn write(&self, path: &Path) {
