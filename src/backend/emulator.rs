@@ -31,8 +31,9 @@ pub struct EmulatorOptions {
 /// The emulated GPU.
 pub(crate) struct Emulator {
     options: EmulatorOptions,
-    /// One library a source text.
-    libraries: Mutex<HashMap<usize, Arc<Library>>>,
+    /// By the contents of the source text, then by kernel: a library holds one kernel, as the whole
+    /// text takes minutes to compile.
+    libraries: Mutex<HashMap<String, HashMap<String, Arc<Library>>>>,
     counters: Mutex<Counters>,
 }
 
@@ -62,18 +63,25 @@ impl Emulator {
     }
 
     fn library(&self, kernel: &str, source: &str) -> Result<Arc<Library>> {
-        let mut libraries = self
-            .libraries
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        // Sources are static, so an address names a text.
-        if let Some(library) = libraries.get(&(source.as_ptr() as usize)) {
-            return Ok(Arc::clone(library));
+        let libraries = || {
+            self.libraries
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        };
+        let found = libraries()
+            .get(source)
+            .and_then(|of_text| of_text.get(kernel).cloned());
+        if let Some(library) = found {
+            return Ok(library);
         }
-        let options = CompileOptions::named(format!("{kernel}.metal"));
+        // The lock is not held meanwhile: other kernels compile at the same time.
+        let options = CompileOptions::named(format!("{kernel}.metal")).kernel(kernel);
         let library = Library::compile(source, &options).map_err(|e| failed(kernel, &e))?;
         let library = Arc::new(library);
-        libraries.insert(source.as_ptr() as usize, Arc::clone(&library));
+        libraries()
+            .entry(source.to_owned())
+            .or_default()
+            .insert(kernel.to_owned(), Arc::clone(&library));
         Ok(library)
     }
 
@@ -181,7 +189,7 @@ impl Backend for Emulator {
         let library = self.library(kernel, source)?;
         let info = library.kernel(kernel).map_err(|e| failed(kernel, &e))?;
         let row = variant::by_name(kernel);
-        let own = sources::all().any(|(name, text)| name == kernel && std::ptr::eq(text, source));
+        let own = sources::all().any(|(name, text)| name == kernel && text == source);
         let values = library
             .constants()
             .iter()
