@@ -3,10 +3,14 @@
 //! `cargo xtask metallib DIR` compiles the Metal kernels ahead of time, where Apple's compiler is.
 //! A program with `MLX_FLASH_METALLIB_DIR=DIR` then loads them instead of compiling their text.
 //!
+//! `cargo xtask allocas` fails where a Metal kernel keeps variables in memory instead of registers. It needs
+//! a `clang++`, and no Mac.
+//!
 //! `cargo xtask-cuda cubins ARCH..` (`sm_80 sm_90a`) compiles the CUDA kernels, which needs
 //! no GPU, and fails where one spills registers or the compiler complains.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod allocas;
 #[cfg(feature = "cuda")]
 mod cubins;
 
@@ -21,9 +25,13 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let done = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["metallib", dir] => metallib(Path::new(dir)),
+        ["allocas"] => allocas::run(),
         #[cfg(feature = "cuda")]
         ["cubins", ref archs @ ..] if !archs.is_empty() => cubins::run(archs),
-        _ => Err("usage: cargo xtask metallib DIR; cargo xtask-cuda cubins ARCH..".into()),
+        _ => Err(
+            "usage: cargo xtask metallib DIR; cargo xtask allocas; cargo xtask-cuda cubins ARCH.."
+                .into(),
+        ),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
