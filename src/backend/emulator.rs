@@ -31,8 +31,8 @@ pub struct EmulatorOptions {
 /// The emulated GPU.
 pub(crate) struct Emulator {
     options: EmulatorOptions,
-    /// By the contents of the source text, then by kernel: a library holds one kernel, as the whole
-    /// text takes minutes to compile.
+    /// By the contents of the source text, then by kernel: a library holds few kernels, as the whole
+    /// text takes long to compile.
     libraries: Mutex<HashMap<String, HashMap<String, Arc<Library>>>>,
     counters: Mutex<Counters>,
 }
@@ -75,13 +75,16 @@ impl Emulator {
             return Ok(library);
         }
         // The lock is not held meanwhile: other kernels compile at the same time.
-        let options = CompileOptions::named(format!("{kernel}.metal")).kernel(kernel);
+        let names = compiled_together(kernel, source);
+        let mut options = CompileOptions::named(format!("{}.metal", names[0]));
+        options.kernels = names.iter().map(|name| (*name).to_owned()).collect();
         let library = Library::compile(source, &options).map_err(|e| failed(kernel, &e))?;
         let library = Arc::new(library);
-        libraries()
-            .entry(source.to_owned())
-            .or_default()
-            .insert(kernel.to_owned(), Arc::clone(&library));
+        let mut libraries = libraries();
+        let of_text = libraries.entry(source.to_owned()).or_default();
+        for name in names {
+            of_text.insert(name.to_owned(), Arc::clone(&library));
+        }
         Ok(library)
     }
 
@@ -137,6 +140,19 @@ impl Emulator {
             &counters,
         );
         Ok(())
+    }
+}
+
+/// The kernels that are compiled when `kernel` is asked for: of this crate's prefill text those of its
+/// dtype and head dim, of any other text the kernel itself.
+fn compiled_together<'a>(kernel: &'a str, source: &str) -> Vec<&'a str> {
+    match variant::by_name(kernel) {
+        Some(row) if source == sources::PREFILL_TEXT => variant::PREFILL
+            .iter()
+            .filter(|v| (v.dtype, v.head_dim) == (row.dtype, row.head_dim))
+            .map(|v| v.kernel)
+            .collect(),
+        _ => vec![kernel],
     }
 }
 

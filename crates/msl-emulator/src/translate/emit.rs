@@ -55,7 +55,18 @@ pub(crate) fn program(
     };
     out +=
         "#define thread\n#define is_function_constant_defined(x) msl_fcdef_##x\n# 1 \"program\"\n";
-    out += body;
+    if pass == Pass::Registers {
+        out += body;
+    } else {
+        // Hints for unrolling change no result here, and unrolled code takes twice as long to compile.
+        for line in body.split_inclusive('\n') {
+            out += if line.starts_with("#pragma clang loop") {
+                "\n"
+            } else {
+                line
+            };
+        }
+    }
     if pass == Pass::Code {
         tables(&mut out, kernels, constants);
     }
