@@ -38,10 +38,10 @@ const COMMON: &str = include_str!("../kernels/metal/common.metal");
 /// Declares the text of one library: the includes, the params' structs, what kernels share, and the
 /// kernels.
 macro_rules! library {
-    ($(#[$meta:meta])* $name:ident = $file:literal with $($params:path),+) => {
+    ($(#[$meta:meta])* $name:ident = $($file:literal),+ with $($params:path),+) => {
         $(#[$meta])*
         pub(crate) static $name: &str = {
-            const PARTS: &[&str] = &[INCLUDES, $($params,)+ COMMON, include_str!($file)];
+            const PARTS: &[&str] = &[INCLUDES, $($params,)+ COMMON, $(include_str!($file)),+];
             const BYTES: [u8; length(PARTS)] = join(PARTS);
             match std::str::from_utf8(&BYTES) {
                 Ok(text) => text,
@@ -53,7 +53,7 @@ macro_rules! library {
 
 library! {
     /// Text of the prefill kernels.
-    PREFILL_TEXT = "../kernels/metal/prefill.metal" with
+    PREFILL_TEXT = "../kernels/metal/tile.metal", "../kernels/metal/prefill.metal" with
         params::ATTN_PARAMS_TEXT, params::ATTN_MASK_PARAMS_TEXT, params::ATTN_EXTRA_PARAMS_TEXT
 }
 library! {

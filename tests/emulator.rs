@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Qkv, attend, download, normal, shape, to_bytes, upload};
+use common::{Plain, Qkv, assert_close, attend, download, normal, shape, to_bytes, upload};
 use mlx_flash_attn::attention::oracle::{self, Inputs, Precision, Values};
 use mlx_flash_attn::attention::tolerance::compare;
 use mlx_flash_attn::attention::variant::{APPLE_THREADGROUP_BYTES, PREFILL};
@@ -316,4 +316,156 @@ fn masked_tiles_are_not_loaded() {
     let unread = 2 * 6 * (2 * 32 * 64 * 2) + 64 * 256 * 2;
     let saved = all.device_bytes_read - few.device_bytes_read;
     assert!(saved <= unread && saved + 8_192 > unread, "{saved}");
+}
+
+/// NaN, infinities and the largest finite numbers in the rows `keys` of K and V.
+fn poisoned(data: &Qkv, keys: std::ops::Range<usize>) -> Qkv {
+    let dim = data.shape.head_dim;
+    let top = if data.dtype == DType::F16 {
+        65504.0
+    } else {
+        3.3e38
+    };
+    let bad = [f32::NAN, f32::INFINITY, -top, f32::NEG_INFINITY, top];
+    let spoil = |values: &[f32]| {
+        let mut values = values.to_vec();
+        for (i, x) in values[keys.start * dim..keys.end * dim]
+            .iter_mut()
+            .enumerate()
+        {
+            *x = common::round(bad[(i + i / dim) % bad.len()], data.dtype);
+        }
+        values
+    };
+    Qkv {
+        dtype: data.dtype,
+        shape: data.shape,
+        q: data.q.clone(),
+        k: spoil(&data.k),
+        v: spoil(&data.v),
+    }
+}
+
+#[test]
+fn hidden_keys_add_nothing_whatever_bits_they_hold() {
+    let Some(device) = emulator(false) else {
+        return;
+    };
+    let (rows, keys) = (37, 117);
+    let bad = 90..keys;
+    for (dtype, dim) in [
+        (DType::F16, 64),
+        (DType::BF16, 80),
+        (DType::F32, 256),
+        (DType::F16, 512),
+    ] {
+        let data = Qkv::new(5, dtype, shape([1, 1, 1], (rows, keys), dim));
+        let spoiled = poisoned(&data, bad.clone());
+        for form in ["causal", "window", "bool", "additive"] {
+            let position = |i: usize| i + keys - rows;
+            let sees = |i: usize, j: usize| match form {
+                "causal" => j <= position(i),
+                "window" => j <= position(i) && position(i) - j < 20,
+                _ => i != 9 && (i % 2 == 1 || !bad.contains(&j)),
+            };
+            let run = |data: &Qkv| {
+                let causal = data.builder().causal(true);
+                let causal = causal.query_offset(QueryOffset::BottomRight);
+                let mask = |seen: f32, hidden: f32, dtype| {
+                    let cell = |c| {
+                        if sees(c / keys, c % keys) {
+                            seen
+                        } else {
+                            hidden
+                        }
+                    };
+                    let cells: Vec<f32> = (0..rows * keys).map(cell).collect();
+                    let mask = upload(&device, &cells, dtype, &[rows, keys]);
+                    let problem = data.builder().mask(MaskSpec::plane(dtype, keys));
+                    data.run_masked(&device, &problem.build().unwrap(), &mask)
+                };
+                match form {
+                    "causal" => data.run(&device, &causal.build().unwrap()),
+                    "window" => data.run(&device, &causal.window(20).build().unwrap()),
+                    "bool" => mask(1.0, 0.0, DType::U8),
+                    _ => mask(0.0, f32::NEG_INFINITY, DType::F16),
+                }
+            };
+            let ((clean, _), (got, values)) = (run(&data), run(&spoiled));
+            let row_bytes = dim * dtype.size_of();
+            for i in 0..rows {
+                let what = format!("{dtype} {dim} {form} row {i}");
+                let sees_bad = bad.clone().any(|j| sees(i, j));
+                let bytes = i * row_bytes..(i + 1) * row_bytes;
+                let row = &values[i * dim..(i + 1) * dim];
+                if sees_bad {
+                    assert!(row.iter().any(|x| !x.is_finite()), "{what}");
+                } else {
+                    assert_eq!(got[bytes.clone()], clean[bytes], "{what}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_class_holds_for_exactly_its_tile() {
+    let Some(device) = emulator(false) else {
+        return;
+    };
+    let (rows, keys) = (70, 150);
+    for (dtype, dim) in [(DType::F32, 64), (DType::F16, 128), (DType::F32, 256)] {
+        let data = Qkv::new(6, dtype, shape([1, 1, 1], (rows, keys), dim));
+        let across = keys.div_ceil(16);
+        let classes: Vec<f32> = (0..rows.div_ceil(32) * across)
+            .map(|t| (t % 3) as f32)
+            .collect();
+        let cells: Vec<f32> = (0..rows * keys).map(|c| (c % 5) as f32).collect();
+        let mask = upload(&device, &cells, DType::F32, &[rows, keys]);
+        let blk = upload(&device, &classes, DType::U8, &[classes.len()]);
+        let problem = data.builder().mask(MaskSpec::plane(DType::F32, keys));
+        let problem = problem.tile_classes(true).build().unwrap();
+        let [q, k, v, out] = data.buffers(&device);
+        let operands = Operands {
+            mask: Some(&mask),
+            tile_classes: Some(&blk),
+            ..Operands::new(&q, &k, &v, &out)
+        };
+        attend(&device, &problem, &operands);
+        let want = data.plain(&Plain::new(
+            &|_, i, j| match classes[i / 32 * across + j / 16] as u8 {
+                0 => None,
+                1 => Some(f64::from(cells[i * keys + j])),
+                _ => Some(0.0),
+            },
+        ));
+        let what = format!("{dtype} {dim}");
+        assert_close(&what, &download(&out), &want, dtype);
+    }
+}
+
+#[test]
+fn a_library_is_found_by_its_text_and_not_by_its_address() {
+    let Some(device) = emulator(false) else {
+        return;
+    };
+    let text = |value: &str| {
+        format!(
+            "#include <metal_stdlib>\nkernel void fill(device float* o [[buffer(0)]], uint i \
+             [[thread_position_in_grid]]) {{ o[i] = {value}; }}\n"
+        )
+    };
+    // A text that lies where another has lain: here the first bytes of a longer one.
+    let long: &'static str = Box::leak((text("1.0f") + &text("2.0f")).into_boxed_str());
+    let short = &long[..text("1.0f").len()];
+    let build = |text: &'static str| {
+        let mut registry = KernelRegistry::new();
+        registry.register_source("fill", text);
+        registry
+            .get_pipeline("fill", device.metal_device())
+            .map(|_| ())
+    };
+    assert!(build(short).is_ok());
+    // Two kernels of one name: no program, whatever was built from the same address.
+    assert!(build(long).is_err());
 }

@@ -3,9 +3,15 @@
 
 mod common;
 
-use common::{Plain, Qkv, assert_close, devices, distance, seen, shape, upload};
+use half::{bf16, f16};
+
+use common::{
+    Plain, Qkv, assert_close, attend, devices, distance, download, output, seen, shape, upload,
+};
 use mlx_flash_attn::DType;
 use mlx_flash_attn::attention::MaskSpec;
+use mlx_flash_attn::attention::oracle::{self, Inputs, Precision, Values};
+use mlx_flash_attn::ops::Operands;
 
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
@@ -80,6 +86,76 @@ fn the_largest_finite_biases_decide_and_give_no_nan() {
                         distance(&got, &want) < 1e-5,
                         "{what}: {}",
                         distance(&got, &want)
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_finite_mask_and_sink_counts_as_in_float64() {
+    // The largest finite number of each dtype, and what log2 units, which f32 overflows above 2.4e38,
+    // would take for an infinity.
+    let sizes = [0.0, 1.0, 1e20, 1e38, 1.2e38, 1.7e38, 2e38, 2.5e38, 3.4e38];
+    let levels: Vec<f32> = sizes.into_iter().flat_map(|x| [-x, x]).collect();
+    let sinks = [None, Some(f32::NEG_INFINITY)]
+        .into_iter()
+        .chain([-3.4e38, -2e38, 0.0, 2e38, 3.4e38].map(Some));
+    let (rows, keys) = (levels.len(), 40);
+    for device in devices() {
+        for (dtype, top) in [
+            (DType::F32, f32::MAX),
+            (DType::BF16, 3.389e38),
+            (DType::F16, 65504.0),
+        ] {
+            let data = Qkv::new(4, DType::F32, shape([1, 1, 1], (rows, keys), 64));
+            // A row of one level, in which one key stands out.
+            let cells: Vec<f32> = (0..rows * keys)
+                .map(|c| levels[c / keys] * if c % keys == 7 { 0.9 } else { 1.0 })
+                .map(|x| common::round(x.clamp(-top, top), dtype))
+                .collect();
+            let mask = upload(&device, &cells, dtype, &[rows, keys]);
+            for sink in sinks.clone() {
+                let problem = data.builder().mask(MaskSpec::plane(dtype, keys)).lse(true);
+                let problem = problem.sinks(sink.is_some()).build().unwrap();
+                let sink_values = [sink.unwrap_or(0.0)];
+                let sink_buffer = upload(&device, &sink_values, DType::F32, &[1]);
+                let lse = output(&device, rows, DType::F32);
+                let [q, k, v, out] = data.buffers(&device);
+                let operands = Operands {
+                    mask: Some(&mask),
+                    sinks: sink.map(|_| &sink_buffer),
+                    lse: Some(&lse),
+                    ..Operands::new(&q, &k, &v, &out)
+                };
+                attend(&device, &problem, &operands);
+                let mask_values: (Vec<bf16>, Vec<f16>) = cells
+                    .iter()
+                    .map(|x| (bf16::from_f32(*x), f16::from_f32(*x)))
+                    .unzip();
+                let inputs = Inputs {
+                    q: Values::F32(&data.q),
+                    k: Values::F32(&data.k),
+                    v: Values::F32(&data.v),
+                    mask: Some(match dtype {
+                        DType::BF16 => Values::BF16(&mask_values.0),
+                        DType::F16 => Values::F16(&mask_values.1),
+                        _ => Values::F32(&cells),
+                    }),
+                    sinks: sink.map(|_| &sink_values[..]),
+                    alibi_slopes: None,
+                };
+                let want = oracle::attention(&problem, &inputs, Precision::Exact).unwrap();
+                let what = format!("{} {dtype} sink {sink:?}", device.kind());
+                assert_close(&what, &download(&out), &want.o, DType::F32);
+                for (row, got) in download(&lse).into_iter().enumerate() {
+                    let score = want.lse[row];
+                    let error = (f64::from(got) - score).abs();
+                    assert!(
+                        error <= 2e-5 * (1.0 + score.abs()),
+                        "{what}, row of {}: {got}, expected {score}",
+                        levels[row]
                     );
                 }
             }

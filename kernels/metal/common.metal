@@ -22,9 +22,23 @@ constant bool has_extra = has_window || has_lse || is_varlen;
 constant constexpr float LOG2E = 1.44269504089f;
 constant constexpr float LN2 = 0.69314718056f;
 
-// Start of a running maximum: below every score, and finite, so that maximum minus maximum is never
-// infinity minus infinity.
-constant constexpr float LOWEST = -1.7014117e38f;
+// Scores are kept in units of 2 ln 2: times this constant. In these units every finite mask and sink
+// is finite in f32, which in log2 units overflows above 2.4e38.
+constant constexpr float HALF_LOG2E = LOG2E / 2.0f;
+
+// Start of a running maximum: the lowest finite number, so that no score is below it and maximum minus
+// maximum is never infinity minus infinity.
+constant constexpr float LOWEST = -FLT_MAX;
+
+// The weight of a score, given how far it lies from the maximum.
+METAL_FUNC float weight_at(float distance) { return fast::exp2(distance + distance); }
+
+// Apple's front end leaves loops rolled, and an array of matrices that a loop variable indexes stays in
+// memory: loops over such arrays are unrolled whole.
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define NO_UNROLL _Pragma("clang loop unroll(disable)")
+#define LOOP_HINT(text) _Pragma(#text)
+#define UNROLL_BY(count) LOOP_HINT(clang loop unroll_count(count))
 
 // The cell of an 8x8 matrix that a lane holds first; the second is the next column.
 struct Cell {
@@ -32,7 +46,7 @@ struct Cell {
     ushort col;
 };
 
-inline Cell lane_cell(ushort lane) {
+METAL_FUNC Cell lane_cell(ushort lane) {
     const ushort quad = lane / 4;
     return Cell{ushort((quad & 4) + (lane / 2) % 4), ushort((quad & 2) * 2 + (lane % 2) * 2)};
 }
@@ -40,13 +54,13 @@ inline Cell lane_cell(ushort lane) {
 // Loads the 8x8 block at `src`, of which the first `rows` source rows are there and the others
 // count as zero and are not read. Transposed, a source row becomes a column.
 template <typename T, bool transpose>
-inline void load_block(
+METAL_FUNC void load_block(
     thread simdgroup_matrix<T, 8, 8>& block, device const T* src, long stride, int rows, Cell cell) {
     if (rows >= 8) {
         simdgroup_load(block, src, ulong(stride), ulong2(0, 0), transpose);
         return;
     }
-    for (ushort e = 0; e < 2; ++e) {
+    UNROLL for (ushort e = 0; e < 2; ++e) {
         const ushort r = transpose ? ushort(cell.col + e) : cell.row;
         const ushort c = transpose ? cell.row : ushort(cell.col + e);
         block.thread_elements()[e] = int(r) < rows ? src[long(r) * stride + long(c)] : T(0.0f);

@@ -3,9 +3,25 @@
 constant constexpr int MAX_PER_LANE = 512 / 32;
 constant constexpr int KEYS_A_STEP = 4;
 
+// The dot product of a query and a key where it, or its product with the scale, came out infinite or
+// NaN. Where both are finite the sum is computed again in a range that holds it, and kept to what the
+// scale leaves finite.
+template <typename KV>
+METAL_FUNC float finite_dot(
+    float dot, thread const float* query, device const KV* key, int dim, float scale, ushort lane) {
+    float sum = 0.0f;
+    UNROLL for (int i = 0; i < MAX_PER_LANE; ++i) {
+        const int d = i * 32 + lane;
+        if (d < dim) { sum += (query[i] * 0x1p-70f) * (float(key[d]) * 0x1p-70f); }
+    }
+    sum = simd_sum(sum);
+    const float limit = -LOWEST / 2.0f / max(abs(scale), 1.0f);
+    return isfinite(sum) ? clamp(sum * 0x1p70f * 0x1p70f, -limit, limit) : dot;
+}
+
 // One simdgroup a (split, head). A split takes every `splits`-th run of 4 keys; a lane holds every
 // 32nd element of a row. Partial results of a split: its D output values, its maximum in
-// natural-log units, its sum.
+// natural-log units, its sum. Keys outside the range are not read.
 template <typename KV>
 [[kernel]] void decode(
     device const float* q [[buffer(0)]],
@@ -22,7 +38,7 @@ template <typename KV>
     device const KV* values = v + kv_head * long(p.kv_capacity) * dim;
 
     float query[MAX_PER_LANE], o[MAX_PER_LANE];
-    for (int i = 0; i < MAX_PER_LANE; ++i) {
+    UNROLL for (int i = 0; i < MAX_PER_LANE; ++i) {
         const int d = i * 32 + lane;
         query[i] = d < dim ? q[head * dim + d] : 0.0f;
         o[i] = 0.0f;
@@ -33,26 +49,31 @@ template <typename KV>
     for (long k0 = long(p.kv_start) + split * KEYS_A_STEP; k0 < last; k0 += stride) {
         const int there = int(min(long(KEYS_A_STEP), last - k0));
         float x[KEYS_A_STEP];
+        UNROLL for (int j = 0; j < KEYS_A_STEP; ++j) { x[j] = -INFINITY; }
         float step_max = running_max;
-        for (int j = 0; j < there; ++j) {
+        UNROLL for (int j = 0; j < KEYS_A_STEP; ++j) {
+            if (j >= there) { continue; }
             float dot = 0.0f;
-            for (int i = 0; i < MAX_PER_LANE; ++i) {
+            UNROLL for (int i = 0; i < MAX_PER_LANE; ++i) {
                 const int d = i * 32 + lane;
                 if (d < dim) { dot += query[i] * float(keys[(k0 + j) * dim + d]); }
             }
-            float score = simd_sum(dot) * p.scale;
+            dot = simd_sum(dot);
+            if (!isfinite(dot * p.scale)) { dot = finite_dot(dot, query, keys + (k0 + j) * dim, dim, p.scale, lane); }
+            float score = dot * p.scale;
             if (p.softcap != 0.0f) { score = p.softcap * precise::tanh(score / p.softcap); }
-            x[j] = score * LOG2E;
+            x[j] = score * HALF_LOG2E;
             step_max = max(step_max, x[j]);
         }
-        const float factor = fast::exp2(running_max - step_max);
+        const float factor = weight_at(running_max - step_max);
         running_max = step_max;
         running_sum *= factor;
-        for (int i = 0; i < MAX_PER_LANE; ++i) { o[i] *= factor; }
-        for (int j = 0; j < there; ++j) {
-            const float weight = fast::exp2(x[j] - step_max);
+        UNROLL for (int i = 0; i < MAX_PER_LANE; ++i) { o[i] *= factor; }
+        UNROLL for (int j = 0; j < KEYS_A_STEP; ++j) {
+            if (j >= there) { continue; }
+            const float weight = weight_at(x[j] - step_max);
             running_sum += weight;
-            for (int i = 0; i < MAX_PER_LANE; ++i) {
+            UNROLL for (int i = 0; i < MAX_PER_LANE; ++i) {
                 const int d = i * 32 + lane;
                 if (d < dim) { o[i] += weight * float(values[(k0 + j) * dim + d]); }
             }
@@ -60,12 +81,12 @@ template <typename KV>
     }
 
     device float* out = partials + (head * long(p.splits) + split) * (dim + 2);
-    for (int i = 0; i < MAX_PER_LANE; ++i) {
+    UNROLL for (int i = 0; i < MAX_PER_LANE; ++i) {
         const int d = i * 32 + lane;
-        if (d < dim) { out[d] = running_sum > 0.0f ? o[i] / running_sum : 0.0f; }
+        if (d < dim) { out[d] = running_sum != 0.0f ? o[i] / running_sum : 0.0f; }
     }
     if (lane == 0) {
-        out[dim] = running_sum > 0.0f ? running_max * LN2 : -INFINITY;
+        out[dim] = running_sum != 0.0f ? clamp(running_max * (2.0f * LN2), LOWEST, -LOWEST) : -INFINITY;
         out[dim + 1] = running_sum;
     }
 }
@@ -89,7 +110,7 @@ template [[host_name("flash_attn_vec_f16kv")]] [[kernel]] decltype(decode<half>)
         device const float* split = of_head + s * (dim + 2);
         total += fast::exp2((split[dim] - highest) * LOG2E) * split[dim + 1];
     }
-    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+    const float inverse = total != 0.0f ? 1.0f / total : 0.0f;
     for (long d = lane; d < dim; d += 32) {
         float sum = 0.0f;
         for (long s = 0; s < splits; ++s) {

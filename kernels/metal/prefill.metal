@@ -6,106 +6,16 @@
 // its own columns of V (again each element once) into accumulators that stay in registers. Two
 // barriers a chunk, three where P takes the place of S, and no staging of K or V.
 
-// Geometry of a kernel: query rows of a tile, keys of a chunk, simdgroups.
-template <typename T, int D_, int BQ_, int C_, int NSG_>
-struct Geometry {
-    static constant constexpr int D = D_;
-    static constant constexpr int BQ = BQ_;
-    static constant constexpr int C = C_;
-    static constant constexpr int NSG = NSG_;
-    // Rows of threadgroup tiles are padded by 16 bytes against bank conflicts.
-    static constant constexpr int LDQ = D + 16 / int(sizeof(T));
-    static constant constexpr int LDS = C + 4;
-    // P takes the place of S where its elements are as wide.
-    static constant constexpr bool IN_PLACE = sizeof(T) == 4;
-    static constant constexpr int LDP = IN_PLACE ? LDS : C + 8;
-    // Columns whose products are summed before they join the others: f32 has bits to lose in a long
-    // chain of additions.
-    static constant constexpr int RUN = sizeof(T) == 4 ? 32 : D;
-    // Blocks of Q along D that each simdgroup keeps in registers for all chunks: all or none.
-    static constant constexpr bool HOLDS_Q = BQ == 32 && D * int(sizeof(T)) <= 128;
-    static constant constexpr int HELD = HOLDS_Q ? D / 8 : 1;
-    static constant constexpr int ROW_BLOCKS = BQ / 8;
-    static constant constexpr int KEY_BLOCKS = C / 8 / NSG;
-    static constant constexpr int COLUMN_BLOCKS = (D / 8 + NSG - 1) / NSG;
-    static constant constexpr int ROWS = BQ / NSG;
-    static constant constexpr int LANES = 32 / ROWS;
-    static constant constexpr int CELLS = C / LANES;
-    // The tile that classes are computed over.
-    static constant constexpr int CLASS_BQ = D >= 512 ? 8 : 32;
-    static constant constexpr int CLASS_BK = D >= 512 ? 64 : 16;
-};
-
-// Which keys the rows of a tile see. Positions are 64-bit: offset plus row may pass 2^31.
-struct Bounds {
-    long offset;
-    int window;
-    int window_right;
-    int keys;
-};
-
-inline bool sees(thread const Bounds& b, long row, long key) {
-    const long p = row + b.offset;
-    return (!do_causal || key <= p) && (b.window < 0 || p - key < b.window)
-        && (b.window_right < 0 || key - p <= b.window_right);
-}
-
-// First and one past the last key that row `low` opens and row `high` closes: (first, last) row of a
-// tile bounds the keys that some row sees, (last, first) those that every row sees.
-inline int2 key_range(thread const Bounds& b, long low, long high) {
-    const long n = b.keys;
-    long start = 0, end = n;
-    if (b.window >= 0) { start = clamp(low + b.offset - b.window + 1, 0L, n); }
-    if (do_causal) { end = clamp(high + b.offset + 1, 0L, n); }
-    if (b.window_right >= 0) { end = min(end, clamp(high + b.offset + b.window_right + 1, 0L, n)); }
-    return int2(int(start), int(end));
-}
-
-template <typename T, bool is_bool>
-inline float mask_cell(device const uchar* mask, long index) {
-    if (is_bool) { return mask[index] != 0 ? 0.0f : -INFINITY; }
-    if (mask_dtype == 1) { return reinterpret_cast<device const float*>(mask)[index]; }
-    if (mask_dtype == 2) { return float(reinterpret_cast<device const half*>(mask)[index]); }
-    if (mask_dtype == 3) { return float(reinterpret_cast<device const bfloat*>(mask)[index]); }
-    return float(reinterpret_cast<device const T*>(mask)[index]);
-}
-
-// The operands of one tile, moved to its head and sequence.
-template <typename T>
-struct Operands {
-    device const T* q;
-    device const T* k;
-    device const T* v;
-    device T* o;
-    device const uchar* mask;
-    device const uchar* blk;
-    device float* lse;
-    long mask_base;
-    long mask_stride;
-    float sink;
-    float slope;
-};
-
-// Classes of the chunk at k0: x is false where every tile of it is masked, y where none needs the
-// mask.
-template <typename G>
-inline bool2 chunk_classes(device const uchar* blk, int q0, int k0, int keys) {
-    const long across = (keys + G::CLASS_BK - 1) / G::CLASS_BK;
-    const long first = long(q0 / G::CLASS_BQ) * across;
-    bool some = false, masked = false;
-    for (int t = k0 / G::CLASS_BK; t < (k0 + G::C) / G::CLASS_BK && t < across; ++t) {
-        const uchar kind = blk[first + t];
-        some |= kind != 0;
-        masked |= kind != 2;
-    }
-    return bool2(some, masked);
-}
-
+// Works on one query tile. A first pass takes what K and V hold as it comes. It stores nothing and
+// gives false where a row's sum or output is not finite: then a `careful` pass is due, in which
+// what a row does not see adds nothing to the row, whatever bits K and V hold there, and which gives
+// all other rows the bits that they would have had without.
 template <typename T, typename G, bool is_bool>
-inline void tile(
+METAL_FUNC bool tile(
     constant AttnParams& p, thread const Operands<T>& at, thread const Bounds& bounds, int q0, int rows,
-    threadgroup T* q_tile, threadgroup float* s_tile, threadgroup T* p_tile, threadgroup float* factors,
-    ushort sg, ushort lane) {
+    threadgroup float* q_words, threadgroup float* s_tile, threadgroup T* p_tile, threadgroup float* factors,
+    ushort sg, ushort lane, bool careful) {
+    threadgroup T* q_tile = reinterpret_cast<threadgroup T*>(q_words);
     const Cell cell = lane_cell(lane);
     const long q_stride = p.Q_strides[2], k_stride = p.K_strides[2];
     const long v_stride = p.V_strides[2], o_stride = p.O_strides[2];
@@ -118,69 +28,84 @@ inline void tile(
         q_tile[r * G::LDQ + c] = there ? at.q[(q0 + r) * q_stride + c] : T(0.0f);
     }
 
-    simdgroup_matrix<float, 8, 8> o[G::ROW_BLOCKS][G::COLUMN_BLOCKS];
-    for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
-        for (int j = 0; j < G::COLUMN_BLOCKS; ++j) { o[rb][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
+    Accumulators<G> o;
+    UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+        UNROLL for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
+            o.block[rb][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+        }
     }
 
-    // The row that this lane takes through the softmax, and its cells of a chunk.
+    // The row that this lane takes through the softmax, and its cells of a chunk, which lie in one class
+    // tile.
     const int row = sg * G::ROWS + lane / G::LANES;
     const int cells = (lane % G::LANES) * G::CELLS;
     const bool leads = lane % G::LANES == 0;
-    float running_max = has_sinks ? at.sink * LOG2E : LOWEST;
-    float running_sum = has_sinks && leads ? 1.0f : 0.0f;
+    // A sink of -infinity is none; any other that is not finite makes the sum NaN.
+    float running_max = has_sinks ? max(at.sink * HALF_LOG2E, LOWEST) : LOWEST;
+    float running_sum = has_sinks && leads && at.sink != -INFINITY ? 1.0f + (at.sink - at.sink) : 0.0f;
     bool seen = false;
+    bool worked = false;
 
-    const float scale = has_softcap ? p.scale / softcap : p.scale * LOG2E;
+    const float unclamped = has_softcap ? p.scale / softcap : p.scale * HALF_LOG2E;
+    const float scale = clamp(unclamped, LOWEST, -LOWEST);
+    // Distances are below 2^33, so that their products stay finite.
+    const float slope = clamp(at.slope * HALF_LOG2E, -0x1p94f, 0x1p94f);
     const int2 any = key_range(bounds, q0, q0 + rows - 1);
     const int2 all = key_range(bounds, q0 + rows - 1, q0);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     simdgroup_matrix<T, 8, 8> q_held[G::ROW_BLOCKS][G::HELD];
-    for (int rb = 0; rb < G::ROW_BLOCKS && G::HOLDS_Q; ++rb) {
-        for (int i = 0; i < G::HELD; ++i) {
-            simdgroup_load(q_held[rb][i], q_tile + rb * 8 * G::LDQ + i * 8, G::LDQ);
+    if (G::HOLDS_Q) {
+        UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+            UNROLL for (int i = 0; i < G::HELD; ++i) {
+                simdgroup_load(q_held[rb][i], q_tile + rb * 8 * G::LDQ + i * 8, G::LDQ);
+            }
         }
     }
 
-    for (int k0 = any.x / G::C * G::C; k0 < any.y; k0 += G::C) {
-        bool masked = has_mask;
+    NO_UNROLL for (int k0 = any.x / G::C * G::C; k0 < any.y; k0 += G::C) {
+        bool masked = has_mask, hides = false;
         if (has_blk) {
-            const bool2 classes = chunk_classes<G>(at.blk, q0, k0, bounds.keys);
-            if (!classes.x) { continue; }
-            masked = classes.y;
+            const int classes = chunk_classes<G>(at.blk, q0, k0, bounds.keys);
+            if (classes == 0) { continue; }
+            const int kind = (classes >> (cells / G::CLASS_BK * 2)) & 3;
+            masked = kind == 1;
+            hides = kind == 0;
         }
+        worked = true;
 
         // S = Q K^T: all rows with this simdgroup's keys, a run of columns after the other.
         simdgroup_matrix<float, 8, 8> s[G::KEY_BLOCKS][G::ROW_BLOCKS];
-        for (int d0 = 0; d0 < G::D; d0 += G::RUN) {
+        NO_UNROLL for (int d0 = 0; d0 < G::D; d0 += G::RUN) {
             simdgroup_matrix<float, 8, 8> part[G::KEY_BLOCKS][G::ROW_BLOCKS];
-            for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
-                for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) { part[kb][rb] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
+            UNROLL for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
+                UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+                    part[kb][rb] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+                }
             }
-            for (int d = d0; d < min(d0 + G::RUN, G::D); d += 8) {
+            UNROLL_BY(G::HOLDS_Q ? G::HELD : 4) for (int d = d0; d < min(d0 + G::RUN, G::D); d += 8) {
                 simdgroup_matrix<T, 8, 8> q_block[G::ROW_BLOCKS];
-                for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+                UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
                     if (G::HOLDS_Q) {
                         q_block[rb] = q_held[rb][d / 8 % G::HELD];
-                        continue;
+                    } else {
+                        simdgroup_load(q_block[rb], q_tile + rb * 8 * G::LDQ + d, G::LDQ);
                     }
-                    simdgroup_load(q_block[rb], q_tile + rb * 8 * G::LDQ + d, G::LDQ);
                 }
-                for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
+                UNROLL for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
                     const int key = k0 + (sg * G::KEY_BLOCKS + kb) * 8;
                     const int there = bounds.keys - key;
                     if (there <= 0) { continue; }
                     simdgroup_matrix<T, 8, 8> k_block;
                     load_block<T, true>(k_block, at.k + key * k_stride + d, k_stride, align_k ? 8 : there, cell);
-                    for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+                    UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
                         simdgroup_multiply_accumulate(part[kb][rb], q_block[rb], k_block, part[kb][rb]);
                     }
                 }
             }
-            for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
-                for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
-                    for (ushort e = 0; e < 2; ++e) {
+            UNROLL for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
+                UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+                    UNROLL for (ushort e = 0; e < 2; ++e) {
                         const float sum = part[kb][rb].thread_elements()[e];
                         s[kb][rb].thread_elements()[e] = d0 == 0 ? sum : s[kb][rb].thread_elements()[e] + sum;
                     }
@@ -189,8 +114,8 @@ inline void tile(
         }
         // Other simdgroups may still be reading the last chunk's P there.
         if (G::IN_PLACE) { threadgroup_barrier(mem_flags::mem_threadgroup); }
-        for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
-            for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+        UNROLL for (int kb = 0; kb < G::KEY_BLOCKS; ++kb) {
+            UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
                 const int column = (sg * G::KEY_BLOCKS + kb) * 8;
                 simdgroup_store(s[kb][rb], s_tile + rb * 8 * G::LDS + column, G::LDS);
             }
@@ -201,30 +126,41 @@ inline void tile(
         const bool bounded = k0 < all.x || k0 + G::C > all.y;
         const bool real_row = align_q || row < rows;
         const long mask_row = at.mask_base + long(row) * at.mask_stride;
+        threadgroup float* s_row = s_tile + row * G::LDS + cells;
+        if (careful && real_row) {
+            const float limit = -LOWEST / 4.0f / max(abs(scale), 1.0f);
+            NO_UNROLL for (int c = 0; c < G::CELLS; ++c) {
+                const int key = k0 + cells + c;
+                if (!sees_cell<T, G, is_bool>(at, bounds, q0, row, key)) { continue; }
+                s_row[c] = finite_score<T>(s_row[c], limit, q_tile + row * G::LDQ, at.k + key * k_stride, G::D);
+            }
+        }
         float x[G::CELLS];
         float chunk_max = running_max;
-        for (int c = 0; c < G::CELLS; ++c) {
+        UNROLL for (int c = 0; c < G::CELLS; ++c) {
             const int key = k0 + cells + c;
-            float value = s_tile[row * G::LDS + cells + c] * scale;
-            if (has_softcap) { value = precise::tanh(value) * (softcap * LOG2E); }
-            if (has_alibi) { value -= at.slope * LOG2E * float(abs(q0 + row + bounds.offset - key)); }
-            if (bounded && (key >= bounds.keys || !sees(bounds, q0 + row, key))) {
-                value = -INFINITY;
-            } else if (masked && real_row) {
-                value += LOG2E * mask_cell<T, is_bool>(at.mask, mask_row + key);
+            float value = s_row[c] * scale;
+            if (has_softcap) { value = precise::tanh(value) * (softcap * HALF_LOG2E); }
+            if (has_alibi) { value -= slope * float(abs(q0 + row + bounds.offset - key)); }
+            bool hidden = hides || (bounded && (key >= bounds.keys || !sees(bounds, q0 + row, key)));
+            if (masked && real_row && !hidden) {
+                const float bias = mask_cell<T, is_bool>(at.mask, mask_row + key);
+                hidden = bias == -INFINITY;
+                value += HALF_LOG2E * bias;
             }
-            x[c] = value;
-            chunk_max = max(chunk_max, value);
+            // Chosen, not added: NaN plus -infinity is NaN.
+            x[c] = hidden ? -INFINITY : value;
+            seen |= !hidden;
+            chunk_max = max(chunk_max, x[c]);
         }
         for (ushort step = 1; step < G::LANES; step *= 2) {
             chunk_max = max(chunk_max, simd_shuffle_xor(chunk_max, step));
         }
-        const float factor = fast::exp2(running_max - chunk_max);
+        const float factor = weight_at(running_max - chunk_max);
         running_max = chunk_max;
         running_sum *= factor;
-        for (int c = 0; c < G::CELLS; ++c) {
-            seen |= x[c] > -INFINITY;
-            const float weight = fast::exp2(x[c] - chunk_max);
+        UNROLL for (int c = 0; c < G::CELLS; ++c) {
+            const float weight = weight_at(x[c] - chunk_max);
             running_sum += weight;
             p_tile[row * G::LDP + cells + c] = T(weight);
         }
@@ -232,30 +168,17 @@ inline void tile(
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
         // O = diag(factor) O + P V: all rows with this simdgroup's columns.
-        for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+        UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
             const float f = factors[rb * 8 + cell.row];
-            for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
-                o[rb][j].thread_elements()[0] *= f;
-                o[rb][j].thread_elements()[1] *= f;
+            UNROLL for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
+                o.block[rb][j].thread_elements()[0] *= f;
+                o.block[rb][j].thread_elements()[1] *= f;
             }
         }
-        for (int kb = 0; kb < G::C / 8; ++kb) {
-            const int key = k0 + kb * 8;
-            const int there = bounds.keys - key;
-            if (there <= 0) { break; }
-            simdgroup_matrix<T, 8, 8> p_block[G::ROW_BLOCKS];
-            for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
-                simdgroup_load(p_block[rb], p_tile + rb * 8 * G::LDP + kb * 8, G::LDP);
-            }
-            for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
-                const int column = (j * G::NSG + sg) * 8;
-                if (column >= G::D) { break; }
-                simdgroup_matrix<T, 8, 8> v_block;
-                load_block<T, false>(v_block, at.v + key * v_stride + column, v_stride, align_k ? 8 : there, cell);
-                for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
-                    simdgroup_multiply_accumulate(o[rb][j], p_block[rb], v_block, o[rb][j]);
-                }
-            }
+        if (careful) {
+            add_values<true, T, G>(o, at, v_stride, k0, bounds.keys, p_tile, cell, sg);
+        } else {
+            add_values<false, T, G>(o, at, v_stride, k0, bounds.keys, p_tile, cell, sg);
         }
     }
 
@@ -263,26 +186,54 @@ inline void tile(
         running_sum += simd_shuffle_xor(running_sum, step);
         seen |= simd_shuffle_xor(uint(seen), step) != 0;
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (leads) {
-        factors[row] = seen ? 1.0f / running_sum : 0.0f;
-        if (has_lse && row < rows) {
-            at.lse[q0 + row] = seen ? (running_max + precise::log2(running_sum)) * LN2 : -INFINITY;
+    // Nobody reads Q's tile any more once a chunk has been worked on. It takes each row's 1 / sum, and
+    // for each simdgroup whether it has met a value that is not finite.
+    threadgroup float* inverses = q_words;
+    threadgroup float* broken = q_words + G::BQ;
+    if (worked) {
+        // Zero, or NaN where a product with zero is.
+        float probe = 0.0f;
+        UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+            const bool real = align_q || rb * 8 + cell.row < rows;
+            UNROLL for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
+                if (!real || no_block<G>(block_column<G>(j, sg))) { break; }
+                probe += o.block[rb][j].thread_elements()[0] * 0.0f;
+                probe += o.block[rb][j].thread_elements()[1] * 0.0f;
+            }
+        }
+        const bool sum_fails = row < rows && seen && !(running_sum > 0.0f && running_sum < INFINITY);
+        const bool fails = simd_any(probe != 0.0f || sum_fails);
+        if (lane == 0) { broken[sg] = fails ? 1.0f : 0.0f; }
+        if (leads) { inverses[row] = seen && running_sum != 0.0f ? 1.0f / running_sum : 0.0f; }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (!careful) {
+            if (simd_any(lane < G::NSG && broken[lane] != 0.0f)) {
+                // The next pass writes Q over what the others still read.
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                return false;
+            }
+        } else {
+            add_infinite_values<T, G, is_bool>(o, at, bounds, v_stride, any, q0, rows, cell, sg);
         }
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
+
+    if (has_lse && leads && row < rows) {
+        const float lse = running_max * (2.0f * LN2) + precise::log2(running_sum) * LN2;
+        at.lse[q0 + row] = !seen ? -INFINITY : isinf(lse) ? copysign(-LOWEST, lse) : lse;
+    }
+    UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
         const int r = rb * 8 + cell.row;
         if (!align_q && r >= rows) { continue; }
-        const float inverse = factors[r];
+        const float inverse = worked ? inverses[r] : 0.0f;
         device T* out = at.o + (q0 + r) * o_stride;
-        for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
-            const int column = (j * G::NSG + sg) * 8 + cell.col;
-            if (column >= G::D) { break; }
-            out[column] = T(o[rb][j].thread_elements()[0] * inverse);
-            out[column + 1] = T(o[rb][j].thread_elements()[1] * inverse);
+        UNROLL for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
+            const int column = block_column<G>(j, sg);
+            if (no_block<G>(column)) { break; }
+            out[column + cell.col] = T(o.block[rb][j].thread_elements()[0] * inverse);
+            out[column + cell.col + 1] = T(o.block[rb][j].thread_elements()[1] * inverse);
         }
     }
+    return true;
 }
 
 // One threadgroup a query tile: grid (tiles, heads, batch), threads (32, simdgroups, 1).
@@ -307,7 +258,7 @@ template <typename T, int D, int BQ, int C, int NSG, bool is_bool, int ALIAS>
     ushort sg [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
     using G = Geometry<T, D, BQ, C, NSG>;
-    threadgroup T q_tile[BQ * G::LDQ];
+    threadgroup float q_words[G::Q_WORDS];
     threadgroup float s_tile[BQ * G::LDS];
     threadgroup T p_tile[G::IN_PLACE ? 4 : BQ * G::LDP];
     threadgroup float factors[BQ];
@@ -350,11 +301,16 @@ template <typename T, int D, int BQ, int C, int NSG, bool is_bool, int ALIAS>
     at.slope = has_alibi ? slopes[head] : 0.0f;
 
     threadgroup T* weights = G::IN_PLACE ? reinterpret_cast<threadgroup T*>(s_tile) : p_tile;
-    if (NSG == 8 && nsg == 4) {
-        using Narrow = Geometry<T, D, BQ, C, 4>;
-        tile<T, Narrow, is_bool>(p, at, bounds, q0, rows, q_tile, s_tile, weights, factors, sg, lane);
-    } else {
-        tile<T, G, is_bool>(p, at, bounds, q0, rows, q_tile, s_tile, weights, factors, sg, lane);
+    bool done = false;
+    NO_UNROLL for (int pass = 0; pass < 2 && !done; ++pass) {
+        if (NSG == 8 && nsg == 4) {
+            using Narrow = Geometry<T, D, BQ, C, 4>;
+            done = tile<T, Narrow, is_bool>(
+                p, at, bounds, q0, rows, q_words, s_tile, weights, factors, sg, lane, pass != 0);
+        } else {
+            done = tile<T, G, is_bool>(
+                p, at, bounds, q0, rows, q_words, s_tile, weights, factors, sg, lane, pass != 0);
+        }
     }
 }
 

@@ -32,8 +32,9 @@ pub struct EmulatorOptions {
 /// The emulated GPU.
 pub(crate) struct Emulator {
     options: EmulatorOptions,
-    /// One library a source text.
-    libraries: Mutex<HashMap<usize, Arc<Library>>>,
+    /// By the contents of the source text, then by kernel: a library holds few kernels, as the whole
+    /// text takes long to compile.
+    libraries: Mutex<HashMap<String, HashMap<String, Arc<Library>>>>,
     counters: Mutex<Counters>,
     /// Operations of one part of a dispatch, which the Metal device runs as a command of its own.
     part_flops: f64,
@@ -66,18 +67,28 @@ impl Emulator {
     }
 
     fn library(&self, kernel: &str, source: &str) -> Result<Arc<Library>> {
-        let mut libraries = self
-            .libraries
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        // Sources are static, so an address names a text.
-        if let Some(library) = libraries.get(&(source.as_ptr() as usize)) {
-            return Ok(Arc::clone(library));
+        let libraries = || {
+            self.libraries
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        };
+        let found = libraries()
+            .get(source)
+            .and_then(|of_text| of_text.get(kernel).cloned());
+        if let Some(library) = found {
+            return Ok(library);
         }
-        let options = CompileOptions::named(format!("{kernel}.metal"));
+        // The lock is not held meanwhile: other kernels compile at the same time.
+        let names = compiled_together(kernel, source);
+        let mut options = CompileOptions::named(format!("{}.metal", names[0]));
+        options.kernels = names.iter().map(|name| (*name).to_owned()).collect();
         let library = Library::compile(source, &options).map_err(|e| failed(kernel, &e))?;
         let library = Arc::new(library);
-        libraries.insert(source.as_ptr() as usize, Arc::clone(&library));
+        let mut libraries = libraries();
+        let of_text = libraries.entry(source.to_owned()).or_default();
+        for name in names {
+            of_text.insert(name.to_owned(), Arc::clone(&library));
+        }
         Ok(library)
     }
 
@@ -149,6 +160,19 @@ impl Emulator {
     }
 }
 
+/// The kernels that are compiled when `kernel` is asked for: of this crate's prefill text those of its
+/// dtype and head dim, of any other text the kernel itself.
+fn compiled_together<'a>(kernel: &'a str, source: &str) -> Vec<&'a str> {
+    match variant::by_name(kernel) {
+        Some(row) if source == sources::PREFILL_TEXT => variant::PREFILL
+            .iter()
+            .filter(|v| (v.dtype, v.head_dim) == (row.dtype, row.head_dim))
+            .map(|v| v.kernel)
+            .collect(),
+        _ => vec![kernel],
+    }
+}
+
 fn add(total: &mut Counters, one: &Counters) {
     total.matrix_multiplies += one.matrix_multiplies;
     total.threadgroup_barriers += one.threadgroup_barriers;
@@ -198,7 +222,7 @@ impl Backend for Emulator {
         let library = self.library(kernel, source)?;
         let info = library.kernel(kernel).map_err(|e| failed(kernel, &e))?;
         let row = variant::by_name(kernel);
-        let own = sources::all().any(|(name, text)| name == kernel && std::ptr::eq(text, source));
+        let own = sources::all().any(|(name, text)| name == kernel && text == source);
         let values = library
             .constants()
             .iter()

@@ -5,7 +5,7 @@ namespace metal {
 
 template <class T, int Cols, int Rows = Cols> struct simdgroup_matrix {
   static_assert(Cols == 8 && Rows == 8, "simdgroup_matrix is 8x8");
-  typedef vec<T, 2> storage_type;
+  typedef vec<T, 64> storage_type;
 
   simdgroup_matrix() = default;
   explicit simdgroup_matrix(T diagonal, uint line = __builtin_LINE()) {

@@ -6,6 +6,18 @@
 // thread_elements) makes the operation wait until every lane has brought its share.
 #pragma once
 
+namespace metal {
+
+// The type of a matrix's thread_elements(). Apple's has 64 elements, of which a lane's own are the first
+// two; a vector of two converts neither to it nor from it. Only those two are stored here.
+template <class T> struct vec<T, 64> {
+  vec<T, 2> msl_own;
+  MSL_INLINE T &operator[](int i) { return msl_own[i]; }
+  MSL_INLINE const T &operator[](int i) const { return msl_own[i]; }
+};
+
+} // namespace metal
+
 namespace msl_rt {
 
 // The lane map: lane l holds (row, col) and (row, col + 1). Undocumented by Apple; as observed on
@@ -22,7 +34,7 @@ template <> struct element_type<bfloat> { static constexpr uint value = ELEMENT_
 
 // What a lane holds of a matrix.
 template <class T> struct Share {
-  metal::vec<T, 2> e;
+  metal::vec<T, 64> e;
   mutable uint id = 0; // 0: the elements are the lanes' own
 };
 
@@ -140,7 +152,7 @@ MSL_FN bool passed(const Lane *me, const Simd *s, uint op, uint line, const void
 }
 
 template <class T> MSL_FN void take(Lane *me, const Simd *s, uint seq, Share<T> *out) {
-  narrow(s->data[seq % MSL_RING] + lane_offset[me->lane], &out->e);
+  narrow(s->data[seq % MSL_RING] + lane_offset[me->lane], &out->e.msl_own);
   out->id = seq;
 }
 

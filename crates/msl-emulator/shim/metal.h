@@ -6,6 +6,9 @@
 #include "math.h"
 #include "limits.h"
 #include "abi.h"
+#ifdef MSL_PASS_REGISTERS
+#include "opaque.h"
+#else
 #pragma clang attribute push(__attribute__((no_sanitize("thread"))), apply_to = function)
 #include "worker.h"
 #include "fiber.h"
@@ -19,3 +22,4 @@
 #endif
 #pragma clang attribute pop
 #include "matrix.h"
+#endif

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use crate::{
-    CompileOptions, ConstantInfo, Counters, Dispatch, DispatchOptions, Error, KernelInfo, Result,
+    CompileOptions, Constant, ConstantInfo, Counters, Dispatch, DispatchOptions, Error, KernelInfo,
+    Result,
 };
 
 fn unsupported<T>() -> Result<T> {
@@ -14,6 +15,15 @@ fn unsupported<T>() -> Result<T> {
 
 /// Finds the C++ compiler; there is none to use here.
 pub fn find_compiler() -> Result<PathBuf> {
+    unsupported()
+}
+
+/// Fails: this system is not supported.
+pub fn kept_in_memory(
+    _: &str,
+    _: &CompileOptions,
+    _: &[(u32, Constant)],
+) -> Result<Vec<(String, Vec<String>)>> {
     unsupported()
 }
 

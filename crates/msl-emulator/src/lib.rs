@@ -21,6 +21,6 @@ mod native;
 
 pub use dispatch::{Binding, Constant, Counters, Dispatch};
 pub use error::{Error, Fault, FaultKind, Result};
-pub use native::{Library, find_compiler};
+pub use native::{Library, find_compiler, kept_in_memory};
 pub use options::{CompileOptions, DispatchOptions, Limits};
 pub use reflect::{AddressSpace, ArgumentInfo, ArgumentKind, ConstantInfo, KernelInfo};

@@ -12,6 +12,9 @@ pub struct CompileOptions {
     pub defines: Vec<(String, String)>,
     /// Folders for `#include "..."`.
     pub include_dirs: Vec<PathBuf>,
+    /// Instantiations of kernel templates to compile, by the names that a host asks for; all where
+    /// none is named. Kernels that are no templates are always compiled.
+    pub kernels: Vec<String>,
     /// Whether to check address spaces in a compilation of its own.
     pub check_types: bool,
 }
@@ -22,6 +25,7 @@ impl Default for CompileOptions {
             name: "program.metal".into(),
             defines: Vec::new(),
             include_dirs: Vec::new(),
+            kernels: Vec::new(),
             check_types: true,
         }
     }
@@ -41,6 +45,13 @@ impl CompileOptions {
     #[must_use]
     pub fn define(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.defines.push((name.into(), value.into()));
+        self
+    }
+
+    /// Adds a kernel to those that are compiled.
+    #[must_use]
+    pub fn kernel(mut self, name: impl Into<String>) -> Self {
+        self.kernels.push(name.into());
         self
     }
 

@@ -3,12 +3,16 @@
 //! `cargo xtask metallib DIR` compiles the Metal kernels ahead of time, where Apple's compiler is.
 //! A program with `MLX_FLASH_METALLIB_DIR=DIR` then loads them instead of compiling their text.
 //!
+//! `cargo xtask allocas` fails where a Metal kernel keeps variables in memory instead of registers. It needs
+//! a `clang++`, and no Mac.
+//!
 //! `cargo xtask-cuda cubins [--all] [--update] ARCH..` (`sm_80 sm_90a`) checks the CUDA kernels,
 //! which needs no GPU, and fails where one spills registers or the compiler complains. Kernels that
 //! `crates/xtask/cubins.txt` has are not compiled again; `--update` compiles the others and writes
 //! that file, `--all` compiles every kernel and compares.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod allocas;
 #[cfg(feature = "cuda")]
 mod cubins;
 #[cfg(feature = "cuda")]
@@ -27,9 +31,10 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let done = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["metallib", dir] => metallib(Path::new(dir)),
+        ["allocas"] => allocas::run(),
         #[cfg(feature = "cuda")]
         ["cubins", ref rest @ ..] if rest.iter().any(|a| !a.starts_with("--")) => cubins(rest),
-        _ => Err("usage: cargo xtask metallib DIR; \
+        _ => Err("usage: cargo xtask metallib DIR; cargo xtask allocas; \
                   cargo xtask-cuda cubins [--all] [--update] ARCH.."
             .into()),
     };

@@ -308,6 +308,35 @@ fn readable(line: &str) -> String {
     .fold(line.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
+/// Optimises C++ of the registers pass for a GPU and gives LLVM's text of it. `defines` fix the function
+/// constants.
+pub(crate) fn optimised(code: &str, defines: &[String], headers: &Headers) -> Result<String> {
+    let include = format!("-I{}", headers.shim.display());
+    let defines: Vec<&str> = defines.iter().map(String::as_str).collect();
+    let flags = [
+        "--target=spir64",
+        "-std=c++17",
+        "-O2",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-vectorize",
+        "-fno-slp-vectorize",
+        "-fno-discard-value-names",
+        "-emit-llvm",
+        "-S",
+        "-o",
+        "-",
+    ];
+    let args = [COMMON, &flags, &[&include], &defines, &["-"]].concat();
+    let out = run(&args, &[], code.as_bytes())?;
+    if !out.ok {
+        return Err(Error::Compile {
+            log: readable(&out.log),
+        });
+    }
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
 /// Compiles C++ to a shared object at `path`.
 pub(crate) fn build(code: &str, checked: bool, headers: &Headers, path: &Path) -> Result<()> {
     let include = format!("-I{}", headers.shim.display());

@@ -47,13 +47,20 @@ impl Library {
     ///
     /// # Errors
     /// [`Error::NoCompiler`] without clang, [`Error::Text`] and [`Error::Compile`] for faulty text,
-    /// both with the line.
+    /// both with the line; [`Error::UnknownKernel`] where `options` name a kernel that the text lacks.
     pub fn compile(source: &str, options: &CompileOptions) -> Result<Self> {
         let dir = cache::dir()?;
         let headers = shim::headers(&dir)?;
         let compiler = compiler::fingerprint()?;
         let expanded = expanded(source, options, &headers, &dir, compiler)?;
-        let program = translate::translate(&expanded, &options.name, Pass::Code)?;
+        let only = &options.kernels;
+        let program = translate::translate(&expanded, &options.name, only, Pass::Code)?;
+        if let Some(name) = only.iter().find(|n| !program.names.contains(n)) {
+            return Err(Error::UnknownKernel {
+                name: name.clone(),
+                known: program.names.join(", "),
+            });
+        }
 
         let mut hash = Hash::new();
         hash.add(&compiler.to_le_bytes());
@@ -67,7 +74,7 @@ impl Library {
         if options.check_types {
             let types = with_suffix(&stem, "-types");
             cache::make_once(&types, || {
-                let twin = translate::translate(&expanded, &options.name, Pass::Types)?;
+                let twin = translate::translate(&expanded, &options.name, only, Pass::Types)?;
                 compiler::check_types(&twin.code, &headers)?;
                 cache::write(&types, b"")
             })?;
@@ -179,7 +186,7 @@ fn with_suffix(stem: &std::path::Path, suffix: &str) -> PathBuf {
 }
 
 /// The preprocessed text, from the cache when the program includes no files of its own.
-fn expanded(
+pub(super) fn expanded(
     source: &str,
     options: &CompileOptions,
     headers: &Headers,

@@ -7,6 +7,7 @@ mod constants;
 mod library;
 mod module;
 mod region;
+mod registers;
 mod report;
 mod run;
 mod shim;
@@ -15,3 +16,4 @@ mod validate;
 
 pub use compiler::find_compiler;
 pub use library::Library;
+pub use registers::kept_in_memory;

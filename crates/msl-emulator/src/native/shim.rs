@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::cache;
 use crate::error::Result;
 
-const FILES: [(&str, &str); 16] = [
+const FILES: [(&str, &str); 17] = [
     ("base.h", include_str!("../../shim/base.h")),
     ("bfloat.h", include_str!("../../shim/bfloat.h")),
     ("vector.h", include_str!("../../shim/vector.h")),
@@ -20,6 +20,7 @@ const FILES: [(&str, &str); 16] = [
     ("matrix_core.h", include_str!("../../shim/matrix_core.h")),
     ("matrix.h", include_str!("../../shim/matrix.h")),
     ("atomic.h", include_str!("../../shim/atomic.h")),
+    ("opaque.h", include_str!("../../shim/opaque.h")),
     ("entry.h", include_str!("../../shim/entry.h")),
     ("metal.h", include_str!("../../shim/metal.h")),
 ];

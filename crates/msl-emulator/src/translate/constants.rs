@@ -183,6 +183,10 @@ pub(crate) fn rewrite(text: &mut Text<'_>, constants: &Constants, pass: Pass) {
         let with = match pass {
             Pass::Types => format!("extern const {ty} {name}; extern const bool msl_fcdef_{name};"),
             Pass::Code => format!("static {ty} {name}; static bool msl_fcdef_{name};"),
+            Pass::Registers => format!(
+                "static constexpr {ty} {name} = {}; static constexpr bool msl_fcdef_{name} = true;",
+                fixed_macro(c.info.index)
+            ),
         };
         text.replace(c.tokens.clone(), with);
     }
@@ -195,6 +199,7 @@ pub(crate) fn rewrite(text: &mut Text<'_>, constants: &Constants, pass: Pass) {
                     "extern const {ty} {name}; static inline {ty} msl_derive_{n}() {{ return {value}; }}"
                 )
             }
+            Pass::Registers => format!("static constexpr {ty} {name} = ({value});"),
             Pass::Code => format!(
                 "static {ty} {name}; __attribute__((no_sanitize(\"thread\"))) static void msl_derive_{n}() \
                  {{ {name} = ({value}); }}"
@@ -202,6 +207,11 @@ pub(crate) fn rewrite(text: &mut Text<'_>, constants: &Constants, pass: Pass) {
         };
         text.replace(d.tokens.clone(), with);
     }
+}
+
+/// The macro that holds a function constant's value in the registers pass.
+pub(crate) fn fixed_macro(index: u32) -> String {
+    format!("MSL_CONSTANT_{index}")
 }
 
 /// What the words pass does to literals, for text that it will not see again.

@@ -39,6 +39,9 @@ pub(crate) fn program(
     if pass == Pass::Types {
         out += "#define MSL_PASS_TYPES\n";
     }
+    if pass == Pass::Registers {
+        out += "#define MSL_PASS_REGISTERS\n";
+    }
     out += swizzles;
     out += "#include \"metal.h\"\n";
     out += match pass {
@@ -46,16 +49,42 @@ pub(crate) fn program(
             "#define device MSL_DEVICE\n#define constant MSL_CONSTANT const\n\
              #define threadgroup MSL_THREADGROUP\n"
         }
-        Pass::Code => "#define device\n#define constant const\n#define threadgroup\n",
+        Pass::Code | Pass::Registers => {
+            "#define device\n#define constant const\n#define threadgroup\n"
+        }
     };
     out +=
         "#define thread\n#define is_function_constant_defined(x) msl_fcdef_##x\n# 1 \"program\"\n";
-    out += body;
+    if pass == Pass::Registers {
+        out += body;
+    } else {
+        // Hints for unrolling change no result here, and unrolled code takes twice as long to compile.
+        for line in body.split_inclusive('\n') {
+            out += if line.starts_with("#pragma clang loop") {
+                "\n"
+            } else {
+                line
+            };
+        }
+    }
     if pass == Pass::Code {
         tables(&mut out, kernels, constants);
     }
+    if pass == Pass::Registers {
+        out += "\n# 1 \"entries\"\n";
+        for (n, e) in kernels.entries.iter().enumerate() {
+            let _ = writeln!(
+                out,
+                "extern \"C\" void {ENTRY}{n}() {{ msl_rt::Entry<&{}>::call(); }}",
+                e.function
+            );
+        }
+    }
     out
 }
+
+/// Before its number, the function of the registers pass that holds one kernel and nothing else.
+pub(crate) const ENTRY: &str = "msl_entry_";
 
 fn tables(out: &mut String, kernels: &Kernels, constants: &Constants) {
     *out += "\n# 1 \"tables\"\n#undef device\n#undef constant\n#undef threadgroup\n#undef thread\n\

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::attributes::Attributes;
 use super::declarations::Declaration;
-use super::{Step, bad};
+use super::{Pass, Step, bad};
 use crate::lex::{Text, integer};
 use crate::reflect::{AddressSpace, ArgumentInfo, ArgumentKind, KernelInfo};
 
@@ -25,6 +25,8 @@ pub(crate) struct Entry {
     pub(crate) function: String,
     /// Name of the definition.
     pub(crate) base: String,
+    /// The explicit instantiation that makes it; none where the kernel is no template.
+    instantiation: Option<Range<usize>>,
     /// The C++ constant with its thread limit.
     pub(crate) limit: Option<String>,
 }
@@ -72,11 +74,12 @@ pub(crate) fn find(
         if d.template.is_none() {
             let host = host_name(attributes, head).unwrap_or_else(|| name.clone());
             let function = format!("{}{name}", d.scope);
-            out.add(index, host, function, "", text.line(name_at));
+            out.add(index, host, function, "", text.line(name_at), None);
         }
     }
     for d in declarations.iter().filter(|d| d.instantiation) {
         let head = d.tokens.clone();
+        let whole = Some(d.tokens.clone());
         let marked = head.clone().any(|i| text.get(i) == "kernel")
             || attributes
                 .within(head.clone())
@@ -107,7 +110,14 @@ pub(crate) fn find(
         } else {
             out.definitions[index].declaration.scope.clone()
         };
-        out.add(index, host, format!("{scope}{expression}"), &args, line);
+        out.add(
+            index,
+            host,
+            format!("{scope}{expression}"),
+            &args,
+            line,
+            whole,
+        );
     }
     Ok(out)
 }
@@ -276,7 +286,15 @@ fn number(arguments: &mut [ArgumentInfo], unnumbered: &[usize]) {
 }
 
 impl Kernels {
-    fn add(&mut self, index: usize, name: String, function: String, args: &str, line: u32) {
+    fn add(
+        &mut self,
+        index: usize,
+        name: String,
+        function: String,
+        args: &str,
+        line: u32,
+        instantiation: Option<Range<usize>>,
+    ) {
         let d = &self.definitions[index];
         let limit = d
             .limit
@@ -293,7 +311,24 @@ impl Kernels {
             },
             function,
             base: d.name.clone(),
+            instantiation,
             limit,
+        });
+    }
+
+    /// Removes the instantiations of templates that are not among `names`, from the text too. All stay
+    /// where `names` is empty.
+    pub(crate) fn keep(&mut self, text: &mut Text<'_>, names: &[String], pass: Pass) {
+        self.entries.retain(|e| {
+            let Some(tokens) = e.instantiation.clone() else {
+                return true;
+            };
+            let kept = names.is_empty() || names.contains(&e.info.name);
+            // The registers pass has each kernel inlined in a function of its own.
+            if !kept || pass == Pass::Registers {
+                text.replace(tokens, String::new());
+            }
+            kept
         });
     }
 

@@ -1,9 +1,9 @@
 //! From preprocessed Metal to C++: what the lexical pass reads and rewrites.
 
 mod attributes;
-mod constants;
+pub(crate) mod constants;
 mod declarations;
-mod emit;
+pub(crate) mod emit;
 mod kernels;
 mod reach;
 mod storage;
@@ -20,6 +20,8 @@ pub(crate) enum Pass {
     Types,
     /// Address spaces are gone; code is generated.
     Code,
+    /// Function constants are fixed, matrices opaque: shows what the optimiser leaves in memory.
+    Registers,
 }
 
 /// A program after the lexical pass.
@@ -27,6 +29,8 @@ pub(crate) enum Pass {
 pub(crate) struct Program {
     /// C++ for the pass.
     pub(crate) code: String,
+    /// Names of all kernels of the text.
+    pub(crate) names: Vec<String>,
     /// Kernels, in the order of the compiled program's table.
     pub(crate) kernels: Vec<KernelInfo>,
     /// Function constants, in the order of the table.
@@ -52,22 +56,34 @@ fn bad<T>(line: u32, message: impl Into<String>) -> Step<T> {
     })
 }
 
-/// Reads and rewrites `expanded`, the preprocessed text of the program `file`.
-pub(crate) fn translate(expanded: &str, file: &str, pass: Pass) -> Result<Program> {
-    run(expanded, pass).map_err(|b| Error::Text {
+/// Reads and rewrites `expanded`, the preprocessed text of the program `file`. Of its kernel templates
+/// only the instantiations in `only` remain, or all where that is empty.
+pub(crate) fn translate(
+    expanded: &str,
+    file: &str,
+    only: &[String],
+    pass: Pass,
+) -> Result<Program> {
+    run(expanded, only, pass).map_err(|b| Error::Text {
         file: file.into(),
         line: b.line,
         message: b.message,
     })
 }
 
-fn run(expanded: &str, pass: Pass) -> Step<Program> {
+fn run(expanded: &str, only: &[String], pass: Pass) -> Step<Program> {
     let mut text = Text::new(expanded);
     let attributes = attributes::collect(&text)?;
     let declarations = declarations::split(&text, &attributes);
     let constants = constants::find(&text, &attributes, &declarations)?;
     let mut kernels = kernels::find(&text, &attributes, &declarations)?;
     constants::check_gates(&constants, &kernels)?;
+    let names = kernels
+        .entries
+        .iter()
+        .map(|e| e.info.name.clone())
+        .collect();
+    kernels.keep(&mut text, only, pass);
     reach::required_constants(&text, &declarations, &constants, &mut kernels);
     let swizzles = words::swizzles(&text);
     let storage = storage::rewrite(&mut text, &declarations, &kernels, pass)?;
@@ -79,6 +95,7 @@ fn run(expanded: &str, pass: Pass) -> Step<Program> {
     let code = emit::program(&body, &kernels, &constants, &swizzles, pass);
     Ok(Program {
         code,
+        names,
         kernels: kernels.entries.into_iter().map(|e| e.info).collect(),
         derived: constants.derived.into_iter().map(|d| d.name).collect(),
         constants: constants.declared.into_iter().map(|c| c.info).collect(),

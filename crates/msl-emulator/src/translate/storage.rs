@@ -89,7 +89,7 @@ fn declare(
             Pass::Types => {
                 format!("MSL_THREADGROUP msl_t{site} &{name} = *(MSL_THREADGROUP msl_t{site} *)0; ")
             }
-            Pass::Code => format!(
+            Pass::Code | Pass::Registers => format!(
                 "msl_t{site} &{name} = *(msl_t{site} *)msl_rt::threadgroup_var<&{key}, {site}, \
                  sizeof(msl_t{site}), (alignof(msl_t{site}) < 16 ? 16 : alignof(msl_t{site}))>(); "
             ),
