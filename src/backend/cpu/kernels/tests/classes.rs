@@ -1,6 +1,6 @@
 //! Tile classes that say something else than the mask.
 
-use super::harness::{Data, Random, build, isas, shape};
+use super::harness::{Data, Random, build, everywhere, shape};
 use crate::DType;
 use crate::attention::mask::TileClass;
 use crate::attention::{MaskSpec, Problem, variant};
@@ -38,10 +38,10 @@ fn classes_are_obeyed_tile_by_tile() {
             let mut classed = obeyed.with_problem(build(builder.tile_classes(true)));
             classed.set_mask(|_, i, j| cells[i * kl + j]);
             classed.set_classes(given);
-            for isa in isas() {
+            for (name, kernels) in everywhere(dtype) {
                 assert!(
-                    classed.run(isa, 1) == obeyed.run(isa, 1),
-                    "{isa} {dtype} D {dim}"
+                    classed.run_with(kernels, 1) == obeyed.run_with(kernels, 1),
+                    "{name} {dtype} D {dim}"
                 );
             }
             obeyed.check(&format!("{dtype} D {dim}"));

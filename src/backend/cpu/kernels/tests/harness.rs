@@ -46,6 +46,14 @@ pub(super) fn kernels_for(isa: Isa, dtype: DType) -> &'static Kernels {
     table::select(isa, Float::of(dtype).unwrap())
 }
 
+/// The kernels for K and V of `dtype` of every instruction set here, and tiles in plain Rust, whose panels
+/// are as wide as AVX-512's.
+pub(super) fn everywhere(dtype: DType) -> Vec<(&'static str, &'static Kernels)> {
+    let kernels = isas().map(|isa| (isa.name(), kernels_for(isa, dtype)));
+    let tiles = (dtype == DType::BF16).then(|| ("plain tiles", table::plain_tiles()));
+    kernels.chain(tiles).collect()
+}
+
 /// Uniform and normal numbers from a seed.
 #[derive(Debug, Clone)]
 pub(super) struct Random(u64);
@@ -423,9 +431,7 @@ impl Data {
         );
         let mut worst = 0.0f64;
         let dtype = self.problem.kv_dtype();
-        let kernels = isas().map(|isa| (isa.name(), kernels_for(isa, dtype)));
-        let tiles = (dtype == DType::BF16).then(|| ("plain tiles", table::plain_tiles()));
-        for (name, kernels) in kernels.chain(tiles) {
+        for (name, kernels) in everywhere(dtype) {
             let got = self.run_with(kernels, 1);
             let result = tolerance::compare(&self.problem, &got.o, &exact, &naive);
             assert!(result.ok, "{what}, {name}: {result:?}");

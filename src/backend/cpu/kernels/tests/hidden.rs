@@ -1,10 +1,9 @@
 //! Keys that a row does not see add nothing to it, whatever bits they hold.
 
-use super::harness::{Data, Output, Random, build, isas, kernels_for, shape};
+use super::harness::{Data, Output, Random, build, everywhere, shape};
 use crate::DType;
 use crate::attention::oracle;
 use crate::attention::{MaskSpec, Problem, ProblemBuilder, QueryOffset};
-use crate::backend::cpu::kernels::table;
 
 const HIDDEN: f64 = f64::NEG_INFINITY;
 const FLOATS: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
@@ -23,13 +22,8 @@ type Sees<'a> = &'a dyn Fn(usize, usize, usize, usize) -> bool;
 /// Runs on every instruction set, and on tiles in plain Rust.
 fn runs(data: &Data, threads: usize) -> Vec<(&'static str, Output)> {
     let dtype = data.problem.kv_dtype();
-    let mut all: Vec<_> = isas()
-        .map(|isa| (isa.name(), kernels_for(isa, dtype)))
-        .collect();
-    if dtype == DType::BF16 {
-        all.push(("plain tiles", table::plain_tiles()));
-    }
-    all.into_iter()
+    everywhere(dtype)
+        .into_iter()
         .map(|(name, kernels)| (name, data.run_with(kernels, threads)))
         .collect()
 }
