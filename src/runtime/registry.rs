@@ -255,7 +255,11 @@ impl KernelRegistry {
                 // The CPU and CUDA run their own function of that name, whatever the text.
                 let runs_text = device.backend.family() == Family::Apple;
                 let foreign = runs_text && source.from != Origin::Us;
-                let kernel = if foreign { kernel.into_foreign() } else { kernel };
+                let kernel = if foreign {
+                    kernel.into_foreign()
+                } else {
+                    kernel
+                };
                 let pipeline = Pipeline(Arc::new(kernel));
                 shared.insert(slot.key().clone(), pipeline.clone());
                 pipeline
