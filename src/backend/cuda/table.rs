@@ -367,7 +367,7 @@ impl Row {
     fn hopper_bytes(&self, needs: Needs, buffers: usize) -> usize {
         let row = needs.head_dim.next_multiple_of(64) * 2;
         let held = buffers * self.bm + 2 * stages(needs) * self.bn;
-        let barriers = 56 * buffers * (self.bm / 64) + 16 + 32 * stages(needs);
+        let barriers = 56 * buffers * (self.bm / 64) + 24 + 40 * stages(needs);
         held * row + barriers + buffers * self.list_bytes(needs) + 8
     }
 
