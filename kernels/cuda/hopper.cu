@@ -21,7 +21,7 @@
 //   row sees every key;
 // - left, right: 2^30 where nothing bounds them. q_off, left and right fit in 31 bits together;
 // - dynamic shared bytes, from 1,024 on: 128 PANELS (QBUF BM + 2 STAGES BN) + 56 QBUF WGS + 24 +
-//   40 STAGES, and with CLASSES 8 + QBUF (12 + 8 WGS + 2 LIST_CAP) more.
+//   40 STAGES + 512 WGS PARKED, and with CLASSES 8 + QBUF (12 + 8 WGS + 2 LIST_CAP) more.
 // scripts/gpu-bench has the same in Python, with the tiles that each head dim and its options take.
 
 #define THREADS (128 * (WGS + 1))
@@ -41,12 +41,19 @@ struct Ring {
 #define TILE_BYTES (PANELS * BN * 128)
 #define Q_BYTES (PANELS * BM * 128)
 
+// Elements of O a thread that wait in shared memory while a run after the first does a softmax, where
+// registers are short.
+#define PARKED (D <= 64 && WGS == 4 ? 16 : D >= 192 ? 28 : 0)
+
 struct Shared {
     Tile tile[QBUF * WGS]; // whose rows each consumer's Q is
     u64 q_full[QBUF * WGS], q_empty[QBUF * WGS], verdict;
     u64 v_raw[STAGES]; // a tile of V is there that has yet to be cleaned
     Again again;
     u32 v_at; // tiles of V in the first run
+#if PARKED
+    float parked[PARKED][128 * WGS];
+#endif
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 #if CLASSES
     u64 listed[QBUF];
@@ -405,9 +412,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 asm volatile("" : "+r"(zero));
                 const Params& later = params_at(p, zero);
                 const Rows rows = rows_of(later, told(), wg * 64, tid + zero);
+#if PARKED
+                volatile float* parked = &sh->parked[0][threadIdx.x - 128];
+#pragma unroll
+                for (int j = 0; j < PARKED; j++) parked[j * 128 * WGS] = o[j];
+#endif
                 modify<BN>(s, later, rows, tile, true, run, cells_of(later, rows, tile));
                 softmax<BN>(s, soft, score_unit(later), tile_unit(later, true), masked, false, run);
                 pack(s);
+#if PARKED
+#pragma unroll
+                for (int j = 0; j < PARKED; j++) o[j] = parked[j * 128 * WGS];
+#endif
                 rescale();
                 settle(soft, score_unit(later));
                 first = false;

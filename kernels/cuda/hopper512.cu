@@ -13,7 +13,7 @@
 // The host gives D = 512, BN = 64, WGS = 2 (BM = 128 is of a cluster) and options; arguments, section,
 // left and right as hopper.cu has them, but that the map of V has five dims, (64, rows, 8, heads,
 // batch), and a box of 64 columns, 16 rows and 4 of the third. Threads: 384; grid: 2 Params.tiles;
-// dynamic shared bytes: 214,192, with CLASSES 216,272.
+// dynamic shared bytes: 218,288, with CLASSES 220,368.
 
 #define THREADS 384
 #define SLOT_BYTES 8192
@@ -31,6 +31,10 @@
 #define BAR_FREE 1  // and + 1: weights were read
 #define BAR_STORE 3 // and + 1: within a group
 
+// Elements of O a thread that wait in shared memory while a run after the first does a softmax, where
+// registers are short.
+#define PARKED 8
+
 struct Shared {
     u64 q_full;
     u64 full[SLOTS], empty[SLOTS];
@@ -40,6 +44,7 @@ struct Shared {
     float alpha[PBUF][64];
     float inv[64];
     Again again; // the same in both CTAs
+    float parked[PARKED][128];
 #if CLASSES
     u64 list_full;
     int list_len, list_from[2], list_to[2];
@@ -294,8 +299,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                 asm volatile("" : "+r"(zero));
                 const Params& later = params_at(p, zero);
                 const Rows again = rows_of(later, t, rank * 64, tid + zero);
+                volatile float* parked = &sh->parked[0][tid];
+#pragma unroll
+                for (int j = 0; j < PARKED; j++) parked[j * 128] = o[j];
                 modify<64>(s, later, again, tile, true, run, cells_of(later, again, tile));
                 softmax<64>(s, soft, score_unit(later), tile_unit(later, true), masked, true, run);
+#pragma unroll
+                for (int j = 0; j < PARKED; j++) o[j] = parked[j * 128];
                 return;
             }
             const Rows rows = rows_of(p, t, rank * 64, tid);
