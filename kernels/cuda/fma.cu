@@ -62,6 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     const int group = threadIdx.x / 8, column = threadIdx.x % 8;
     const int local = group * ROWS, row0 = t.m0 + local;
 
+    for (int run = PLAIN; run != DONE;) {
     float o[ROWS][RUNS][4], m[ROWS], sum[ROWS];
     int first[ROWS], end[ROWS];
 #pragma unroll
@@ -75,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     }
 
     Walk walk(p, t);
-    if (walk.at < walk.end) load<BM, TYPE_F32>(sm_q, p.q, q_at, p.q_strides[2], t.m0, t.sq, vector);
+    if (run == PLAIN && walk.at < walk.end) load<BM, TYPE_F32>(sm_q, p.q, q_at, p.q_strides[2], t.m0, t.sq, vector);
     for (; walk.at < walk.end; walk.seek(p, t, walk.at + 1)) {
         const int k0 = walk.at * BN;
         load<BN, KV_TYPE>(sm_kv, p.k, k_at, p.k_strides[2], k0, t.sk, vector);
@@ -124,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
                 rows[j] = row0 + r;
                 keys[j] = k0 + column + 8 * j;
             }
-            bias(s[r], p, t, masked, rows, keys);
+            bias<false>(s[r], p, t, masked, rows, keys);
 #endif
 #pragma unroll
             for (int j = 0; j < KEYS; j++) {
@@ -135,12 +136,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
 #pragma unroll
             for (int lane = 1; lane < 8; lane *= 2) highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, lane));
             const float subtract = finite_max(highest);
-            factor[r] = expf(m[r] - subtract);
+            factor[r] = run >= UPWARD ? 1.0f : expf(m[r] - subtract);
             m[r] = highest;
             float tile_sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < KEYS; j++) {
-                const float weight = expf(s[r][j] - subtract);
+                const float weight = run >= UPWARD ? presence(s[r][j]) : expf(s[r][j] - subtract);
                 tile_sum += weight;
                 sm_p[(local + r) * P_STRIDE + column + 8 * j] = weight;
             }
@@ -151,6 +152,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         load<BN, KV_TYPE>(sm_kv, p.v, v_at, p.v_strides[2], k0, t.sk, vector);
         copies_wait();
         __syncthreads();
+        if (run != PLAIN) {
+            for (int i = threadIdx.x; i < BN * STRIDE; i += THREADS) sm_kv[i] = cleaned(sm_kv[i], run);
+            __syncthreads();
+        }
 #pragma unroll
         for (int i = 0; i < RUNS; i++) {
             const int c = 32 * i + 4 * column;
@@ -179,6 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         __syncthreads(); // V and the weights have been read
     }
 
+    bool finite = true;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
 #pragma unroll
@@ -193,14 +199,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
 #pragma unroll
         for (int i = 0; i < 4 * RUNS; i++) {
             const int c = 32 * (i / 4) + 4 * column + i % 4;
-            if (c < D) out[c] = o[r][i / 4][i % 4] * times;
+            const float x = o[r][i / 4][i % 4];
+            if (c >= D) continue;
+            out[c] = run >= UPWARD ? counted(out[c], x, run) : x * times;
+            finite = finite && x * 0.0f == 0.0f;
         }
-        if (column != 0) continue;
+        if (column != 0 || run >= UPWARD) continue;
         if (partial) {
             out[D] = m[r];
             out[D + 1] = sum[r];
         } else {
             store_lse(p, t, row, f.lse);
         }
+    }
+    if (__syncthreads_and(finite) && run == PLAIN) return;
+    run = run == CLEAN ? UPWARD : run + 1;
     }
 }

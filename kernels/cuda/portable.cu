@@ -104,7 +104,7 @@ struct State {
 };
 
 // Scores to weights, in place; sums and output are brought to the new maximum.
-template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const Params& p, const Tile& t, bool masked, int k0, int row0, float* stats) {
+template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const Params& p, const Tile& t, bool masked, int k0, int row0, float* stats, int run) {
     const int lane = threadIdx.x % 32, wn = threadIdx.x / 32 / WM;
     const int row = row0 + lane / 4, key = k0 + wn * KEYS + 2 * (lane % 4);
     int first[2], end[2];
@@ -122,7 +122,7 @@ template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const
 #if GENERAL
         const int rows[4] = {row, row, row + 8, row + 8};
         const int keys[4] = {key + 8 * n, key + 8 * n + 1, key + 8 * n, key + 8 * n + 1};
-        bias(s[n], p, t, masked, rows, keys);
+        bias<true>(s[n], p, t, masked, rows, keys);
 #endif
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -132,6 +132,11 @@ template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const
             }
             highest[i / 2] = fmaxf(highest[i / 2], s[n][i]);
         }
+    }
+    if (run >= UPWARD) {
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) s[i / 4][i % 4] = presence(s[i / 4][i % 4]);
+        return;
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -204,6 +209,27 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
     if (column == 0) store_lse(p, t, row, f.lse);
 }
 
+// After a run that counts: a row of counts over what the runs before stored.
+DEV void count_row(const Params& p, const Tile& t, const State& state, int r, int row, int column, int run) {
+    float* partial = p.partials + (result_row(p, t, row) * p.splits + t.split) * (D + 2);
+    u16* out = (u16*)p.o + o_offset(p, t, row);
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 4; i++) {
+        const int c = column + 8 * (i / 2) + i % 2;
+        const float count = state.o[i / 2][2 * r + i % 2];
+        if (!(count > 0.0f)) continue;
+        if (p.splits > 1) partial[c] = counted(partial[c], count, run);
+        else out[c] = ROUND(counted(element<ELEMENT>(out, c), count, run));
+    }
+}
+
+DEV bool is_finite(const State& state, int r) {
+    float zero = 0.0f;
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 8; n++) zero += state.o[n][2 * r] * 0.0f + state.o[n][2 * r + 1] * 0.0f;
+    return zero == 0.0f;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) u8 raw[];
     const Tile t = tile_of(p, blockIdx.x);
@@ -222,6 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     // Rows past the last are not worked on where a whole warp has them alone.
     const bool active = row0 < t.rows;
 
+    for (int run = PLAIN; run != DONE;) {
     State state;
 #pragma unroll
     for (int n = 0; n < COLUMNS / 8; n++)
@@ -231,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
 
     Walk walk(p, t);
     if (walk.at < walk.end) {
-        load_q(sm_q, q, p, t, vector);
+        if (run == PLAIN) load_q(sm_q, q, p, t, vector);
         load<BN>(sm_k, k, p.k_strides[2], walk.at * BN, t.sk, vector);
         copies_commit();
     }
@@ -267,8 +294,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             }
             const bool masked = p.mask && !walk.is_plain();
             // One copy of the general form is enough.
-            if (GENERAL || k0 < t.free_lo || t.free_hi - k0 < BN) weigh<true>(s, state, p, t, masked, k0, row0, stats);
-            else weigh<bool(GENERAL)>(s, state, p, t, masked, k0, row0, stats);
+            if (GENERAL || k0 < t.free_lo || t.free_hi - k0 < BN) weigh<true>(s, state, p, t, masked, k0, row0, stats, run);
+            else weigh<bool(GENERAL)>(s, state, p, t, masked, k0, row0, stats, run);
 #if WN > 1
             const u32 at = sm_p + u32((16 * wm + lane / 4) * P_ROW_BYTES + 2 * (wn * KEYS + 2 * (lane % 4)));
 #pragma unroll
@@ -281,6 +308,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
 
         copies_wait();
         __syncthreads(); // V is there, and K has been read
+        if (run != PLAIN) {
+            clean_halves<!BF16>(raw + (sm_v - sm_q), BN * ROW_BYTES, threadIdx.x, THREADS, run);
+            __syncthreads();
+        }
         walk.seek(p, t, walk.at + 1);
         if (walk.at < walk.end) {
             load<BN>(sm_k, k, p.k_strides[2], walk.at * BN, t.sk, vector);
@@ -309,8 +340,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         }
     }
 
+    bool finite = true;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
+        const int row = row0 + lane / 4 + 8 * r;
+        if (run >= UPWARD) {
+            if (row < t.rows) count_row(p, t, state, r, row, wn * COLUMNS + 2 * (lane % 4), run);
+            continue;
+        }
         float sum = state.sum[r];
         sum += __shfl_xor_sync(ALL_LANES, sum, 1);
         sum += __shfl_xor_sync(ALL_LANES, sum, 2);
@@ -323,7 +360,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         sum = 0.0f;
         for (int w = 0; w < WN; w++) sum += stats[w * BM + local];
 #endif
-        const int row = row0 + lane / 4 + 8 * r;
-        if (row < t.rows) store_row(p, t, state, r, row, wn * COLUMNS + 2 * (lane % 4), sum);
+        if (row >= t.rows) continue;
+        store_row(p, t, state, r, row, wn * COLUMNS + 2 * (lane % 4), sum);
+        finite = finite && is_finite(state, r);
+    }
+    // Also the barrier between this run's last reads of shared memory and the next one's copies.
+    if (__syncthreads_and(finite) && run == PLAIN) return;
+    run = run == CLEAN ? UPWARD : run + 1;
     }
 }

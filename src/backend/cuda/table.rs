@@ -360,15 +360,20 @@ impl Row {
             }
             Text::Fma => 4 * ((bm + bn) * (d + 4) + bm * (bn + 4)),
             Text::Hopper { .. } => self.hopper_bytes(needs, self.buffers(needs)),
-            Text::HopperWide => 208 * 1024 + 1200 + self.list_bytes(needs) + 8,
+            Text::HopperWide => 208 * 1024 + 1200 + 4096 + self.list_bytes(needs) + 8,
         }
     }
 
     fn hopper_bytes(&self, needs: Needs, buffers: usize) -> usize {
         let row = needs.head_dim.next_multiple_of(64) * 2;
         let held = buffers * self.bm + 2 * stages(needs) * self.bn;
-        let barriers = 56 * buffers * (self.bm / 64) + 16 + 32 * stages(needs);
-        held * row + barriers + buffers * self.list_bytes(needs) + 8
+        let barriers = 56 * buffers * (self.bm / 64) + 24 + 40 * stages(needs);
+        let parked = match needs.head_dim {
+            ..=64 if self.bm == 256 => 16,
+            192.. => 28,
+            _ => 0,
+        };
+        held * row + barriers + 8 * self.bm * parked + buffers * self.list_bytes(needs) + 8
     }
 
     /// Tiles of Q that a Hopper kernel holds: the next one too, where there is room for it.
