@@ -228,7 +228,14 @@ const ATTENTION: &[Row] = &[
     hopper(&[192], 128, 96, (40, 232), &[CLASSED & !SCORES]),
     hopper(&[192], 128, 80, (24, 240), &[NO_MASK]),
     hopper(&[192], 128, 80, (40, 232), &[CLASSED]),
-    hopper(&[256], 128, 64, (40, 232), &[BOUNDS | SCORES, CLASSED]),
+    hopper(
+        &[256],
+        128,
+        64,
+        (24, 240),
+        &[BOUNDS | SCORES, CLASSED & !CLASSES],
+    ),
+    hopper(&[256], 128, 64, (40, 232), &[CLASSED]),
     hopper(&[256], 128, 48, (40, 232), &[NO_MASK]),
     Row {
         text: Text::HopperWide,
