@@ -374,7 +374,7 @@ impl Row {
     fn hopper_bytes(&self, needs: Needs, buffers: usize) -> usize {
         let row = needs.head_dim.next_multiple_of(64) * 2;
         let held = buffers * self.bm + 2 * stages(needs) * self.bn;
-        let barriers = 56 * buffers * (self.bm / 64) + 24 + 40 * stages(needs);
+        let barriers = 56 * buffers * (self.bm / 64) + 56 + 40 * stages(needs);
         let parked = match needs.head_dim {
             ..=64 if self.bm == 256 => 16,
             192.. => 28,
