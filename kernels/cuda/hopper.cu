@@ -20,7 +20,7 @@
 // - Params.section: heads that go together. K and V of that many fit well in the L2 cache; 1 where every
 //   row sees every key;
 // - left, right: 2^30 where nothing bounds them. q_off, left and right fit in 31 bits together;
-// - dynamic shared bytes, from 1,024 on: 128 PANELS (QBUF BM + 2 STAGES BN) + 56 QBUF WGS + 24 +
+// - dynamic shared bytes, from 1,024 on: 128 PANELS (QBUF BM + 2 STAGES BN) + 56 QBUF WGS + 56 +
 //   40 STAGES + 512 WGS PARKED, and with CLASSES 8 + QBUF (12 + 8 WGS + 2 LIST_CAP) more.
 // scripts/gpu-bench has the same in Python, with the tiles that each head dim and its options take.
 
@@ -47,7 +47,8 @@ struct Ring {
 
 struct Shared {
     Tile tile[QBUF * WGS]; // whose rows each consumer's Q is
-    u64 q_full[QBUF * WGS], q_empty[QBUF * WGS], verdict;
+    u64 q_full[QBUF * WGS], q_empty[QBUF * WGS];
+    u64 verdict[DONE]; // all consumers have ended a run
     u64 v_raw[STAGES]; // a tile of V is there that has yet to be cleaned
     Again again;
     u32 v_at; // tiles of V in the first run
@@ -71,17 +72,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 sm_q = base, sm_k = base + QBUF * Q_BYTES, sm_v = sm_k + STAGES * TILE_BYTES;
     Shared* sh = (Shared*)(raw + QBUF * Q_BYTES + 2 * STAGES * TILE_BYTES);
     const u32 q_full = smem_u32(sh->q_full), q_empty = smem_u32(sh->q_empty);
-    const u32 verdict = smem_u32(&sh->verdict), v_raw = smem_u32(sh->v_raw);
+    const u32 verdict = smem_u32(sh->verdict), v_raw = smem_u32(sh->v_raw);
 #if CLASSES
     const u32 listed = smem_u32(sh->listed);
 #endif
     const u32 k_full = smem_u32(sh->k_full), k_empty = smem_u32(sh->k_empty);
     const u32 v_full = smem_u32(sh->v_full), v_empty = smem_u32(sh->v_empty);
 
-    // The CTA's next run over its tiles, once all consumers have ended `run`, which is its `turns`-th.
-    // All warps ask after each run.
-    auto next_run = [&](int run, int turns) {
-        bar_wait(verdict, turns & 1);
+    // The CTA's next run over its tiles, once all consumers have ended `run`. All warps ask after each.
+    auto next_run = [&](int run) {
+        bar_wait(verdict + 8 * run, 0);
         // One lane's reading, so that the compiler knows that a warp stays together.
         return __shfl_sync(~0u, run_after(run, sh->again), 0);
     };
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (i < QBUF) bar_init(listed + 8 * i, 32);
 #endif
         if (i == 0) {
-            bar_init(verdict, WGS);
+            for (int run = PLAIN; run < DONE; run++) bar_init(verdict + 8 * run, WGS);
             sh->again = Again{0, 0, 0};
         }
         bar_init_fence();
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             // The last warp cleans V in runs after the first, between its copy and the consumers.
             int run = PLAIN;
             u32 cleaned = 0;
-            for (int turns = 0; run != DONE; turns++) {
+            while (run != DONE) {
                 while (run != PLAIN) {
                     const u32 slot = (sh->v_at + cleaned) % STAGES;
                     const bool there = bar_test(v_raw + 8 * slot, cleaned / STAGES & 1);
@@ -150,11 +150,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         __syncwarp();
                         if (lane == 0) bar_arrive(v_full + 8 * slot);
                         cleaned++;
-                    } else if (__any_sync(~0u, bar_test(verdict, turns & 1))) {
+                    } else if (__any_sync(~0u, bar_test(verdict + 8 * run, 0))) {
                         break;
                     }
                 }
-                run = next_run(run, turns);
+                run = next_run(run);
             }
             return;
         }
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if CLASSES
         // The second warp is a tile ahead, with which key tiles there are to do.
         if (warp == 1) {
-            for (int run = PLAIN, turns = 0; run != DONE; run = next_run(run, turns++)) {
+            for (int run = PLAIN; run != DONE; run = next_run(run)) {
                 for (int turn = 0; index_at(turn) < indices; turn++) {
                     const Tile t = tile_at(turn);
                     const u32 b = rq.slot();
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
 #endif
         Ring<STAGES> rk = {STAGES}, rv = {STAGES}; // slots are free at first
-        for (int run = PLAIN, turns = 0; run != DONE; run = next_run(run, turns++)) {
+        for (int run = PLAIN; run != DONE; run = next_run(run)) {
             const u32 v_there = run == PLAIN ? v_full : v_raw;
             for (int turn = 0; index_at(turn) < indices; turn++) {
                 const Tile t = tile_at(turn);
@@ -294,6 +294,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // A run over the CTA's tiles. The first is compiled apart from the others, whose thread number
     // is opaque: else it would keep in registers what they could take over from it.
     auto tiles = [&](auto plain, const int run, const int tid) {
+    // Opaque in later runs, lest what follows from it be kept in registers from tile to tile.
+    auto late = [&]() {
+        int x = tid;
+        if (!plain) asm volatile("" : "+r"(x));
+        return x;
+    };
     for (int turn = 0; index_at(turn) < indices; turn++) {
         wait_q();
         const Tile t = told();
@@ -309,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         skip(hi > lo ? t.hi - hi : n);
 #endif
         if (hi <= lo) {
-            write_unseen(p, t, t.m0 + wg * 64, 64, tid);
+            write_unseen(p, t, t.m0 + wg * 64, 64, late());
             stored();
             named_sync(8 + wg, 128); // all have read what they were told
             done_q();
@@ -536,7 +542,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         // Read again, lest all of it be kept in registers through the loops.
         asm volatile("" ::: "memory");
         const Tile e = told();
-        const Rows ends = rows_of(p, e, wg * 64, tid);
+        const int me = late();
+        const Rows ends = rows_of(p, e, wg * 64, me);
         float inv[2];
         bool over[2];
         finish(inv, over, soft, p, e, ends, run);
@@ -586,9 +593,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             named_sync(8 + wg, 128);
             const u8* own = raw + rq.slot() * Q_BYTES + wg * 64 * 128;
             if (run >= EXACT)
-                merge_rows<D, BM>(p, e, e.m0 + wg * 64, 0, own, tid, run);
+                merge_rows<D, BM>(p, e, e.m0 + wg * 64, 0, own, me, run);
             else
-                for (int i = tid; i < 64 * (D / 8); i += 128) {
+                for (int i = me; i < 64 * (D / 8); i += 128) {
                     const int r = i / (D / 8), c = i % (D / 8);
                     if (e.m0 + wg * 64 + r < e.sq)
                         *(uint4*)(output_row(p, e, e.m0 + wg * 64 + r) + c * 8) =
@@ -616,10 +623,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     };
     tiles(Yes(), PLAIN, tid);
     if (tid == 0) sh->v_at = rv.at;
-    for (int run = PLAIN, turns = 0;; turns++) {
+    for (int run = PLAIN;;) {
         named_sync(8 + wg, 128);
-        if (tid == 0) bar_arrive(verdict);
-        run = next_run(run, turns);
+        if (tid == 0) bar_arrive(verdict + 8 * run);
+        run = next_run(run);
         if (run == DONE) return;
         if (run > CLEAN) {
             // What earlier runs stored is read.

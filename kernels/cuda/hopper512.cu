@@ -177,9 +177,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     }
 
     regs_take<232>();
-    const int tid = threadIdx.x - 128 * group;
-    const int lane = tid & 31, warp = tid >> 5;
-    const bool signal = lane < 2; // a lane for each CTA
+    const int thread = threadIdx.x - 128 * group;
+    const bool signal = (thread & 31) < 2; // a lane for each CTA
 #if CLASSES
     bar_wait(smem_u32(&sh->list_full), 0);
     n = sh->list_len;
@@ -191,6 +190,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     const u64 desc_k = smem_desc(ring, 16), desc_v = smem_desc(ring + 8 * SLOT_BYTES, 2048);
     int run = PLAIN;
     for (int turns = 0; run != DONE; run = next_run(run), turns++) {
+    // Opaque, lest what follows from it be kept in registers from run to run.
+    int tid = thread;
+    asm volatile("" : "+r"(tid));
+    const int lane = tid & 31, warp = tid >> 5;
     if (run >= EXACT) {
         // What earlier runs stored is read.
         if (tid == 0) tma_store_wait();

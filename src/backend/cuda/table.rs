@@ -228,7 +228,14 @@ const ATTENTION: &[Row] = &[
     hopper(&[192], 128, 96, (40, 232), &[CLASSED & !SCORES]),
     hopper(&[192], 128, 80, (24, 240), &[NO_MASK]),
     hopper(&[192], 128, 80, (40, 232), &[CLASSED]),
-    hopper(&[256], 128, 64, (40, 232), &[BOUNDS | SCORES, CLASSED]),
+    hopper(
+        &[256],
+        128,
+        64,
+        (24, 240),
+        &[BOUNDS | SCORES, CLASSED & !CLASSES],
+    ),
+    hopper(&[256], 128, 64, (40, 232), &[CLASSED]),
     hopper(&[256], 128, 48, (40, 232), &[NO_MASK]),
     Row {
         text: Text::HopperWide,
@@ -367,7 +374,7 @@ impl Row {
     fn hopper_bytes(&self, needs: Needs, buffers: usize) -> usize {
         let row = needs.head_dim.next_multiple_of(64) * 2;
         let held = buffers * self.bm + 2 * stages(needs) * self.bn;
-        let barriers = 56 * buffers * (self.bm / 64) + 24 + 40 * stages(needs);
+        let barriers = 56 * buffers * (self.bm / 64) + 56 + 40 * stages(needs);
         let parked = match needs.head_dim {
             ..=64 if self.bm == 256 => 16,
             192.. => 28,
