@@ -17,6 +17,5 @@ pub(crate) fn run(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
         },
         cpu.isa(),
         cpu.team(),
-    );
-    Ok(())
+    )
 }

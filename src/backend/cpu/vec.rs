@@ -24,8 +24,13 @@ pub(crate) fn partials(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
     // nobody else uses them while the dispatch runs.
     let tmp = unsafe { tmp.slice_mut() };
     let (heads, dim) = (p.num_heads as usize, p.head_dim as usize);
-    let mut o = vec![0.0f32; heads * dim];
-    let mut lse = vec![0.0f32; heads];
+    let zeros = |count: usize| {
+        let mut zeros = kernels::room(count)?;
+        zeros.resize(count, 0.0f32);
+        Ok(zeros)
+    };
+    let mut o = zeros(heads.saturating_mul(dim))?;
+    let mut lse = zeros(heads)?;
     let at = Pointers {
         q,
         k,
@@ -44,7 +49,7 @@ pub(crate) fn partials(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
         },
         cpu.isa(),
         cpu.team(),
-    );
+    )?;
     for (h, partials) in tmp.chunks_exact_mut(per_head).enumerate() {
         for split in partials.chunks_exact_mut(dim + 2) {
             split.fill(0.0);

@@ -56,13 +56,14 @@ impl Simd for Avx2 {
             _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)))
         };
         fn exp2<const DEGREE>(self, t: __m256) -> __m256 = {
-            let low = _mm256_max_ps(t, _mm256_set1_ps(math::LOWEST));
+            // In this order NaN passes.
+            let low = _mm256_max_ps(_mm256_set1_ps(math::LOWEST), t);
             let magic = _mm256_set1_ps(math::WHOLE);
             let shifted = _mm256_add_ps(low, magic);
             let fraction = _mm256_sub_ps(low, _mm256_sub_ps(shifted, magic));
             let octave = math::octave::<Self, DEGREE>(Self(()), fraction);
-            let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted));
-            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(octave), exponent))
+            let power = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted));
+            _mm256_mul_ps(octave, _mm256_castsi256_ps(power))
         };
         fn transpose(self, b: [__m256; 8]) -> [__m256; 8] = transpose(b);
         fn zeros(self) -> [__m256; 8] = [_mm256_setzero_ps(); 8];

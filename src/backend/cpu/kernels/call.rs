@@ -2,15 +2,17 @@
 
 use std::ops::Range;
 
-use crate::DType;
 use crate::attention::Sequence;
 use crate::attention::variant::{Tile as ClassTile, class_tile};
 use crate::attention::{MaskSpec, Problem, Role};
 use crate::backend::cpu::job::{Job, Pointers};
+use crate::error::{MlxError, Result};
 
 use super::in_place::FEW_ROWS;
 use super::mask_map::MaskMap;
+use super::scratch::room;
 use super::table::Kernels;
+use super::types::{Cells, Float};
 
 /// Most keys of a strip, and the units from one row of scores to the next. Strips start at
 /// multiples of their length, so that a row's result depends on nothing but its visible keys.
@@ -26,6 +28,10 @@ pub(super) struct Call<'a> {
     pub(super) problem: &'a Problem,
     pub(super) at: Pointers,
     pub(super) kernels: &'static Kernels,
+    /// Elements of Q and O.
+    pub(super) float: Float,
+    /// Elements of K and V.
+    pub(super) kv_float: Float,
     pub(super) dim: usize,
     /// Units of a row of Q or K.
     pub(super) dim_units: usize,
@@ -44,8 +50,9 @@ pub(super) struct Call<'a> {
     pub(super) scale: f32,
     pub(super) softcap: Option<f32>,
     pub(super) mask: Option<MaskSpec>,
+    pub(super) cells: Option<Cells>,
     pub(super) class_tile: ClassTile,
-    /// What the mask hides, where there is one without tile classes.
+    /// What the mask hides, where there is one without tile classes and that is worth keeping.
     pub(super) map: Option<MaskMap>,
     pub(super) query_stride: usize,
     pub(super) key_stride: usize,
@@ -61,43 +68,62 @@ pub(super) struct Unit {
     pub(super) strips: Range<usize>,
 }
 
+/// V of the keys of a strip.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Values {
+    /// V of its first key.
+    pub(super) first: *const u8,
+    /// Elements from one key to the next.
+    pub(super) stride: usize,
+}
+
 impl<'a> Call<'a> {
-    pub(super) fn new(job: &Job<'a>, kernels: &'static Kernels) -> Self {
+    /// Refuses kernels that do not take the problem's elements.
+    pub(super) fn new(job: &Job<'a>, kernels: &'static Kernels) -> Result<Self> {
         let problem = job.problem;
+        let float = Float::of(problem.dtype())?;
+        let kv_float = Float::of(problem.kv_dtype())?;
+        if kernels.pair == 2 && (float, kv_float) != (Float::Bf16, Float::Bf16) {
+            return Err(MlxError::UnsupportedDtype(format!(
+                "kernels for bf16: got {} and {}",
+                problem.dtype(),
+                problem.kv_dtype()
+            )));
+        }
         let dim = problem.shape().head_dim;
         let dim_units = dim / kernels.pair;
         let depth = dim_units.next_multiple_of(kernels.side);
         let seq_stride = |role| problem.strides(role).map_or(0, |s| s.seq);
-        Self {
+        Ok(Self {
             problem,
             at: job.at,
             kernels,
+            float,
+            kv_float,
             dim,
             dim_units,
             depth,
             query_row: depth + 16,
             strip: STRIP.min(STRIP_BYTES / (4 * dim_units)),
-            run: if problem.dtype() == DType::F32 {
-                128
-            } else {
-                512
-            },
+            run: if float == Float::F32 { 128 } else { 512 },
             group: problem.group(),
             scale: problem.scale(),
             softcap: problem.softcap(),
             mask: problem.mask(),
+            cells: problem.mask().map(|m| Cells::of(m.dtype)).transpose()?,
             class_tile: class_tile(dim),
             map: None,
             query_stride: seq_stride(Role::Query),
             key_stride: seq_stride(Role::Key),
             value_stride: seq_stride(Role::Value),
-        }
+        })
     }
 
     /// Every unit that has query rows.
-    pub(super) fn units(&self) -> Vec<Unit> {
+    pub(super) fn units(&self) -> Result<Vec<Unit>> {
         let shape = self.problem.shape();
-        let mut units = Vec::with_capacity(shape.batch * shape.kv_heads);
+        let sequences = (0..shape.batch).filter(|b| self.problem.sequence(*b).query_len > 0);
+        let mut units = room(sequences.count().saturating_mul(shape.kv_heads))?;
         for b in 0..shape.batch {
             let sequence = self.problem.sequence(b);
             if sequence.query_len == 0 {
@@ -113,7 +139,7 @@ impl<'a> Call<'a> {
                 strips: strips.clone(),
             }));
         }
-        units
+        Ok(units)
     }
 
     /// The strips that hold some of `keys`.
@@ -131,7 +157,7 @@ impl<'a> Call<'a> {
 
     /// Packed bytes of the K and V of a unit.
     pub(super) fn packed_bytes(&self, unit: &Unit) -> usize {
-        8 * unit.strips.len() * self.strip_units()
+        (8 * self.strip_units()).saturating_mul(unit.strips.len())
     }
 
     /// Bytes of state that a query row takes while its keys go by.
@@ -158,6 +184,17 @@ impl Unit {
         self.sequence
             .visibility
             .keys_any(positions, self.sequence.key_len)
+    }
+
+    /// Where the caller has the V of a strip.
+    pub(super) fn values(&self, call: &Call<'_>, strip: usize) -> Values {
+        let at = call
+            .problem
+            .v_at(&self.sequence, self.kv_head, strip * call.strip);
+        Values {
+            first: call.at.v.wrapping_add(at * call.kv_float.size_of()),
+            stride: call.value_stride,
+        }
     }
 
     /// The valid keys of a strip.

@@ -3,14 +3,12 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
-
-use super::call::{Call, STRIP};
+use super::call::{Call, STRIP, Values};
 use super::micro::{Kernel, Vector};
 use super::running::GROUP;
 use super::simd::{Elem, Simd};
 use super::step::{Products, Strip};
-use crate::DType;
+use super::types::{Float, with_elements, with_float};
 
 /// Most query rows of a unit whose K and V are not packed.
 pub(super) const FEW_ROWS: usize = 8;
@@ -33,24 +31,11 @@ const fn columns_at_once(rows: usize) -> usize {
 /// A strip of K and V where the caller has them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct InPlace {
-    /// Elements before the strip's first key, and before its values.
+    /// Elements before the strip's first key.
     pub(super) k: usize,
-    pub(super) v: usize,
+    pub(super) v: Values,
     /// Keys that are there.
     pub(super) count: usize,
-}
-
-/// Runs a function with the type of K and V.
-macro_rules! by_dtype {
-    ($call:expr, $kernel:ty, $run:ident::<$($arg:tt),*>($($value:expr),*)) => {
-        match $call.problem.kv_dtype() {
-            DType::BF16 => $run::<$kernel, bf16, $($arg),*>($($value),*),
-            // Units of two elements exist for bf16 only.
-            DType::F16 if <$kernel>::PAIR == 1 => $run::<$kernel, f16, $($arg),*>($($value),*),
-            _ if <$kernel>::PAIR == 1 => $run::<$kernel, f32, $($arg),*>($($value),*),
-            _ => {}
-        }
-    };
 }
 
 impl Strip for InPlace {
@@ -61,7 +46,9 @@ impl Strip for InPlace {
         of: &Products<'_>,
     ) {
         // SAFETY: as promised by the caller.
-        unsafe { by_dtype!(of.call, K, scores::<MR, NR>(self, kernel, of)) }
+        unsafe {
+            with_elements!(K, of.call.kv_float, T => scores::<K, T, MR, NR>(self, kernel, of))
+        }
     }
 
     #[inline(always)]
@@ -71,7 +58,9 @@ impl Strip for InPlace {
         of: &Products<'_>,
     ) {
         // SAFETY: as promised by the caller.
-        unsafe { by_dtype!(of.call, K, values::<MR, NR>(self, kernel, of)) }
+        unsafe {
+            with_elements!(K, of.call.kv_float, T => values::<K, T, MR, NR>(self, kernel, of))
+        }
     }
 }
 
@@ -216,10 +205,9 @@ unsafe fn columns<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
     keys: Range<usize>,
     column: usize,
 ) {
-    let call: &Call<'_> = of.call;
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
-    let values = call.at.v.cast::<T>().wrapping_add(strip.v + column);
+    let values = strip.v.first.cast::<T>().wrapping_add(column);
     let mut acc: [[Vector<K>; NV]; MR] = [[s.splat(0.0); NV]; MR];
     for key in keys.step_by(K::PAIR) {
         // SAFETY: the keys below `count` are there, and so are the columns; probabilities are set
@@ -227,13 +215,13 @@ unsafe fn columns<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
         unsafe {
             let row = |key: usize, j: usize| {
                 if key < strip.count {
-                    values.add(key * call.value_stride + j * lanes)
+                    values.add(key * strip.v.stride + j * lanes)
                 } else {
                     std::ptr::null()
                 }
             };
             for i in 0..K::PAIR {
-                let ahead = values.wrapping_add((key + i + AHEAD) * call.value_stride);
+                let ahead = values.wrapping_add((key + i + AHEAD) * strip.v.stride);
                 ask_for(s, ahead, NV * lanes);
             }
             let p = of.scores.cast::<u32>().add(key / K::PAIR);

@@ -1,20 +1,21 @@
 //! What a mask hides, read off it once for all heads and tiles: for each of its rows and each strip
 //! of keys, the panels in which some key is left, and those where something must be added.
 
-use half::{bf16, f16};
+use std::ops::Range;
 
 use super::call::Call;
 use super::schedule::Shared;
+use super::scratch::room;
 use super::simd::{Cell, Simd, load_first};
 use super::team::Team;
 use super::tile::Row;
-use crate::DType;
+use super::types::{Cells, Float, with_cells, with_float};
 use crate::attention::Sequence;
 
 /// Panels of a strip, a bit for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Panels {
-    /// Some cell is above `-inf`.
+    /// Some cell is not `-inf`.
     pub(super) live: u32,
     /// Some cell is not 0.
     pub(super) masked: u32,
@@ -22,6 +23,10 @@ pub(super) struct Panels {
 
 /// Rows of the mask that one task reads.
 const ROWS: usize = 32;
+
+/// The largest map, in bytes. It is a thirty-second of a mask whose rows lie apart, and much more than
+/// the mask where they overlap; without one each row is read again for each strip.
+const MOST_BYTES: usize = 128 << 20;
 
 /// The panels of every row of a mask.
 #[derive(Debug)]
@@ -33,7 +38,7 @@ pub(super) struct MaskMap {
 }
 
 impl MaskMap {
-    /// Reads the call's mask, unless its tile classes tell enough.
+    /// Reads the call's mask, unless its tile classes tell enough or the map would be too large.
     pub(super) fn of(call: &Call<'_>, team: Team<'_>) -> Option<Self> {
         call.mask?;
         if !call.at.tile_classes.is_null() {
@@ -42,7 +47,12 @@ impl MaskMap {
         let rows = Rows::of(call);
         let keys = call.problem.shape().key_len;
         let strips = keys.div_ceil(call.strip);
-        let mut panels = vec![Panels::default(); rows.count() * strips];
+        let count = rows.count().saturating_mul(strips);
+        if count > MOST_BYTES / size_of::<Panels>() {
+            return None;
+        }
+        let mut panels = room(count).ok()?;
+        panels.resize(count, Panels::default());
         let to = Shared(panels.as_mut_ptr());
         team.for_each(rows.count().div_ceil(ROWS), |task| {
             for row in task * ROWS..((task + 1) * ROWS).min(rows.count()) {
@@ -50,7 +60,7 @@ impl MaskMap {
                 // machine.
                 unsafe {
                     let to = to.get().add(row * strips);
-                    (call.kernels.map)(call, rows.offset(row), to);
+                    (call.kernels.map)(call, rows.offset(row), 0..strips, to);
                 }
             }
         });
@@ -94,7 +104,9 @@ impl Rows {
     }
 
     fn count(&self) -> usize {
-        self.dims.iter().map(|(size, _)| size).product()
+        self.dims
+            .iter()
+            .fold(1, |count, (size, _)| count.saturating_mul(*size))
     }
 
     fn index(&self, batch: usize, head: usize, row: usize) -> usize {
@@ -109,26 +121,21 @@ impl Rows {
     }
 }
 
-/// Reads the row of the mask at cell `offset`.
+/// Reads some strips of the row of the mask at cell `offset`.
 ///
 /// # Safety
-/// The mask has this row, and `to` room for its strips.
+/// The mask has this row, and `to` room for the strips.
 #[inline(always)]
 pub(super) unsafe fn map<S: Simd, const NR: usize>(
     s: S,
     call: &Call<'_>,
     offset: usize,
+    strips: Range<usize>,
     to: *mut Panels,
 ) {
-    // SAFETY: as promised by the caller; the dtype is the mask's.
-    unsafe {
-        match call.mask.map(|m| m.dtype) {
-            Some(DType::BF16) => map_row::<S, bf16, NR>(s, call, offset, to),
-            Some(DType::F16) => map_row::<S, f16, NR>(s, call, offset, to),
-            Some(DType::F32) => map_row::<S, f32, NR>(s, call, offset, to),
-            _ => map_row::<S, u8, NR>(s, call, offset, to),
-        }
-    }
+    let Some(cells) = call.cells else { return };
+    // SAFETY: as promised by the caller; the type is the mask's.
+    unsafe { with_cells!(cells, T => map_row::<S, T, NR>(s, call, offset, strips, to)) }
 }
 
 #[inline(always)]
@@ -136,13 +143,15 @@ unsafe fn map_row<S: Simd, T: Cell, const NR: usize>(
     s: S,
     call: &Call<'_>,
     offset: usize,
+    strips: Range<usize>,
     to: *mut Panels,
 ) {
     let lanes = S::LANES;
     let (hidden, zero) = (s.splat(f32::NEG_INFINITY), s.splat(0.0));
     let count = call.problem.shape().key_len;
     let cells = call.at.mask.cast::<T>();
-    for (strip, start) in (0..count).step_by(call.strip).enumerate() {
+    for (i, strip) in strips.enumerate() {
+        let start = strip * call.strip;
         let end = (start + call.strip).min(count);
         let mut panels = Panels::default();
         for column in (start..end).step_by(lanes) {
@@ -155,10 +164,10 @@ unsafe fn map_row<S: Simd, T: Cell, const NR: usize>(
                 u32::MAX
             };
             let panel = (column - start) / (NR * lanes);
-            panels.live |= u32::from(s.gt(v, hidden) & there != 0) << panel;
+            panels.live |= u32::from(s.ne(v, hidden) & there != 0) << panel;
             panels.masked |= u32::from(s.ne(v, zero) & there != 0) << panel;
         }
         // SAFETY: as promised by the caller.
-        unsafe { to.add(strip).write(panels) };
+        unsafe { to.add(i).write(panels) };
     }
 }

@@ -35,11 +35,11 @@ pub(super) fn octave<S: Simd, const DEGREE: usize>(s: S, f: S::V) -> S::V {
     sum
 }
 
-/// What adding pushes the fraction of a small number out of an f32, leaving its whole part in the
-/// low bits.
-pub(super) const WHOLE: f32 = 12_582_912.0;
+/// What adding pushes the fraction of a small number out of an f32, leaving in the low bits its whole
+/// part, and with it the bias of an f32's exponent: moved up to the exponent, they are its power of 2.
+pub(super) const WHOLE: f32 = 12_582_912.0 + 127.0;
 
-/// Exponents are cut off here: the fraction is then 0, and its octave less the whole part exactly 0.
+/// Exponents are cut off here: the power is then exactly 0.
 pub(super) const LOWEST: f32 = -127.0;
 
 /// `tanh(x) = x (1 + x^2 P(x^2))` near 0; P to 7e-9 of the result.

@@ -12,6 +12,9 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512bf16;
 mod call;
+mod careful;
+mod chunks;
+mod flush;
 mod in_place;
 mod mask_map;
 mod math;
@@ -36,29 +39,35 @@ mod team;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod types;
 
 use super::isa::Isa;
 use super::job::Job;
 use crate::DType;
+use crate::error::Result;
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 pub(crate) use amxbf16::available as tiles_available;
 use mask_map::MaskMap;
+pub(crate) use scratch::room;
 pub(crate) use team::Team;
+use types::Float;
 
 /// Computes O, and the log-sum-exp where it is asked for. The bits of the result depend on `isa` but
-/// not on the threads.
-pub(crate) fn run(job: &Job<'_>, isa: Isa, team: Team<'_>) {
-    run_with(job, table::select(isa, job.problem.kv_dtype()), team);
+/// not on the threads. Fails where there is no memory for it.
+pub(crate) fn run(job: &Job<'_>, isa: Isa, team: Team<'_>) -> Result<()> {
+    let float = Float::of(job.problem.kv_dtype())?;
+    run_with(job, table::select(isa, float), team)
 }
 
-fn run_with(job: &Job<'_>, kernels: &'static table::Kernels, team: Team<'_>) {
-    let mut call = call::Call::new(job, kernels);
+fn run_with(job: &Job<'_>, kernels: &'static table::Kernels, team: Team<'_>) -> Result<()> {
+    let mut call = call::Call::new(job, kernels)?;
     call.map = MaskMap::of(&call, team);
-    schedule::run(&call, team);
+    schedule::run(&call, team)
 }
 
 /// Operations a second that the micro-kernel for K and V of `dtype` reaches at best, on all threads
-/// of the current rayon pool.
-pub(crate) fn peak(isa: Isa, dtype: DType) -> f64 {
-    peak::measure(table::select(isa, dtype))
+/// of the current rayon pool; nothing where there are no kernels for them.
+pub(crate) fn peak(isa: Isa, dtype: DType) -> Option<f64> {
+    let float = Float::of(dtype).ok()?;
+    Some(peak::measure(table::select(isa, float)))
 }

@@ -50,13 +50,13 @@ impl Simd for Neon {
         fn hmax(self, a: float32x4_t) -> f32 = vmaxvq_f32(a);
         fn hsum(self, a: float32x4_t) -> f32 = vaddvq_f32(a);
         fn exp2<const DEGREE>(self, t: float32x4_t) -> float32x4_t = {
-            let low = vmaxnmq_f32(t, vdupq_n_f32(math::LOWEST));
+            let low = vmaxq_f32(t, vdupq_n_f32(math::LOWEST));
             let magic = vdupq_n_f32(math::WHOLE);
             let shifted = vaddq_f32(low, magic);
             let fraction = vsubq_f32(low, vsubq_f32(shifted, magic));
             let octave = math::octave::<Self, DEGREE>(Self(()), fraction);
-            let exponent = vshlq_n_u32::<23>(vreinterpretq_u32_f32(shifted));
-            vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(octave), exponent))
+            let power = vshlq_n_u32::<23>(vreinterpretq_u32_f32(shifted));
+            vmulq_f32(octave, vreinterpretq_f32_u32(power))
         };
         fn transpose(self, b: [float32x4_t; 4]) -> [float32x4_t; 4] = {
             let pairs = |x, y| {

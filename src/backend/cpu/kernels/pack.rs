@@ -6,40 +6,37 @@
 
 use std::ops::Range;
 
-use super::call::{Call, Unit};
+use super::call::{Call, Unit, Values};
 use super::micro::{Kernel, weave};
 use super::simd::{Elem, Simd};
-use crate::DType;
+use super::types::{Float, with_elements, with_float};
 
-/// Packs strip `strip` of a unit.
+/// Packs strip `strip` of a unit, with `values` as its V.
 ///
 /// # Safety
-/// The job's promises hold; `k` and `v` have room for [`Call::strip_units`].
+/// The job's promises hold; `values` has a row for each key of the strip; `k` and `v` have room for [`Call::strip_units`].
 #[inline(always)]
 pub(super) unsafe fn pack<K: Kernel, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
     unit: &Unit,
     strip: usize,
+    values: Values,
     k: *mut u32,
     v: *mut u32,
 ) {
-    // SAFETY: as promised by the caller; the dtype is the operands'.
+    // SAFETY: as promised by the caller; the type is the operands'.
     unsafe {
-        match call.problem.kv_dtype() {
-            DType::BF16 => both::<K, half::bf16, NR>(kernel, call, unit, strip, k, v),
-            // Units of two elements exist for bf16 only.
-            DType::F16 if K::PAIR == 1 => both::<K, half::f16, NR>(kernel, call, unit, strip, k, v),
-            _ if K::PAIR == 1 => both::<K, f32, NR>(kernel, call, unit, strip, k, v),
-            _ => {}
-        }
+        with_elements!(K, call.kv_float, T => {
+            both::<K, T, NR>(kernel, call, unit, strip, values, k, v)
+        })
     }
 }
 
 /// Asks for the lines of some keys of K and V.
 #[inline(always)]
 pub(super) fn ask_for<S: Simd>(s: S, call: &Call<'_>, unit: &Unit, keys: Range<usize>) {
-    let size = call.problem.kv_dtype().size_of();
+    let size = call.kv_float.size_of();
     let row = |base: *const u8, at: usize, stride: usize, key: usize| {
         base.wrapping_add((at + (key - keys.start) * stride) * size)
     };
@@ -61,12 +58,12 @@ unsafe fn both<K: Kernel, T: Elem, const NR: usize>(
     call: &Call<'_>,
     unit: &Unit,
     strip: usize,
+    values: Values,
     k: *mut u32,
     v: *mut u32,
 ) {
     let keys = unit.strip_keys(call, strip);
     let k_at = call.problem.k_at(&unit.sequence, unit.kv_head, keys.start);
-    let v_at = call.problem.v_at(&unit.sequence, unit.kv_head, keys.start);
     // SAFETY: rows `keys` of K and V are there.
     unsafe {
         pack_keys::<K, T, NR>(
@@ -79,7 +76,7 @@ unsafe fn both<K: Kernel, T: Elem, const NR: usize>(
         pack_values::<K, T, NR>(
             kernel,
             call,
-            call.at.v.cast::<T>().add(v_at),
+            (values.first.cast::<T>(), values.stride),
             keys.len(),
             v.cast(),
         );
@@ -135,7 +132,7 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
 unsafe fn pack_values<K: Kernel, T: Elem, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
-    rows: *const T,
+    (rows, stride): (*const T, usize),
     count: usize,
     to: *mut f32,
 ) {
@@ -146,7 +143,7 @@ unsafe fn pack_values<K: Kernel, T: Elem, const NR: usize>(
     let row = |key: usize| {
         if key < count {
             // SAFETY: the key exists.
-            unsafe { rows.add(key * call.value_stride) }
+            unsafe { rows.add(key * stride) }
         } else {
             std::ptr::null()
         }

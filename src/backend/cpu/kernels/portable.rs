@@ -102,11 +102,12 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn exp2<const DEGREE: usize>(self, t: V) -> V {
-        let low = self.max(t, [math::LOWEST; LANES]);
+        // In this order NaN passes.
+        let low = self.max([math::LOWEST; LANES], t);
         let shifted = self.add(low, [math::WHOLE; LANES]);
         let fraction = self.sub(low, self.sub(shifted, [math::WHOLE; LANES]));
         let octave = math::octave::<Self, DEGREE>(self, fraction);
-        from_fn(|i| f32::from_bits(octave[i].to_bits().wrapping_add(shifted[i].to_bits() << 23)))
+        from_fn(|i| octave[i] * f32::from_bits(shifted[i].to_bits() << 23))
     }
     #[inline(always)]
     fn transpose(self, block: [V; LANES]) -> [V; LANES] {

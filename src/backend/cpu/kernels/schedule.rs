@@ -4,14 +4,21 @@
 use std::ops::Range;
 
 use super::call::{Call, Unit};
-use super::scratch::{Scratch, with_scratch, with_shared};
+use super::careful::Careful;
+use super::chunks;
+use super::scratch::{Scratch, room, with_scratch, with_shared};
 use super::split::Split;
 use super::step::Packed;
 use super::team::Team;
 use super::tile::Tile;
+use crate::error::Result;
 
 /// Packed K and V that a wave of units shares, in bytes; a single unit may take more.
 const WAVE_BYTES: usize = 8 << 20;
+
+/// Most packed K and V of a single unit, in bytes. Where it has more keys, its tiles pack them anew, a
+/// strip at a time: a stride of 0 makes keys without end out of one.
+const UNIT_BYTES: usize = 512 << 20;
 
 /// State of the rows of one tile, in bytes: beside a packed strip it stays in a core's second-level
 /// cache.
@@ -35,10 +42,10 @@ impl<T> Shared<T> {
 }
 
 /// Runs a call. Whether a unit is packed depends on the unit alone, as its bits do.
-pub(super) fn run(call: &Call<'_>, team: Team<'_>) {
-    let units = call.units();
-    if let Some(split) = Split::plan(call, &units) {
-        return by_chunks(call, &units, &split, team);
+pub(super) fn run(call: &Call<'_>, team: Team<'_>) -> Result<()> {
+    let units = call.units()?;
+    if let Some(split) = Split::plan(call, &units)? {
+        return chunks::run(call, &units, &split, team);
     }
     let fits = units
         .iter()
@@ -47,177 +54,224 @@ pub(super) fn run(call: &Call<'_>, team: Team<'_>) {
     let spread = units.len() >= 4 * threads || units.len().is_multiple_of(threads);
     let few = units.iter().all(|u| u.in_place(call));
     if few || fits && spread {
-        whole_units(call, &units, team);
+        whole_units(call, &units, team)
     } else {
-        by_tiles(call, &units, team);
+        by_tiles(call, &units, team, UNIT_BYTES)
     }
 }
 
 /// One task for each unit: it packs a strip and takes all rows over it, while both are in cache.
-fn whole_units(call: &Call<'_>, units: &[Unit], team: Team<'_>) {
-    let mut order: Vec<usize> = (0..units.len()).collect();
+fn whole_units(call: &Call<'_>, units: &[Unit], team: Team<'_>) -> Result<()> {
+    let mut order: Vec<usize> = room(units.len())?;
+    order.extend(0..units.len());
     order.sort_by_key(|i| {
         let unit = &units[*i];
-        std::cmp::Reverse(unit.rows(call) * unit.strips.len())
+        std::cmp::Reverse(unit.rows(call).saturating_mul(unit.strips.len()))
     });
     team.for_each(units.len(), |i| {
         let unit = &units[order[i]];
+        // Most likely this thread's next.
+        let next = order.get(i + team.threads).map(|index| &units[*index]);
         with_scratch(|scratch| {
-            // Most likely this thread's next.
-            let next = order.get(i + team.threads).map(|index| &units[*index]);
-            let strips = unit.strips.clone();
-            let last = strips.clone().last();
-            pass(call, unit, strips, last, next, scratch, |tile| {
-                // SAFETY: the job's promises hold, and the kernels suit this machine.
-                unsafe { (call.kernels.finish)(tile) };
-            });
+            by_itself(call, unit, 0..unit.rows(call), &unit.strips, next, scratch);
         });
     });
+    Ok(())
 }
 
-/// Takes all rows of a unit over some of its strips, packing them on the way unless there are too
-/// few rows to pay for it. The `last` of all writes the rows out. `next` is what this thread will pass
-/// after it.
-fn pass(
+/// Some rows of a unit from their first strip to their outputs, packing the strips on the way unless
+/// there are too few rows to pay for it.
+fn by_itself(
     call: &Call<'_>,
     unit: &Unit,
-    strips: Range<usize>,
-    last: Option<usize>,
+    rows: Range<usize>,
+    strips: &Range<usize>,
     next: Option<&Unit>,
     scratch: &mut Scratch,
-    end: impl FnOnce(&mut Tile<'_>),
 ) {
-    let (mut parts, keys, values) = scratch.split();
-    let mut tile = Tile::new(call, unit, 0..unit.rows(call), last, &mut parts);
-    // SAFETY: the job's promises hold, the kernels suit this machine, and the buffers have room for
-    // a strip.
-    unsafe {
-        (call.kernels.begin)(&mut tile);
-        if unit.in_place(call) {
-            for strip in strips {
-                (call.kernels.step_in_place)(&mut tile, strip);
-            }
-        } else {
-            let (k, v) = (
-                keys.reserve(call.strip_units()),
-                values.reserve(call.strip_units()),
-            );
-            let next = next.map(|unit| (unit, unit.strips.start));
-            for strip in strips.clone() {
-                (call.kernels.pack)(call, unit, strip, k, v);
-                let packed = Packed {
-                    strip,
-                    k,
-                    v,
-                    next: if strip + 1 < strips.end {
-                        Some((unit, strip + 1))
-                    } else {
-                        next
-                    },
-                };
-                (call.kernels.step)(&mut tile, packed);
-            }
-        }
+    let pass = Pass {
+        call,
+        unit,
+        rows,
+        strips: strips.clone(),
+        last: strips.clone().last(),
+        next,
+        careful: false,
+    };
+    // SAFETY: the job's promises hold, and the kernels suit this machine.
+    let finish = |tile: &mut Tile<'_>| unsafe { (call.kernels.finish)(tile) };
+    let tainted = pass.run(scratch, |tile, _| {
+        finish(tile);
+        tile.tainted
+    });
+    if tainted {
+        carefully(pass, scratch);
     }
-    end(&mut tile);
 }
 
-/// Tasks over chunks of keys, then one for each unit that joins them.
-fn by_chunks(call: &Call<'_>, units: &[Unit], split: &Split, team: Team<'_>) {
-    with_shared(|buffer| {
-        let partials = Shared(buffer.reserve(split.elements()).cast::<f32>());
-        team.for_each(split.chunks(), |chunk| {
-            let index = split.unit_of(chunk);
-            let unit = &units[index];
-            let start = unit.strips.start + (chunk - split.first[index]) * split.strips;
-            let end = (start + split.strips).min(unit.strips.end);
-            with_scratch(|scratch| {
-                pass(call, unit, start..end, None, None, scratch, |tile| {
-                    // SAFETY: there is room for every chunk, and this one is this task's.
-                    unsafe { split.keep(chunk, tile, partials.get()) };
-                });
-            });
-        });
-        team.for_each(units.len(), |index| {
-            let unit = &units[index];
-            with_scratch(|scratch| {
-                let mut parts = scratch.split().0;
-                let mut tile = Tile::new(call, unit, 0..unit.rows(call), None, &mut parts);
-                // SAFETY: all chunks are done; the job's promises hold.
-                unsafe {
-                    for chunk in split.first[index]..split.first[index + 1] {
-                        split.join(chunk, &mut tile, partials.get());
-                    }
-                    (call.kernels.finish)(&mut tile);
-                }
-            });
-        });
+/// Does rows again whose outputs are not finite.
+fn carefully(pass: Pass<'_>, scratch: &mut Scratch) {
+    let call = pass.call;
+    let again = Pass {
+        careful: true,
+        ..pass
+    };
+    again.run(scratch, |tile, careful| {
+        // SAFETY: the job's promises hold, and the kernels suit this machine; the rows are written.
+        unsafe {
+            (call.kernels.finish)(tile);
+            careful.write(tile);
+        }
     });
 }
 
-/// Waves of units: their K and V are packed once, by all threads, then tiles of rows share them.
-fn by_tiles(call: &Call<'_>, units: &[Unit], team: Team<'_>) {
+/// Some rows of a unit on their way through some of its strips.
+#[derive(Debug)]
+pub(super) struct Pass<'a> {
+    pub(super) call: &'a Call<'a>,
+    pub(super) unit: &'a Unit,
+    pub(super) rows: Range<usize>,
+    pub(super) strips: Range<usize>,
+    /// The strip with which the rows are written out.
+    pub(super) last: Option<usize>,
+    /// What this thread will pass after it.
+    pub(super) next: Option<&'a Unit>,
+    /// Whether keys whose V is not finite may be among them.
+    pub(super) careful: bool,
+}
+
+impl Pass<'_> {
+    /// Takes the rows over the strips, packing these on the way unless there are too few rows to pay
+    /// for it; `end` gets what came of it.
+    pub(super) fn run<R>(
+        &self,
+        scratch: &mut Scratch,
+        end: impl FnOnce(&mut Tile<'_>, &mut Careful) -> R,
+    ) -> R {
+        let (call, unit) = (self.call, self.unit);
+        let (mut parts, keys, values, careful) = scratch.split();
+        let mut tile = Tile::new(call, unit, self.rows.clone(), self.last, &mut parts);
+        if self.careful {
+            careful.begin(call, tile.rows.len());
+        }
+        let in_place = unit.in_place(call);
+        let units = if in_place { 0 } else { call.strip_units() };
+        let (k, v) = (keys.reserve(units), values.reserve(units));
+        let next = self.next.map(|unit| (unit, unit.strips.start));
+        // SAFETY: the job's promises hold, the kernels suit this machine, and the buffers have room
+        // for a strip.
+        unsafe {
+            (call.kernels.begin)(&mut tile);
+            for strip in self.strips.clone() {
+                let values = if self.careful {
+                    careful.clean(call, unit, strip)
+                } else {
+                    unit.values(call, strip)
+                };
+                if in_place {
+                    (call.kernels.step_in_place)(&mut tile, strip, values);
+                } else {
+                    (call.kernels.pack)(call, unit, strip, values, k, v);
+                    let packed = Packed {
+                        strip,
+                        k,
+                        v,
+                        next: if strip + 1 < self.strips.end {
+                            Some((unit, strip + 1))
+                        } else {
+                            next
+                        },
+                    };
+                    (call.kernels.step)(&mut tile, packed);
+                }
+                if self.careful {
+                    careful.note(&tile);
+                }
+            }
+        }
+        end(&mut tile, careful)
+    }
+}
+
+/// Waves of units: their K and V are packed once, by all threads, then tiles of rows share them. A unit
+/// whose packed K and V would take more than `most` bytes, or more than there are, is not packed at once.
+pub(super) fn by_tiles(call: &Call<'_>, units: &[Unit], team: Team<'_>, most: usize) -> Result<()> {
     let mut wave = 0;
     while wave < units.len() {
         let mut bytes = call.packed_bytes(&units[wave]);
         let mut end = wave + 1;
-        while end < units.len() && bytes + call.packed_bytes(&units[end]) <= WAVE_BYTES {
+        while end < units.len()
+            && bytes.saturating_add(call.packed_bytes(&units[end])) <= WAVE_BYTES
+        {
             bytes += call.packed_bytes(&units[end]);
             end += 1;
         }
         with_shared(|buffer| {
-            let packed = Shared(buffer.reserve(bytes / 4));
-            run_wave(call, &units[wave..end], packed, team);
-        });
+            let packed = if bytes <= most {
+                buffer.try_reserve(bytes / 4).ok().map(Shared)
+            } else {
+                None
+            };
+            run_wave(call, &units[wave..end], packed, team)
+        })?;
         wave = end;
     }
+    Ok(())
 }
 
-fn run_wave(call: &Call<'_>, units: &[Unit], packed: Shared<u32>, team: Team<'_>) {
+fn run_wave(
+    call: &Call<'_>,
+    units: &[Unit],
+    packed: Option<Shared<u32>>,
+    team: Team<'_>,
+) -> Result<()> {
     // Strips of all units in a row; V's follow K's strip by strip.
     let mut strips = Vec::new();
-    let mut first = Vec::with_capacity(units.len());
+    let mut first = room(units.len())?;
     for (index, unit) in units.iter().enumerate() {
         first.push(strips.len());
-        if unit.in_place(call) {
+        if unit.in_place(call) || packed.is_none() {
             continue;
         }
         strips.extend(unit.strips.clone().map(|strip| (index, strip)));
     }
     let size = call.strip_units();
-    let place = |slot: usize| {
+    let place = |packed: Shared<u32>, slot: usize| {
         // SAFETY: there is room for every slot.
         let k = unsafe { packed.get().add(2 * slot * size) };
         // SAFETY: as above.
         (k, unsafe { k.add(size) })
     };
-    team.for_each(strips.len(), |slot| {
-        let (index, strip) = strips[slot];
-        let (k, v) = place(slot);
-        // SAFETY: the job's promises hold, the kernels suit this machine, and the slot is this
-        // task's.
-        unsafe { (call.kernels.pack)(call, &units[index], strip, k, v) };
-    });
+    if let Some(packed) = packed {
+        team.for_each(strips.len(), |slot| {
+            let (index, strip) = strips[slot];
+            let (k, v) = place(packed, slot);
+            let unit = &units[index];
+            let values = unit.values(call, strip);
+            // SAFETY: the job's promises hold, the kernels suit this machine, and the slot is this
+            // task's.
+            unsafe { (call.kernels.pack)(call, unit, strip, values, k, v) };
+        });
+    }
 
-    let tiles = tiles(call, units, team.threads);
+    let tiles = tiles(call, units, team.threads)?;
     team.for_each(tiles.len(), |i| {
         let (index, rows) = &tiles[i];
         let unit = &units[*index];
+        let strips = call.strips(&unit.keys(call, rows));
         with_scratch(|scratch| {
+            let Some(packed) = packed.filter(|_| !unit.in_place(call)) else {
+                return by_itself(call, unit, rows.clone(), &strips, None, scratch);
+            };
             let mut parts = scratch.split().0;
-            let strips = call.strips(&unit.keys(call, rows));
             let last = strips.clone().last();
             let mut tile = Tile::new(call, unit, rows.clone(), last, &mut parts);
             // SAFETY: the job's promises hold, the kernels suit this machine, and all strips are
             // packed.
             unsafe {
                 (call.kernels.begin)(&mut tile);
-                for strip in strips {
-                    if unit.in_place(call) {
-                        (call.kernels.step_in_place)(&mut tile, strip);
-                        continue;
-                    }
-                    let (k, v) = place(first[*index] + strip - unit.strips.start);
+                for strip in strips.clone() {
+                    let (k, v) = place(packed, first[*index] + strip - unit.strips.start);
                     let packed = Packed {
                         strip,
                         k,
@@ -228,18 +282,32 @@ fn run_wave(call: &Call<'_>, units: &[Unit], packed: Shared<u32>, team: Team<'_>
                 }
                 (call.kernels.finish)(&mut tile);
             }
+            if tile.tainted {
+                let pass = Pass {
+                    call,
+                    unit,
+                    rows: rows.clone(),
+                    strips,
+                    last,
+                    next: None,
+                    careful: true,
+                };
+                carefully(pass, scratch);
+            }
         });
     });
+    Ok(())
 }
 
 /// Tiles of rows, those with the most keys first.
-fn tiles(call: &Call<'_>, units: &[Unit], threads: usize) -> Vec<(usize, Range<usize>)> {
+fn tiles(call: &Call<'_>, units: &[Unit], threads: usize) -> Result<Vec<(usize, Range<usize>)>> {
     let total: usize = units.iter().map(|u| u.rows(call)).sum();
     let quantum = call.kernels.rows;
     // As many as cache holds, but several tasks for each thread.
     let rows = (TILE_BYTES / call.row_bytes()).min(total / (6 * threads));
     let rows = (rows / quantum * quantum).max(quantum);
-    let mut tiles = Vec::new();
+    let counts = units.iter().map(|u| u.rows(call).div_ceil(rows));
+    let mut tiles = room(counts.sum())?;
     for (index, unit) in units.iter().enumerate() {
         let count = unit.rows(call);
         tiles.extend(
@@ -249,7 +317,8 @@ fn tiles(call: &Call<'_>, units: &[Unit], threads: usize) -> Vec<(usize, Range<u
         );
     }
     tiles.sort_by_key(|(index, rows)| {
-        std::cmp::Reverse(rows.len() * units[*index].keys(call, rows).len())
+        let keys = units[*index].keys(call, rows).len();
+        std::cmp::Reverse(rows.len().saturating_mul(keys))
     });
-    tiles
+    Ok(tiles)
 }

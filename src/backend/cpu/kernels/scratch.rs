@@ -3,7 +3,20 @@
 use std::cell::Cell;
 use std::sync::Mutex;
 
+use super::careful::Careful;
 use super::tile::Row;
+use crate::error::{MlxError, Result};
+
+/// An empty vector with room for `count`. What grows with a caller's sizes is asked for here: too much
+/// is an error, not the end of the process.
+pub(crate) fn room<T>(count: usize) -> Result<Vec<T>> {
+    let mut room = Vec::new();
+    room.try_reserve_exact(count)
+        .map_err(|_| MlxError::BufferAllocationError {
+            bytes: count.saturating_mul(size_of::<T>()),
+        })?;
+    Ok(room)
+}
 
 /// A cache line; only ever reached by address.
 #[allow(dead_code)]
@@ -16,7 +29,7 @@ struct Line([u32; 16]);
 pub(super) struct Buffer(Vec<Line>);
 
 impl Buffer {
-    /// Room for `units`; what they hold is unspecified, but initialized.
+    /// Room for `units`, whose number has a bound; what they hold is unspecified, but initialized.
     pub(super) fn reserve(&mut self, units: usize) -> *mut u32 {
         let lines = units.div_ceil(16);
         if self.0.len() < lines {
@@ -25,6 +38,16 @@ impl Buffer {
             self.0.resize(lines, Line([0; 16]));
         }
         self.0.as_mut_ptr().cast()
+    }
+
+    /// As [`Self::reserve`], for much memory, which may not be there.
+    pub(super) fn try_reserve(&mut self, units: usize) -> Result<*mut u32> {
+        let lines = units.div_ceil(16);
+        if self.0.capacity() < lines {
+            self.0 = Vec::new();
+            self.0 = room(lines)?;
+        }
+        Ok(self.reserve(units))
     }
 
     fn bytes(&self) -> usize {
@@ -42,6 +65,7 @@ pub(super) struct Scratch {
     pub(super) keys: Buffer,
     pub(super) values: Buffer,
     pub(super) rows: Vec<Row>,
+    pub(super) careful: Careful,
 }
 
 thread_local! {

@@ -36,7 +36,7 @@ pub(super) trait Simd: Copy + 'static {
     fn hmax(self, a: Self::V) -> f32;
     /// The sum of all lanes, in an order of its own.
     fn hsum(self, a: Self::V) -> f32;
-    /// `2^t` for `t` of at most about 0; exactly 0 far below, and at `-inf`; NaN or 0 at NaN. See [`super::math`].
+    /// `2^t` for `t` of at most about 0; exactly 0 far below, and at `-inf`; NaN at NaN. See [`super::math`].
     fn exp2<const DEGREE: usize>(self, t: Self::V) -> Self::V;
     /// Exchanges rows and lanes.
     fn transpose(self, block: Self::Block) -> Self::Block;

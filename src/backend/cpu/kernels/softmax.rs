@@ -3,15 +3,14 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
-
 use super::call::Call;
 use super::math::{self, LOG2_E};
 use super::micro::{Kernel, Vector};
 use super::simd::{Cell, Simd, load_first};
-use super::span::Span;
+use super::span::{self, Span};
 use super::tile::Row;
-use crate::DType;
+use super::types::{Cells, Float, with_cells, with_float};
+use crate::attention::TileClass;
 
 /// Where a row stands in its strip.
 #[derive(Debug, Clone, Copy)]
@@ -72,13 +71,30 @@ pub(super) unsafe fn largest<K: Kernel, const NR: usize>(
                 *largest = s.max(x, *largest);
             }
         }
-        s.hmax(
+        let largest = s.hmax(
             largest
                 .into_iter()
                 .reduce(|a, b| s.max(a, b))
                 .unwrap_or(largest[0]),
-        )
+        );
+        if largest == f32::NEG_INFINITY && any_nan::<K, NR>(kernel, at, own) {
+            // The row sees keys: any maximum makes their probabilities NaN.
+            return 0.0;
+        }
+        largest
     }
+}
+
+/// Whether some score of a span is NaN.
+#[cold]
+#[inline(never)]
+unsafe fn any_nan<K: Kernel, const NR: usize>(_kernel: K, at: *const f32, span: Span) -> bool {
+    let width = NR * <K::S as Simd>::LANES;
+    // Without a way out of the loop, which would keep the compiler from using vectors.
+    (span.first * width..span.end * width).fold(false, |any, i| {
+        // SAFETY: the span lies in the strip.
+        any | unsafe { *at.add(i) }.is_nan()
+    })
 }
 
 /// Turns the scores at `at` into probabilities relative to the row's largest score so far, and gives
@@ -106,7 +122,8 @@ pub(super) unsafe fn probabilities<K: Kernel, const NR: usize>(
         let sum = if max == f32::MAX {
             let finite = s.splat(f32::MAX);
             exponentials::<K, NR>(kernel, at, own, |x| {
-                s.mul(s.sub(s.min(x, finite), top), unit)
+                // In this order NaN passes.
+                s.mul(s.sub(s.min(finite, x), top), unit)
             })
         } else {
             exponentials::<K, NR>(kernel, at, own, |x| s.mul(s.sub(x, top), unit))
@@ -199,15 +216,13 @@ unsafe fn decorate<K: Kernel, const NR: usize>(
     at: *mut f32,
     place: Place,
 ) {
-    let mask = call.mask.filter(|_| place.own.masked != 0).map(|m| m.dtype);
-    // SAFETY: the mask holds elements of its dtype.
+    // SAFETY: the mask holds cells of its type.
     unsafe {
-        match mask {
+        match call.cells.filter(|_| place.own.masked != 0) {
             None => bias::<K, f32, NR>(kernel, call, row, at, place, false),
-            Some(DType::BF16) => bias::<K, bf16, NR>(kernel, call, row, at, place, true),
-            Some(DType::F16) => bias::<K, f16, NR>(kernel, call, row, at, place, true),
-            Some(DType::F32) => bias::<K, f32, NR>(kernel, call, row, at, place, true),
-            Some(_) => bias::<K, u8, NR>(kernel, call, row, at, place, true),
+            Some(cells) => {
+                with_cells!(cells, T => bias::<K, T, NR>(kernel, call, row, at, place, true))
+            }
         }
     }
 }
@@ -226,12 +241,26 @@ unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
     let (cap, uncap) = call.softcap.map_or((0.0, 0.0), |c| (c, 1.0 / c));
     let hidden = s.splat(f32::NEG_INFINITY);
     let everywhere = call.softcap.is_some() || row.slope != 0.0;
+    let classed = masked && !call.at.tile_classes.is_null();
+    let classes = span::classes(call, row, place.key_len);
     for vector in place.own.first * NR..place.own.end * NR {
-        let masked = masked && place.own.masked >> (vector / NR) & 1 != 0;
+        let mut masked = masked && place.own.masked >> (vector / NR) & 1 != 0;
         if !masked && !everywhere {
             continue;
         }
         let column = place.start + vector * lanes;
+        if masked && classed && column < place.key_len {
+            // A vector's keys are in one tile.
+            // SAFETY: there is a class for each tile; the vector lies in the row's span.
+            unsafe {
+                let class = *classes.add(column / call.class_tile.bk);
+                if class == TileClass::Skip as u8 {
+                    s.store(at.add(vector * lanes), hidden);
+                    continue;
+                }
+                masked = class != TileClass::Free as u8;
+            }
+        }
         // SAFETY: the vector lies in the row's span; of the mask's row, no more is read than it
         // holds.
         unsafe {

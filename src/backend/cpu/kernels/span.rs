@@ -58,9 +58,15 @@ pub(super) unsafe fn of_row(
     let panels = match &call.map {
         Some(map) => map.at(sequence, row, strip),
         // SAFETY: the classes cover all rows and keys.
-        None if call.mask.is_some() => unsafe {
+        None if !call.at.tile_classes.is_null() => unsafe {
             by_classes(call, row, low..high, sequence.key_len, start, width)
         },
+        None if call.mask.is_some() => {
+            let mut panels = Panels::default();
+            // SAFETY: the mask has this row; the kernels suit this machine.
+            unsafe { (call.kernels.map)(call, row.mask, strip..strip + 1, &raw mut panels) };
+            panels
+        }
         None => {
             return Span {
                 first,
@@ -86,7 +92,16 @@ fn bits(panels: std::ops::Range<usize>) -> u32 {
     (((1u64 << panels.end) - 1) & !((1u64 << panels.start) - 1)) as u32
 }
 
-/// The panels by the tile classes alone.
+/// First class of a row's tiles.
+#[inline(always)]
+pub(super) fn classes(call: &Call<'_>, row: &Row, key_len: usize) -> *const u8 {
+    let tile = call.class_tile;
+    let first = row.position / tile.bq * key_len.div_ceil(tile.bk);
+    call.at.tile_classes.wrapping_add(first)
+}
+
+/// The panels by the tile classes alone. A panel may hold tiles of several classes, which
+/// [`super::softmax`] tells apart where the panel is masked.
 #[inline(always)]
 unsafe fn by_classes(
     call: &Call<'_>,
@@ -97,11 +112,11 @@ unsafe fn by_classes(
     width: usize,
 ) -> Panels {
     let tile = call.class_tile;
-    let first_class = row.position / tile.bq * key_len.div_ceil(tile.bk);
+    let classes = classes(call, row, key_len);
     let mut panels = Panels::default();
     for column in keys.start / tile.bk..keys.end.div_ceil(tile.bk) {
         // SAFETY: there is a class for each tile.
-        let class = unsafe { *call.at.tile_classes.add(first_class + column) };
+        let class = unsafe { *classes.add(column) };
         let low = (column * tile.bk).max(keys.start) - start;
         let high = ((column + 1) * tile.bk).min(keys.end) - start;
         let touched = bits(low / width..high.div_ceil(width));

@@ -2,8 +2,11 @@
 //! joined in order. Where chunks begin depends on the problem alone, and so do the result's bits.
 
 use super::call::{Call, Unit};
+use super::careful;
 use super::running::factor;
+use super::scratch::room;
 use super::tile::Tile;
+use crate::error::Result;
 
 /// Keys of a chunk.
 const CHUNK: usize = 1024;
@@ -20,31 +23,41 @@ pub(super) struct Split {
     pub(super) first: Vec<usize>,
     /// Rows that each chunk has room for.
     rows: usize,
-    /// Elements of a partial row: O, the maximum and the sum.
+    /// Units of a partial row: the maximum and the sum, O, and what reached it, a byte for each column.
     width: usize,
 }
 
 impl Split {
     /// Splits the units, if they are to be split.
-    pub(super) fn plan(call: &Call<'_>, units: &[Unit]) -> Option<Self> {
-        let rows = units.iter().map(|u| u.rows(call)).max()?;
-        let longest = units.iter().map(|u| u.strips.len()).max()?;
+    pub(super) fn plan(call: &Call<'_>, units: &[Unit]) -> Result<Option<Self>> {
+        let most = |size: &dyn Fn(&Unit) -> usize| units.iter().map(size).max().unwrap_or(0);
+        let rows = most(&|u| u.rows(call));
         let strips = CHUNK / call.strip;
-        if rows > MOST_ROWS || longest <= strips {
-            return None;
+        if rows > MOST_ROWS || most(&|u| u.strips.len()) <= strips {
+            return Ok(None);
         }
-        let mut first = vec![0];
-        for unit in units {
-            let last = first.last().copied().unwrap_or(0);
-            // A unit without a visible key has rows to write all the same.
-            first.push(last + unit.strips.len().div_ceil(strips));
-        }
-        Some(Self {
+        let width = 2 + call.dim + call.dim / 4;
+        let split = Self {
             strips,
-            first,
+            first: Vec::new(),
             rows,
-            width: call.dim + 2,
-        })
+            width,
+        };
+        split.of(call, units).map(Some)
+    }
+
+    /// The same split of some of its units.
+    pub(super) fn of(&self, call: &Call<'_>, units: &[Unit]) -> Result<Self> {
+        debug_assert!(units.iter().all(|u| u.rows(call) <= self.rows));
+        let mut first = room(units.len() + 1)?;
+        first.push(0);
+        let mut chunks = 0;
+        for unit in units {
+            // A unit without a visible key has rows to write all the same.
+            chunks += unit.strips.len().div_ceil(self.strips);
+            first.push(chunks);
+        }
+        Ok(Self { first, ..*self })
     }
 
     /// How many chunks there are.
@@ -52,9 +65,13 @@ impl Split {
         self.first.last().copied().unwrap_or(0)
     }
 
-    /// Elements of all partial results.
-    pub(super) fn elements(&self) -> usize {
-        self.chunks() * self.rows * self.width
+    /// Units of a partial result.
+    pub(super) fn slot(&self) -> usize {
+        self.rows * self.width
+    }
+
+    pub(super) fn slot_bytes(&self) -> usize {
+        4 * self.slot()
     }
 
     /// Unit of a chunk.
@@ -62,34 +79,74 @@ impl Split {
         self.first.partition_point(|first| *first <= chunk) - 1
     }
 
-    /// Keeps a tile's rows as the partial result of `chunk`.
+    /// Keeps a tile's rows as a partial result, with what `reached` them.
     ///
     /// # Safety
-    /// `partials` has room for [`Split::elements`], and this chunk's are nobody else's.
-    pub(super) unsafe fn keep(&self, chunk: usize, tile: &Tile<'_>, partials: *mut f32) {
+    /// `to` has room for [`Split::slot`] units, which are nobody else's.
+    pub(super) unsafe fn keep(&self, tile: &Tile<'_>, reached: Option<&[u8]>, to: *mut u32) {
+        let dim = tile.call.dim;
         for r in 0..tile.rows.len() {
             // SAFETY: as promised by the caller; the tile has this row.
             unsafe {
-                let to = partials.add((chunk * self.rows + r) * self.width);
+                let to: *mut f32 = to.add(r * self.width).cast();
                 (*to, *to.add(1)) = tile.running.get(r);
-                let outputs = tile.outputs.add(r * tile.call.dim);
-                outputs.copy_to_nonoverlapping(to.add(2), tile.call.dim);
+                let outputs = tile.outputs.add(r * dim);
+                outputs.copy_to_nonoverlapping(to.add(2), dim);
+                if let Some(reached) = reached {
+                    let from = reached[r * dim..(r + 1) * dim].as_ptr();
+                    from.copy_to_nonoverlapping(to.add(2 + dim).cast(), dim);
+                }
             }
         }
     }
 
-    /// Joins the partial result of `chunk` to a tile's rows.
+    /// Sets a tile's rows to a partial result.
     ///
     /// # Safety
-    /// `partials` holds what [`Split::keep`] wrote.
-    pub(super) unsafe fn join(&self, chunk: usize, tile: &mut Tile<'_>, partials: *const f32) {
+    /// `from` holds what [`Split::keep`] wrote, with what reached the rows if `reached` is given.
+    pub(super) unsafe fn restore(
+        &self,
+        tile: &mut Tile<'_>,
+        reached: Option<&mut [u8]>,
+        from: *const u32,
+    ) {
         let dim = tile.call.dim;
         for r in 0..tile.rows.len() {
             // SAFETY: as promised by the caller; the tile has this row.
+            unsafe {
+                let from: *const f32 = from.add(r * self.width).cast();
+                tile.running.set(r, *from, *from.add(1));
+                from.add(2)
+                    .copy_to_nonoverlapping(tile.outputs.add(r * dim), dim);
+            }
+        }
+        if let Some(reached) = reached {
+            // SAFETY: as promised by the caller.
+            unsafe { self.join_reached(dim, reached, from) };
+        }
+    }
+
+    /// Joins a partial result to a tile's rows.
+    ///
+    /// # Safety
+    /// As for [`Self::restore`].
+    pub(super) unsafe fn join(
+        &self,
+        tile: &mut Tile<'_>,
+        reached: Option<&mut [u8]>,
+        from: *const u32,
+    ) {
+        let dim = tile.call.dim;
+        if let Some(reached) = reached {
+            // SAFETY: as promised by the caller.
+            unsafe { self.join_reached(dim, reached, from) };
+        }
+        for r in 0..tile.rows.len() {
+            // SAFETY: as promised by the caller; the tile has this row.
             let (from, outputs, (before, sum)) = unsafe {
-                let from = partials.add((chunk * self.rows + r) * self.width);
+                let from: *const f32 = from.add(r * self.width).cast();
                 (
-                    std::slice::from_raw_parts(from, self.width),
+                    std::slice::from_raw_parts(from, 2 + dim),
                     std::slice::from_raw_parts_mut(tile.outputs.add(r * dim), dim),
                     tile.running.get(r),
                 )
@@ -110,6 +167,17 @@ impl Split {
             }
             // SAFETY: the tile has this row.
             unsafe { tile.running.set(r, max, sum * ours + from[1] * theirs) };
+        }
+    }
+
+    unsafe fn join_reached(&self, dim: usize, reached: &mut [u8], from: *const u32) {
+        for (r, reached) in reached.chunks_exact_mut(dim).enumerate() {
+            // SAFETY: as promised by the caller; a byte for each column follows the row's outputs.
+            let more = unsafe {
+                let at = from.add(r * self.width + 2 + dim).cast::<u8>();
+                std::slice::from_raw_parts(at, dim)
+            };
+            careful::join(reached, more);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::call::{Call, STRIP, Unit};
+use super::call::{Call, STRIP, Unit, Values};
 use super::in_place::{FEW_ROWS, InPlace};
 use super::micro::{self, Kernel, product};
 use super::pack;
@@ -45,21 +45,22 @@ pub(super) unsafe fn step<K: Kernel, const MR: usize, const NR: usize>(
     kernel.close_tiles();
 }
 
-/// As [`step`], with K and V as they lie in memory.
+/// As [`step`], with K and V as they lie in memory, `values` being the strip's V.
 ///
 /// # Safety
-/// The job's promises hold, and the unit has this strip.
+/// The job's promises hold, the unit has this strip, and `values` a row for each of its keys.
 #[inline(always)]
 pub(super) unsafe fn step_in_place<K: Kernel, const NR: usize>(
     kernel: K,
     tile: &mut Tile<'_>,
     strip: usize,
+    values: Values,
 ) {
     let (problem, unit) = (tile.call.problem, tile.unit);
     let keys = unit.strip_keys(tile.call, strip);
     let from = InPlace {
         k: problem.k_at(&unit.sequence, unit.kv_head, keys.start),
-        v: problem.v_at(&unit.sequence, unit.kv_head, keys.start),
+        v: values,
         count: keys.len(),
     };
     // SAFETY: as promised by the caller.
@@ -82,7 +83,8 @@ unsafe fn step_through<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
             step_rows::<K, P, MR, NR>(kernel, tile, strip, from, first..end);
             if tile.last == Some(strip) {
                 // Their sums are in the nearest cache still, and the next rows hide the writing.
-                tile::write(kernel, tile, first..end);
+                let tainted = tile::write(kernel, tile, first..end);
+                tile.tainted |= tainted;
             }
         }
     }

@@ -1,7 +1,9 @@
 //! The kernels of each instruction set: the generic ones, inlined into functions that enable its
 //! features.
 
-use super::call::{Call, Unit};
+use std::ops::Range;
+
+use super::call::{Call, Unit, Values};
 use super::mask_map::{self, Panels};
 use super::micro::{self, Kernel, MultiplyAdd};
 use super::pack;
@@ -9,7 +11,7 @@ use super::peak;
 use super::portable::Portable;
 use super::step::{self, Packed};
 use super::tile::{self, Tile};
-use crate::DType;
+use super::types::Float;
 use crate::backend::cpu::isa::Isa;
 
 /// Native functions over one packing of K and V. All of them require that the processor has the
@@ -22,12 +24,12 @@ pub(super) struct Kernels {
     pub(super) side: usize,
     /// Rows of the micro-kernel.
     pub(super) rows: usize,
-    pub(super) pack: unsafe fn(&Call<'_>, &Unit, usize, *mut u32, *mut u32),
+    pub(super) pack: unsafe fn(&Call<'_>, &Unit, usize, Values, *mut u32, *mut u32),
     pub(super) begin: unsafe fn(&mut Tile<'_>),
     pub(super) step: unsafe fn(&mut Tile<'_>, Packed<'_>),
-    pub(super) step_in_place: unsafe fn(&mut Tile<'_>, usize),
+    pub(super) step_in_place: unsafe fn(&mut Tile<'_>, usize, Values),
     pub(super) finish: unsafe fn(&mut Tile<'_>),
-    pub(super) map: unsafe fn(&Call<'_>, usize, *mut Panels),
+    pub(super) map: unsafe fn(&Call<'_>, usize, Range<usize>, *mut Panels),
     pub(super) rounds: unsafe fn(usize) -> f64,
 }
 
@@ -43,10 +45,10 @@ macro_rules! kernels {
 
             $(#[target_feature(enable = $features)])?
             unsafe fn pack(
-                call: &Call<'_>, unit: &Unit, strip: usize, k: *mut u32, v: *mut u32,
+                call: &Call<'_>, unit: &Unit, strip: usize, values: Values, k: *mut u32, v: *mut u32,
             ) {
                 // SAFETY: as promised by the caller.
-                unsafe { pack::pack::<$kernel, $nr>($token, call, unit, strip, k, v) }
+                unsafe { pack::pack::<$kernel, $nr>($token, call, unit, strip, values, k, v) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn begin(tile: &mut Tile<'_>) {
@@ -59,14 +61,14 @@ macro_rules! kernels {
                 unsafe { step::step::<$kernel, $mr, $nr>($token, tile, packed) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn step_in_place(tile: &mut Tile<'_>, strip: usize) {
+            unsafe fn step_in_place(tile: &mut Tile<'_>, strip: usize, values: Values) {
                 // SAFETY: as promised by the caller.
-                unsafe { step::step_in_place::<$kernel, $nr>($token, tile, strip) }
+                unsafe { step::step_in_place::<$kernel, $nr>($token, tile, strip, values) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn map(call: &Call<'_>, offset: usize, to: *mut Panels) {
+            unsafe fn map(call: &Call<'_>, offset: usize, strips: Range<usize>, to: *mut Panels) {
                 // SAFETY: as promised by the caller.
-                unsafe { mask_map::map::<_, $nr>($token.simd(), call, offset, to) }
+                unsafe { mask_map::map::<_, $nr>($token.simd(), call, offset, strips, to) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn finish(tile: &mut Tile<'_>) {
@@ -130,23 +132,23 @@ pub(super) fn plain_tiles() -> &'static Kernels {
     &plain_tiles::PLAIN_TILES
 }
 
-/// The kernels for K and V of `dtype` under `isa`, or under the portable one where this machine
+/// The kernels for K and V of `float` under `isa`, or under the portable one where this machine
 /// lacks it.
-pub(super) fn select(isa: Isa, dtype: DType) -> &'static Kernels {
+pub(super) fn select(isa: Isa, float: Float) -> &'static Kernels {
     if !isa.is_available() {
         return &portable::PORTABLE;
     }
-    match (isa, dtype) {
+    match (isa, float) {
         #[cfg(target_arch = "x86_64")]
-        (Isa::AmxBf16, DType::BF16) => &amxbf16::AMX_BF16,
+        (Isa::AmxBf16, Float::Bf16) => &amxbf16::AMX_BF16,
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512Bf16, DType::BF16) => &avx512bf16::AVX512_BF16,
+        (Isa::Avx512Bf16, Float::Bf16) => &avx512bf16::AVX512_BF16,
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16, _) => &avx512::AVX512,
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, _) => &avx2::AVX2,
         #[cfg(target_arch = "aarch64")]
-        (Isa::NeonBf16, DType::BF16) => &neonbf16::NEON_BF16,
+        (Isa::NeonBf16, Float::Bf16) => &neonbf16::NEON_BF16,
         #[cfg(target_arch = "aarch64")]
         (Isa::Neon | Isa::NeonBf16, _) => &neon::NEON,
         _ => &portable::PORTABLE,

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::flush::flushed;
+
 /// How often the asking thread looks whether the others are done before it sleeps: some tens of
 /// microseconds.
 const SPINS: usize = 1000;
@@ -17,22 +19,25 @@ pub(crate) struct Team<'p> {
 
 impl Team<'_> {
     /// Runs `body` for `0..count`, in this order as threads come free. The asking thread works too:
-    /// a small call is over before a sleeping thread has woken.
+    /// a small call is over before a sleeping thread has woken. Subnormal results are flushed in `body`
+    /// and nowhere else: what a thread does while it waits is not of this call.
     pub(super) fn for_each(self, count: usize, body: impl Fn(usize) + Sync) {
         let workers = self.threads.min(count);
         if workers <= 1 {
-            (0..count).for_each(body);
+            flushed(|| (0..count).for_each(body));
             return;
         }
         let next = AtomicUsize::new(0);
         let work = || {
-            loop {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                if i >= count {
-                    return;
+            flushed(|| {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    if i >= count {
+                        return;
+                    }
+                    body(i);
                 }
-                body(i);
-            }
+            })
         };
         let running = AtomicUsize::new(workers - 1);
         match self.pool {

@@ -4,13 +4,14 @@
 use std::ops::Range;
 
 use super::call::{Call, STRIP, Unit};
+use super::careful::Careful;
 use super::in_place::FEW_ROWS;
 use super::micro::Kernel;
 use super::running::Running;
 use super::scratch::{Buffer, Scratch};
 use super::simd::{Elem, Simd};
 use super::step::MOST_ROWS;
-use crate::DType;
+use super::types::{Float, with_elements, with_float};
 
 /// What is kept of one query row.
 #[derive(Debug, Clone)]
@@ -53,6 +54,8 @@ pub(super) struct Tile<'a> {
     pub(super) outputs: *mut f32,
     /// `[MOST_ROWS][STRIP]`.
     pub(super) scores: *mut f32,
+    /// Some row was written that is not finite.
+    pub(super) tainted: bool,
 }
 
 impl<'a> Tile<'a> {
@@ -91,6 +94,7 @@ impl<'a> Tile<'a> {
             running: Running::new(scratch.running, padded),
             outputs: scratch.outputs.reserve(padded * call.dim).cast(),
             scores: scratch.scores.reserve(MOST_ROWS * STRIP).cast(),
+            tainted: false,
         }
     }
 }
@@ -106,8 +110,8 @@ pub(super) struct TileScratch<'a> {
 }
 
 impl Scratch {
-    /// The parts for a tile, and those for its packed K and V.
-    pub(super) fn split(&mut self) -> (TileScratch<'_>, &mut Buffer, &mut Buffer) {
+    /// The parts for a tile, those for its packed K and V, and what a careful run takes.
+    pub(super) fn split(&mut self) -> (TileScratch<'_>, &mut Buffer, &mut Buffer, &mut Careful) {
         let tile = TileScratch {
             queries: &mut self.queries,
             running: &mut self.running,
@@ -115,7 +119,7 @@ impl Scratch {
             scores: &mut self.scores,
             rows: &mut self.rows,
         };
-        (tile, &mut self.keys, &mut self.values)
+        (tile, &mut self.keys, &mut self.values, &mut self.careful)
     }
 }
 
@@ -141,7 +145,7 @@ fn row_state(call: &Call<'_>, unit: &Unit, f: usize) -> Row {
 /// Where a row of Q begins.
 fn query_at(call: &Call<'_>, unit: &Unit, row: &Row) -> *const u8 {
     let at = call.problem.q_at(&unit.sequence, row.head, row.position);
-    call.at.q.wrapping_add(at * call.problem.dtype().size_of())
+    call.at.q.wrapping_add(at * call.float.size_of())
 }
 
 /// How many of the first rows the micro-kernel can read where the caller has Q: none unless Q holds
@@ -150,12 +154,11 @@ fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[Row]) -> usize {
     let Some(first) = rows.first() else {
         return 0;
     };
-    let dtype = call.problem.dtype();
     let units = match call.kernels.pair {
-        1 => dtype == DType::F32,
-        _ => dtype == DType::BF16,
+        1 => call.float == Float::F32,
+        _ => call.float == Float::Bf16,
     };
-    let step = call.query_stride * dtype.size_of();
+    let step = call.query_stride * call.float.size_of();
     let aligned = (query_at(call, unit, first).addr() | step).is_multiple_of(4);
     // Rows that far apart would share the same few sets of the first-level cache.
     let packed = !unit.in_place(call);
@@ -179,14 +182,8 @@ fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[Row]) -> usize {
 /// The job's promises hold.
 #[inline(always)]
 pub(super) unsafe fn begin<K: Kernel>(kernel: K, tile: &mut Tile<'_>) {
-    // SAFETY: as promised by the caller; the dtype is Q's.
-    unsafe {
-        match tile.call.problem.dtype() {
-            DType::BF16 => pack_queries::<K, half::bf16>(kernel, tile),
-            DType::F16 => pack_queries::<K, half::f16>(kernel, tile),
-            _ => pack_queries::<K, f32>(kernel, tile),
-        }
-    }
+    // SAFETY: as promised by the caller; the type is Q's.
+    unsafe { with_elements!(K, tile.call.float, T => pack_queries::<K, T>(kernel, tile)) }
 }
 
 #[inline(always)]
@@ -215,30 +212,28 @@ unsafe fn pack_queries<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
 pub(super) unsafe fn finish<K: Kernel>(kernel: K, tile: &mut Tile<'_>) {
     if tile.last.is_none() {
         // SAFETY: as promised by the caller.
-        unsafe { write(kernel, tile, 0..tile.rows.len()) }
+        let tainted = unsafe { write(kernel, tile, 0..tile.rows.len()) };
+        tile.tainted |= tainted;
     }
 }
 
-/// Writes O and the log-sum-exp of some of a tile's rows.
+/// Writes O and the log-sum-exp of some of a tile's rows, and tells whether some output is not finite.
 ///
 /// # Safety
 /// The job's promises hold; all strips that these rows see have gone by.
 #[inline(always)]
-pub(super) unsafe fn write<K: Kernel>(kernel: K, tile: &Tile<'_>, rows: Range<usize>) {
-    // SAFETY: as promised by the caller; the dtype is O's.
-    unsafe {
-        match tile.call.problem.dtype() {
-            DType::BF16 => write_as::<K, half::bf16>(kernel, tile, rows),
-            DType::F16 => write_as::<K, half::f16>(kernel, tile, rows),
-            _ => write_as::<K, f32>(kernel, tile, rows),
-        }
-    }
+pub(super) unsafe fn write<K: Kernel>(kernel: K, tile: &Tile<'_>, rows: Range<usize>) -> bool {
+    // SAFETY: as promised by the caller; the type is O's.
+    unsafe { with_float!(tile.call.float, T => write_as::<K, T>(kernel, tile, rows)) }
 }
 
 #[inline(always)]
-unsafe fn write_as<K: Kernel, T: Elem>(kernel: K, tile: &Tile<'_>, rows: Range<usize>) {
+unsafe fn write_as<K: Kernel, T: Elem>(kernel: K, tile: &Tile<'_>, rows: Range<usize>) -> bool {
     let (call, s) = (tile.call, kernel.simd());
     let sequence = &tile.unit.sequence;
+    // Stays 0 as long as all are finite.
+    let zero = s.splat(0.0);
+    let mut taint = zero;
     for r in rows {
         let row = &tile.rows[r];
         // SAFETY: the tile has this row.
@@ -261,7 +256,9 @@ unsafe fn write_as<K: Kernel, T: Elem>(kernel: K, tile: &Tile<'_>, rows: Range<u
                 let x = if hidden {
                     factor
                 } else {
-                    s.mul(s.load(from.add(c)), factor)
+                    let x = s.load(from.add(c));
+                    taint = s.fma(x, zero, taint);
+                    s.mul(x, factor)
                 };
                 T::store(s, to.add(c), x);
             }
@@ -271,6 +268,7 @@ unsafe fn write_as<K: Kernel, T: Elem>(kernel: K, tile: &Tile<'_>, rows: Range<u
             }
         }
     }
+    s.ne(taint, taint) != 0
 }
 
 impl Row {

@@ -11,6 +11,7 @@ use crate::attention::{Problem, ProblemBuilder, Role, Shape};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::job::{Job, Pointers};
 use crate::backend::cpu::kernels::table::{self, Kernels};
+use crate::backend::cpu::kernels::types::Float;
 use crate::backend::cpu::kernels::{self, Team};
 
 /// Elements around outputs that must stay as they are.
@@ -38,6 +39,19 @@ pub(super) fn build(builder: ProblemBuilder) -> Problem {
 
 pub(super) fn isas() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.is_available())
+}
+
+/// The kernels for K and V of `dtype`.
+pub(super) fn kernels_for(isa: Isa, dtype: DType) -> &'static Kernels {
+    table::select(isa, Float::of(dtype).unwrap())
+}
+
+/// The kernels for K and V of `dtype` of every instruction set here, and tiles in plain Rust, whose panels
+/// are as wide as AVX-512's.
+pub(super) fn everywhere(dtype: DType) -> Vec<(&'static str, &'static Kernels)> {
+    let kernels = isas().map(|isa| (isa.name(), kernels_for(isa, dtype)));
+    let tiles = (dtype == DType::BF16).then(|| ("plain tiles", table::plain_tiles()));
+    kernels.chain(tiles).collect()
 }
 
 /// Uniform and normal numbers from a seed.
@@ -213,6 +227,36 @@ impl Data {
         }
     }
 
+    /// Sets every element of K and V of a key.
+    pub(super) fn set_key(&mut self, (b, h, j): (usize, usize, usize), k: f64, v: f64) {
+        let s = self.problem.sequence(b);
+        let (k_at, v_at) = (self.problem.k_at(&s, h, j), self.problem.v_at(&s, h, j));
+        for d in 0..self.problem.shape().head_dim {
+            self.k.set(k_at + d, k);
+            self.v.set(v_at + d, v);
+        }
+    }
+
+    pub(super) fn set_slopes(&mut self, slope: impl Fn(usize) -> f32) {
+        self.slopes = Some((0..self.problem.shape().heads).map(slope).collect());
+    }
+
+    /// Sets one column of V of a key.
+    pub(super) fn set_value(&mut self, (b, h, j): (usize, usize, usize), column: usize, v: f64) {
+        let s = self.problem.sequence(b);
+        let at = self.problem.v_at(&s, h, j) + column;
+        self.v.set(at, v);
+    }
+
+    /// Runs the kernels their own way.
+    pub(super) fn run_by(
+        &self,
+        kernels: &'static Kernels,
+        way: impl FnOnce(&Job<'_>, &'static Kernels),
+    ) -> Output {
+        self.collect(|job| way(job, kernels))
+    }
+
     pub(super) fn set_classes(&mut self, classes: Vec<u8>) {
         assert_eq!(
             classes.len(),
@@ -264,11 +308,30 @@ impl Data {
     }
 
     pub(super) fn run(&self, isa: Isa, threads: usize) -> Output {
-        self.run_with(table::select(isa, self.problem.kv_dtype()), threads)
+        self.run_with(kernels_for(isa, self.problem.kv_dtype()), threads)
     }
 
     /// Runs the kernels and checks that they wrote what they own and nothing else.
     pub(super) fn run_with(&self, kernels: &'static Kernels, threads: usize) -> Output {
+        let team = Team {
+            pool: None,
+            threads,
+        };
+        self.collect(|job| {
+            let run = || kernels::run_with(job, kernels, team).unwrap();
+            if threads == 1 {
+                run();
+            } else {
+                let pool = rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .build()
+                    .unwrap();
+                pool.install(run);
+            }
+        })
+    }
+
+    fn collect(&self, run: impl FnOnce(&Job<'_>)) -> Output {
         let problem = &self.problem;
         let shape = problem.shape();
         let elements = problem.operand(Role::Output).unwrap().elements;
@@ -279,20 +342,7 @@ impl Data {
         let before = o.bytes().to_vec();
         let size = problem.dtype().size_of();
         let o_at = o.words.as_mut_ptr().cast::<u8>().wrapping_add(GUARD * size);
-        let job = self.job(o_at, lse.as_mut_ptr().wrapping_add(GUARD));
-        let team = Team {
-            pool: None,
-            threads,
-        };
-        if threads == 1 {
-            kernels::run_with(&job, kernels, team);
-        } else {
-            let pool = rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build()
-                .unwrap();
-            pool.install(|| kernels::run_with(&job, kernels, team));
-        }
+        run(&self.job(o_at, lse.as_mut_ptr().wrapping_add(GUARD)));
         let mut owned = vec![false; elements + 2 * GUARD];
         let mut dense = vec![0.0; rows * shape.head_dim];
         for b in 0..shape.batch {
@@ -381,9 +431,7 @@ impl Data {
         );
         let mut worst = 0.0f64;
         let dtype = self.problem.kv_dtype();
-        let kernels = isas().map(|isa| (isa.name(), table::select(isa, dtype)));
-        let tiles = (dtype == DType::BF16).then(|| ("plain tiles", table::plain_tiles()));
-        for (name, kernels) in kernels.chain(tiles) {
+        for (name, kernels) in everywhere(dtype) {
             let got = self.run_with(kernels, 1);
             let result = tolerance::compare(&self.problem, &got.o, &exact, &naive);
             assert!(result.ok, "{what}, {name}: {result:?}");

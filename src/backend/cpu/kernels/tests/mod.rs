@@ -1,8 +1,11 @@
 //! The kernels against the oracle, for every instruction set that this machine has.
 
 mod bits;
+mod classes;
 mod features;
 mod harness;
+mod hidden;
+mod memory;
 mod shapes;
 mod speed;
 pub(super) mod tiles;

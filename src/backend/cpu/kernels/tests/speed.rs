@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::harness::{Data, build, isas, shape};
 use crate::DType;
-use crate::attention::Problem;
+use crate::attention::{MaskSpec, Problem};
 use crate::backend::cpu::kernels::Team;
 
 #[test]
@@ -54,6 +54,56 @@ fn judged_shapes() {
     }
 }
 
+/// Scores far apart, whose probabilities are too small for normal numbers, against scores of deviation
+/// 1, in turns: `cargo test --release --lib far_apart -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn scores_far_apart_take_no_longer() {
+    let rounds = 25;
+    let sizes = shape(1, (8, 8), (512, 512), 64);
+    for dtype in [DType::BF16, DType::F32, DType::F16] {
+        let problem = || Problem::builder(dtype, sizes);
+        let plain = Data::new(build(problem()), 1);
+        let spread = Data::new(build(problem().scale(36.0 / 8.0)), 1);
+        let mut bloom = Data::new(build(problem().alibi(true)), 1);
+        bloom.set_slopes(|h| (-(h as f32 + 1.0)).exp2());
+        let mut bias = Data::new(build(problem().mask(MaskSpec::plane(DType::F32, 512))), 1);
+        bias.set_mask(|_, i, j| -(i.abs_diff(j) as f64));
+        let forms = [
+            ("plain", &plain),
+            ("spread of 36", &spread),
+            ("BLOOM slopes", &bloom),
+            ("bias of -|i - j|", &bias),
+        ];
+        for isa in isas() {
+            if isa.name().ends_with("bf16") && dtype != DType::BF16 {
+                continue;
+            }
+            let mut times = vec![vec![]; forms.len()];
+            for _ in 0..rounds {
+                for (times, (_, data)) in times.iter_mut().zip(&forms) {
+                    times.push(data.time(isa, 1, 1).0);
+                }
+            }
+            for times in &mut times {
+                times.sort_by(f64::total_cmp);
+            }
+            let (median, least) = (times[0][rounds / 2], times[0][0]);
+            for ((name, _), times) in forms.iter().zip(&times) {
+                writeln!(
+                    std::io::stderr(),
+                    "{isa} {dtype} {name}: median {:.2} ms, {:.2} of plain; least {:.2}, {:.2} of plain",
+                    times[rounds / 2],
+                    times[rounds / 2] / median,
+                    times[0],
+                    times[0] / least
+                )
+                .unwrap();
+            }
+        }
+    }
+}
+
 impl Data {
     /// Median and least milliseconds of one run on `threads` threads.
     fn time(&self, isa: crate::backend::cpu::isa::Isa, threads: usize, runs: usize) -> (f64, f64) {
@@ -73,7 +123,8 @@ impl Data {
                                 pool: None,
                                 threads,
                             },
-                        );
+                        )
+                        .unwrap();
                         start.elapsed().as_secs_f64() * 1e3
                     })
                     .skip(2)

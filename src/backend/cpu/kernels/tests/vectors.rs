@@ -77,6 +77,17 @@ impl Task for Exp2 {
                 "{zero}"
             );
         }
+        for nan in [
+            0x7fc0_0000,
+            0xffc0_0000,
+            0x7fff_ffff,
+            0xff80_0001,
+            0x7f81_0155,
+        ] {
+            let nan = s.splat(f32::from_bits(nan));
+            assert!(lanes(s, s.exp2::<5>(nan)).iter().all(|x| x.is_nan()));
+            assert!(lanes(s, s.exp2::<4>(nan)).iter().all(|x| x.is_nan()));
+        }
         for tiny in [-126.0, -127.5, -149.0, -151.0] {
             let got = f64::from(lanes(s, s.exp2::<5>(s.splat(tiny)))[0]);
             assert!(

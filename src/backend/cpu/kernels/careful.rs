@@ -1,0 +1,218 @@
+//! Rows over keys whose V is not finite. A probability of 0 hides a key from a sum unless its V is NaN
+//! or infinite, so rows whose outputs are not finite are computed again: with 0 in place of every such
+//! element, by the same instructions in the same order, while this keeps note of which rows see one.
+
+use half::{bf16, f16};
+
+use super::call::{Call, STRIP, Unit, Values};
+use super::scratch::Buffer;
+use super::simd::Elem;
+use super::span;
+use super::tile::{Row, Tile};
+use super::types::{Cells, Float, with_cells, with_float};
+use crate::attention::TileClass;
+
+/// What kinds of numbers reached an output, a bit for each; 0 where all are finite.
+type Kinds = u8;
+const NAN: Kinds = 1;
+const ABOVE: Kinds = 2;
+const BELOW: Kinds = 4;
+
+/// What a careful run keeps beside the usual.
+#[derive(Debug, Default)]
+pub(super) struct Careful {
+    /// V of one strip, `[key][D]`, with 0 for what is not finite.
+    clean: Buffer,
+    /// The keys that have such elements.
+    keys: Vec<usize>,
+    /// Their kinds, `[one of these keys][D]`.
+    kinds: Vec<Kinds>,
+    /// What reached each output, `[row][D]`.
+    pub(super) reached: Vec<Kinds>,
+}
+
+/// An element whose kind can be told.
+trait Kind: Elem {
+    fn is_finite(self) -> bool;
+    fn kind(self) -> Kinds;
+    fn from_f32(x: f32) -> Self;
+}
+
+macro_rules! kind {
+    ($ty:ty, $from:expr) => {
+        impl Kind for $ty {
+            fn is_finite(self) -> bool {
+                self.is_finite()
+            }
+            fn kind(self) -> Kinds {
+                if self.is_finite() {
+                    0
+                } else if self.is_nan() {
+                    NAN
+                } else if self.is_sign_negative() {
+                    BELOW
+                } else {
+                    ABOVE
+                }
+            }
+            fn from_f32(x: f32) -> Self {
+                $from(x)
+            }
+        }
+    };
+}
+kind!(bf16, bf16::from_f32);
+kind!(f16, f16::from_f32);
+kind!(f32, std::convert::identity);
+
+impl Careful {
+    /// Begins a run of `rows` rows.
+    pub(super) fn begin(&mut self, call: &Call<'_>, rows: usize) {
+        self.reached.clear();
+        self.reached.resize(rows * call.dim, 0);
+    }
+
+    /// V of a strip without what is not finite.
+    ///
+    /// # Safety
+    /// The job's promises hold.
+    pub(super) unsafe fn clean(&mut self, call: &Call<'_>, unit: &Unit, strip: usize) -> Values {
+        // SAFETY: as promised by the caller; the type is V's.
+        with_float!(call.kv_float, T => unsafe { self.clean_as::<T>(call, unit, strip) })
+    }
+
+    unsafe fn clean_as<T: Kind>(&mut self, call: &Call<'_>, unit: &Unit, strip: usize) -> Values {
+        let (dim, keys) = (call.dim, unit.strip_keys(call, strip));
+        let from = unit.values(call, strip);
+        let to: *mut T = self.clean.reserve(STRIP * dim).cast();
+        self.keys.clear();
+        self.kinds.clear();
+        for (i, key) in keys.enumerate() {
+            // SAFETY: V has this key; there is room for a strip of the widest elements.
+            let (row, clean) = unsafe {
+                let row = from.first.cast::<T>().add(i * from.stride);
+                let clean = to.add(i * dim);
+                row.copy_to_nonoverlapping(clean, dim);
+                (
+                    std::slice::from_raw_parts(row, dim),
+                    std::slice::from_raw_parts_mut(clean, dim),
+                )
+            };
+            // Without a way out of the loop, which would keep the compiler from using vectors.
+            if row.iter().fold(true, |all, x| all & x.is_finite()) {
+                continue;
+            }
+            self.keys.push(key);
+            for (x, clean) in row.iter().zip(clean) {
+                self.kinds.push(x.kind());
+                if !x.is_finite() {
+                    *clean = T::ZERO;
+                }
+            }
+        }
+        Values {
+            first: to.cast(),
+            stride: dim,
+        }
+    }
+
+    /// Takes note of what the last cleaned strip holds for the rows that see it.
+    ///
+    /// # Safety
+    /// The job's promises hold.
+    pub(super) unsafe fn note(&mut self, tile: &Tile<'_>) {
+        let dim = tile.call.dim;
+        let (keys, kinds) = (&self.keys, &self.kinds);
+        for (row, reached) in tile.rows.iter().zip(self.reached.chunks_exact_mut(dim)) {
+            let first = keys.partition_point(|key| *key < row.keys.start);
+            let seen = keys[first..].iter().take_while(|key| **key < row.keys.end);
+            for (key, kinds) in seen.zip(kinds[first * dim..].chunks_exact(dim)) {
+                // SAFETY: as promised by the caller; the key is there.
+                if unsafe { is_shown(tile.call, row, tile.unit.sequence.key_len, *key) } {
+                    join(reached, kinds);
+                }
+            }
+        }
+    }
+
+    /// Writes what reached the outputs of a tile's rows over them.
+    ///
+    /// # Safety
+    /// The job's promises hold, and the rows have been written.
+    pub(super) unsafe fn write(&self, tile: &Tile<'_>) {
+        // SAFETY: as promised by the caller; the type is O's.
+        with_float!(tile.call.float, T => unsafe { self.write_as::<T>(tile) });
+    }
+
+    unsafe fn write_as<T: Kind>(&self, tile: &Tile<'_>) {
+        let call = tile.call;
+        for (row, reached) in tile.rows.iter().zip(self.reached.chunks_exact(call.dim)) {
+            let sequence = &tile.unit.sequence;
+            let at = call.problem.o_at(sequence, row.head, row.position);
+            for (column, kinds) in reached.iter().enumerate().filter(|(_, kinds)| **kinds != 0) {
+                // SAFETY: the row of O is there, and this tile's alone.
+                unsafe {
+                    let to = call.at.o.cast::<T>().add(at + column);
+                    // What else was summed up is finite, or NaN for another reason.
+                    let nan = T::kind(to.read()) == NAN;
+                    to.write(T::from_f32(match *kinds {
+                        ABOVE if !nan => f32::INFINITY,
+                        BELOW if !nan => f32::NEG_INFINITY,
+                        _ => f32::NAN,
+                    }));
+                }
+            }
+        }
+    }
+}
+
+/// Adds `more` to what reached a row.
+pub(super) fn join(reached: &mut [Kinds], more: &[Kinds]) {
+    reached.iter_mut().zip(more).for_each(|(a, b)| *a |= b);
+}
+
+/// Whether mask and tile classes leave a row a key that its bounds leave it.
+///
+/// # Safety
+/// The job's promises hold, and the key is below `key_len`.
+unsafe fn is_shown(call: &Call<'_>, row: &Row, key_len: usize, key: usize) -> bool {
+    let Some(cells) = call.cells else {
+        return true;
+    };
+    if !call.at.tile_classes.is_null() {
+        // SAFETY: there is a class for each tile.
+        let class = unsafe { *span::classes(call, row, key_len).add(key / call.class_tile.bk) };
+        if class != TileClass::Mixed as u8 {
+            return class != TileClass::Skip as u8;
+        }
+    }
+    // SAFETY: the mask has this cell, of its type.
+    with_cells!(cells, T => unsafe {
+        <T as Shown>::shown(*call.at.mask.cast::<T>().add(row.mask + key))
+    })
+}
+
+/// A mask cell that leaves a key visible or not.
+trait Shown: Copy {
+    fn shown(self) -> bool;
+}
+impl Shown for u8 {
+    fn shown(self) -> bool {
+        self != 0
+    }
+}
+impl Shown for bf16 {
+    fn shown(self) -> bool {
+        self != Self::NEG_INFINITY
+    }
+}
+impl Shown for f16 {
+    fn shown(self) -> bool {
+        self != Self::NEG_INFINITY
+    }
+}
+impl Shown for f32 {
+    fn shown(self) -> bool {
+        self != Self::NEG_INFINITY
+    }
+}
