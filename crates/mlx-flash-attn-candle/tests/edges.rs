@@ -48,7 +48,7 @@ fn hidden_nan_of_a_padded_cache_reaches_no_result() {
                     let want = with(&mask, 0.0);
                     for fill in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                         let got = with(&mask, fill);
-                        assert_eq!(got, want, "{dtype:?}, {ql} queries, {fill}: {mask:?}");
+                        assert!(got == want, "{dtype:?}, {ql} queries, {fill}: {mask:?}");
                     }
                 }
             }
@@ -93,7 +93,7 @@ fn boundaries_may_end_before_the_last_row() {
             random(2, &[30, 2, 64], DType::F32, device),
             random(3, &[30, 2, 64], DType::F32, device),
         );
-        let bias = random(4, &[1, 30], DType::F32, device);
+        let bias = random(4, &[1, 20], DType::F32, device);
         let options = Options {
             causal: true,
             offset: Some(QueryOffset::BottomRight),
