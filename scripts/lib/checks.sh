@@ -12,8 +12,8 @@ cuda_archs="sm_80 sm_90a"
 cross_targets="aarch64-unknown-linux-gnu x86_64-unknown-linux-gnu x86_64-pc-windows-msvc"
 # Unit tests that miri runs, by parts of their names: where the core crate has unsafe code, and knows no
 # device but the CPU. miri takes the portable code. Only --all runs the second list.
-miri_filters="runtime:: backend::host_memory backend::cpu::kernels::tests::interpreted"
-miri_filters_all="attention:: backend::checked backend::cpu::kernels::tests::vectors"
+miri_filters="runtime:: backend::host_memory interpreted::keys interpreted::two_threads"
+miri_filters_all="attention:: backend::checked interpreted:: kernels::tests::vectors"
 
 in_checks() {
     CARGO_TARGET_DIR=$checks "$@"
