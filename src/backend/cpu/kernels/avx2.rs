@@ -45,6 +45,8 @@ impl Simd for Avx2 {
             let set = _mm256_and_si256(_mm256_set1_epi32(bits as i32), lane);
             _mm256_blendv_ps(b, a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)))
         };
+        fn pick_ne(self, a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 =
+            _mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_NEQ_UQ>(a, b));
         fn hmax(self, a: __m256) -> f32 = {
             let half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
             let pair = _mm_max_ps(half, _mm_movehl_ps(half, half));

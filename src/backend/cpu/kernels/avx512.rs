@@ -43,6 +43,8 @@ impl Simd for Avx512 {
             u32::from(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(a, b));
         fn pick(self, bits: u32, a: __m512, b: __m512) -> __m512 =
             _mm512_mask_blend_ps(bits as u16, b, a);
+        fn pick_ne(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 =
+            _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(a, b), y, x);
         fn hmax(self, a: __m512) -> f32 = _mm512_reduce_max_ps(a);
         fn hsum(self, a: __m512) -> f32 = _mm512_reduce_add_ps(a);
         fn exp2<const DEGREE>(self, t: __m512) -> __m512 = {

@@ -47,6 +47,8 @@ impl Simd for Neon {
             vaddvq_u32(vbicq_u32(vld1q_u32(LANE_BITS.as_ptr()), vceqq_f32(a, b)));
         fn pick(self, bits: u32, a: float32x4_t, b: float32x4_t) -> float32x4_t =
             vbslq_f32(vtstq_u32(vdupq_n_u32(bits), vld1q_u32(LANE_BITS.as_ptr())), a, b);
+        fn pick_ne(self, a: float32x4_t, b: float32x4_t, x: float32x4_t, y: float32x4_t)
+            -> float32x4_t = vbslq_f32(vceqq_f32(a, b), y, x);
         fn hmax(self, a: float32x4_t) -> f32 = vmaxvq_f32(a);
         fn hsum(self, a: float32x4_t) -> f32 = vaddvq_f32(a);
         fn exp2<const DEGREE>(self, t: float32x4_t) -> float32x4_t = {

@@ -93,6 +93,10 @@ impl Simd for Portable {
         from_fn(|i| if bits >> i & 1 == 1 { a[i] } else { b[i] })
     }
     #[inline(always)]
+    fn pick_ne(self, a: V, b: V, x: V, y: V) -> V {
+        from_fn(|i| if a[i] != b[i] { x[i] } else { y[i] })
+    }
+    #[inline(always)]
     fn hmax(self, a: V) -> f32 {
         a.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }

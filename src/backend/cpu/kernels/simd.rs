@@ -32,6 +32,8 @@ pub(super) trait Simd: Copy + 'static {
     fn ne(self, a: Self::V, b: Self::V) -> u32;
     /// Lanes of `a` where the bit is set, of `b` elsewhere.
     fn pick(self, bits: u32, a: Self::V, b: Self::V) -> Self::V;
+    /// Lanes of `x` where `a != b`, of `y` elsewhere.
+    fn pick_ne(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
     /// The largest lane.
     fn hmax(self, a: Self::V) -> f32;
     /// The sum of all lanes, in an order of its own.

@@ -273,8 +273,7 @@ unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
                 let cells = call.at.mask.cast::<T>().wrapping_add(row.mask + column);
                 let cells = load_first(s, cells, left);
                 // Hidden is hidden, even if K holds NaN there.
-                let shown = s.ne(cells, hidden);
-                x = s.pick(shown, s.add(x, cells), hidden);
+                x = s.pick_ne(cells, hidden, s.add(x, cells), hidden);
             }
             if row.slope != 0.0 {
                 // In integers before f32, which is exact up to 2^24 keys of distance.

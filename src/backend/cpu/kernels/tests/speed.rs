@@ -69,10 +69,13 @@ fn scores_far_apart_take_no_longer() {
         bloom.set_slopes(|h| (-(h as f32 + 1.0)).exp2());
         let mut bias = Data::new(build(problem().mask(MaskSpec::plane(DType::F32, 512))), 1);
         bias.set_mask(|_, i, j| -(i.abs_diff(j) as f64));
+        let mut mild = bias.clone();
+        mild.set_mask(|_, i, j| ((i * 7 + j * 3) % 11) as f64 / 10.0);
         let forms = [
             ("plain", &plain),
             ("spread of 36", &spread),
             ("BLOOM slopes", &bloom),
+            ("bias of 0 to 1", &mild),
             ("bias of -|i - j|", &bias),
         ];
         for isa in isas() {
