@@ -209,7 +209,9 @@ mod tests {
     fn commands_conflict_where_a_written_byte_is_shared() {
         // Against every pair of single bytes, one by one.
         let spans = [(1, 0..3), (1, 2..5), (1, 7..9), (2, 1..4), (2, 6..6)];
-        for (a, b) in (0..1024).flat_map(|i| [(i, 0x2a5), (i, 0x15a), (i, i)]) {
+        let step = if cfg!(miri) { 37 } else { 1 };
+        let choices = (0..1024).step_by(step);
+        for (a, b) in choices.flat_map(|i| [(i, 0x2a5), (i, 0x15a), (i, i)]) {
             let pick = |bits: usize| -> Vec<_> {
                 let chosen = (0..5).filter(|i| bits >> i & 1 == 1);
                 chosen

@@ -10,7 +10,7 @@ use crate::runtime::turns::{Touches, Turn};
 use crate::{MlxBuffer, MlxError};
 
 /// Commands that each thread commits.
-const COMMANDS: usize = if cfg!(miri) { 4 } else { 200 };
+const COMMANDS: usize = if cfg!(miri) { 2 } else { 200 };
 
 fn touches(memory: usize, range: std::ops::Range<usize>, writes: bool) -> Touches {
     Touches::new(&[Use {
