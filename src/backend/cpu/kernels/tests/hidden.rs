@@ -165,11 +165,17 @@ fn keys_in_skipped_tiles_add_nothing() {
             .tile_classes(true)
             .lse(true);
         let mut data = Data::new(build(problem), 3);
-        data.set_mask(|_, i, j| if (i + j) % 3 == 0 { HIDDEN } else { 0.0 });
+        data.set_mask(|_, i, j| {
+            if (i + j).is_multiple_of(3) {
+                HIDDEN
+            } else {
+                0.0
+            }
+        });
         data.set_classes((0..nq * nk).map(|n| (n % 3) as u8).collect());
         let sees = |i: usize, j: usize| match (i / tile.bq * nk + j / tile.bk) % 3 {
             0 => false,
-            1 => (i + j) % 3 != 0,
+            1 => !(i + j).is_multiple_of(3),
             _ => true,
         };
         check("classes", &data, &|_, _, i, j| sees(i, j));
