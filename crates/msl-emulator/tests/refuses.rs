@@ -163,3 +163,24 @@ fn a_gate_that_is_no_function_constant() {
         other => panic!("{other:?}"),
     }
 }
+
+#[test]
+fn an_absent_argument_by_reference_is_not_read_ahead_of_its_constant() {
+    let text = "#include <metal_stdlib>\nusing namespace metal;\n\
+                constant bool given [[function_constant(0)]];\n\
+                struct Params { long a; long b; };\n\
+                kernel void pick(device float* out [[buffer(0)]],\n\
+                constant Params& p [[buffer(1), function_constant(given)]]) {\n\
+                out[0] = float(given ? p.b : 3);\n}";
+    let Some(lib) = library("pick.metal", text) else {
+        return;
+    };
+    for options in [DispatchOptions::default(), DispatchOptions::checked()] {
+        let mut out = [0.0f32; 1];
+        let dispatch = Dispatch::new("pick")
+            .constant(0, false)
+            .bind(0, Binding::read_write(bytes_mut(&mut out)));
+        run(&lib, dispatch, &options).unwrap();
+        assert_eq!(out, [3.0]);
+    }
+}
