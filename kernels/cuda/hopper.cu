@@ -291,10 +291,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     };
 
-    // A run over the CTA's tiles. The first is compiled apart from the others, whose thread number
-    // is opaque: else it would keep in registers what they could take over from it.
-    auto tiles = [&](auto plain, const int run, const int tid) {
-    // Opaque in later runs, lest what follows from it be kept in registers from tile to tile.
+    // A run over the CTA's tiles. The first is compiled apart from the others.
+    auto tiles = [&](auto plain, const int run) {
+    // The thread's number, opaque in later runs, lest what follows from it be kept in registers.
     auto late = [&]() {
         int x = tid;
         if (!plain) asm volatile("" : "+r"(x));
@@ -332,10 +331,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const u64 desc_q = smem_desc(own_q, 16);
         auto issue_qk = [&](float (&s)[BN / 2], int stage) {
             const u64 kd = desc_k + (u64)(stage * (TILE_BYTES >> 4));
+            u64 qd = desc_q;
+            // Opaque in later runs, lest a descriptor a step be kept in registers from tile to tile.
+            if (!plain) asm volatile("" : "+l"(qd));
 #pragma unroll
             for (int k = 0; k < D / 16; k++) {
                 const int at = (k / 4), in = (k % 4) * 2;
-                wgmma_ss<BN, 0>(s, desc_q + (u64)(at * (BM * 8) + in),
+                wgmma_ss<BN, 0>(s, qd + (u64)(at * (BM * 8) + in),
                                 kd + (u64)(at * (BN * 8) + in), k > 0);
             }
         };
@@ -546,7 +548,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const Rows ends = rows_of(p, e, wg * 64, me);
         float inv[2];
         bool over[2];
-        finish(inv, over, soft, p, e, ends, run);
+        finish(inv, over, soft, plain ? p : params_at(p, me - tid), e, ends, run);
         wgmma_wait<0>();
         pin(o);
         done_v();
@@ -621,7 +623,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     stored();
     };
-    tiles(Yes(), PLAIN, tid);
+    tiles(Yes(), PLAIN);
     if (tid == 0) sh->v_at = rv.at;
     for (int run = PLAIN;;) {
         named_sync(8 + wg, 128);
@@ -633,8 +635,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (tid == 0) tma_store_wait();
             named_sync(8 + wg, 128);
         }
-        int zero = 0;
-        asm volatile("" : "+r"(zero));
-        tiles(No(), run, tid + zero);
+        tiles(No(), run);
     }
 }

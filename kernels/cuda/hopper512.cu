@@ -184,7 +184,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     n = sh->list_len;
 #endif
     auto release = [&](int s) {
-        if (signal) bar_arrive_cluster(empty + 8 * s, lane);
+        if (signal) bar_arrive_cluster(empty + 8 * s, thread & 1);
     };
     // V: 2,048 bytes to the next 64 columns.
     const u64 desc_k = smem_desc(ring, 16), desc_v = smem_desc(ring + 8 * SLOT_BYTES, 2048);
