@@ -293,10 +293,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     // A run over the CTA's tiles. The first is compiled apart from the others.
     auto tiles = [&](auto plain, const int run) {
-    // The thread's number, opaque in later runs, lest what follows from it be kept in registers.
+    // The thread's number, opaque, lest what follows from it be kept in registers from tile to tile.
     auto late = [&]() {
         int x = tid;
-        if (!plain) asm volatile("" : "+r"(x));
+        asm volatile("" : "+r"(x));
         return x;
     };
     for (int turn = 0; index_at(turn) < indices; turn++) {
@@ -548,7 +548,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const Rows ends = rows_of(p, e, wg * 64, me);
         float inv[2];
         bool over[2];
-        finish(inv, over, soft, plain ? p : params_at(p, me - tid), e, ends, run);
+        if (plain) finish(inv, over, soft, p, sc, e, ends, run);
+        else finish(inv, over, soft, params_at(p, me - tid), score_unit(params_at(p, me - tid)), e, ends, run);
         wgmma_wait<0>();
         pin(o);
         done_v();

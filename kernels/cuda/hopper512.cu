@@ -367,7 +367,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         }
         bar_arrive(p_full + 8 * ((before + n - 1) & (PBUF - 1)));
         issue_pv(n - 1);
-        finish(inv, over, soft, p, t, rows_of(p, t, rank * 64, tid), run);
+        finish(inv, over, soft, p, sc, t, rows_of(p, t, rank * 64, tid), run);
         if ((lane & 3) == 0) {
             sh->inv[warp * 16 + (lane >> 2)] = inv[0];
             sh->inv[warp * 16 + (lane >> 2) + 8] = inv[1];
