@@ -291,120 +291,164 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     };
 
-    // A run over the CTA's tiles. The first is compiled apart from the others, whose thread number
-    // is opaque: else it would keep in registers what they could take over from it.
-    auto tiles = [&](auto plain, const int run, const int tid) {
-    // Opaque in later runs, lest what follows from it be kept in registers from tile to tile.
-    auto late = [&]() {
-        int x = tid;
-        if (!plain) asm volatile("" : "+r"(x));
-        return x;
-    };
-    for (int turn = 0; index_at(turn) < indices; turn++) {
-        wait_q();
-        const Tile t = told();
-        int n = t.hi - t.lo;
+    // A run over the CTA's tiles. The first is compiled apart from the others.
+    auto tiles = [&](auto plain, const int run) {
+        // The thread's number, opaque, lest what follows from it be kept in registers from tile to tile.
+        auto late = [&]() {
+            int x = tid;
+            asm volatile("" : "+r"(x));
+            return x;
+        };
+        for (int turn = 0; index_at(turn) < indices; turn++) {
+            wait_q();
+            const Tile t = told();
+            int n = t.hi - t.lo;
 #if CLASSES
-        n = sh->list_len[rq.slot()];
-        // Entries, not tiles; the first is done first.
-        const int lo = sh->list_from[rq.slot()][wg], hi = sh->list_to[rq.slot()][wg];
-        skip(hi > lo ? lo : n);
+            n = sh->list_len[rq.slot()];
+            // Entries, not tiles; the first is done first.
+            const int lo = sh->list_from[rq.slot()][wg], hi = sh->list_to[rq.slot()][wg];
+            skip(hi > lo ? lo : n);
 #else
-        int lo, hi;
-        bounds(p, t, t.m0 + wg * 64, 64, lo, hi);
-        skip(hi > lo ? t.hi - hi : n);
+            int lo, hi;
+            bounds(p, t, t.m0 + wg * 64, 64, lo, hi);
+            skip(hi > lo ? t.hi - hi : n);
 #endif
-        if (hi <= lo) {
-            write_unseen(p, t, t.m0 + wg * 64, 64, late());
-            stored();
-            named_sync(8 + wg, 128); // all have read what they were told
-            done_q();
-            continue;
-        }
-
-        float o[D / 2];
-        u32 pr[BN / 4];
-        Soft soft = soft_start();
-        const Rows kept = rows_of(p, t, wg * 64, tid);
-        auto rows = [&]() { return D <= 64 ? rows_of(p, t, wg * 64, tid) : kept; };
-
-        const u32 own_q = sm_q + rq.slot() * Q_BYTES + wg * 64 * 128;
-        const u64 desc_q = smem_desc(own_q, 16);
-        auto issue_qk = [&](float (&s)[BN / 2], int stage) {
-            const u64 kd = desc_k + (u64)(stage * (TILE_BYTES >> 4));
-#pragma unroll
-            for (int k = 0; k < D / 16; k++) {
-                const int at = (k / 4), in = (k % 4) * 2;
-                wgmma_ss<BN, 0>(s, desc_q + (u64)(at * (BM * 8) + in),
-                                kd + (u64)(at * (BN * 8) + in), k > 0);
+            if (hi <= lo) {
+                write_unseen(p, t, t.m0 + wg * 64, 64, late());
+                stored();
+                named_sync(8 + wg, 128); // all have read what they were told
+                done_q();
+                continue;
             }
-        };
-        auto issue_pv = [&](int stage) {
-            const u64 vd = desc_v + (u64)(stage * (TILE_BYTES >> 4));
+
+            float o[D / 2];
+            u32 pr[BN / 4];
+            Soft soft = soft_start();
+            const Rows kept = rows_of(p, t, wg * 64, tid);
+            auto rows = [&]() { return D <= 64 ? rows_of(p, t, wg * 64, tid) : kept; };
+
+            const u32 own_q = sm_q + rq.slot() * Q_BYTES + wg * 64 * 128;
+            const u64 desc_q = smem_desc(own_q, 16);
+            auto issue_qk = [&](float (&s)[BN / 2], int stage) {
+                const u64 kd = desc_k + (u64)(stage * (TILE_BYTES >> 4));
+                u64 qd = desc_q;
+                // Opaque in later runs, lest a descriptor a step be kept in registers from tile to tile.
+                if (!plain) asm volatile("" : "+l"(qd));
 #pragma unroll
-            for (int k = 0; k < BN / 16; k++)
-                wgmma_rs<D>(o, pr[4 * k], pr[4 * k + 1], pr[4 * k + 2], pr[4 * k + 3],
-                            vd + (u64)(k * 128), true);
-        };
+                for (int k = 0; k < D / 16; k++) {
+                    const int at = (k / 4), in = (k % 4) * 2;
+                    wgmma_ss<BN, 0>(s, qd + (u64)(at * (BM * 8) + in),
+                                    kd + (u64)(at * (BN * 8) + in), k > 0);
+                }
+            };
+            auto issue_pv = [&](int stage) {
+                const u64 vd = desc_v + (u64)(stage * (TILE_BYTES >> 4));
+#pragma unroll
+                for (int k = 0; k < BN / 16; k++)
+                    wgmma_rs<D>(o, pr[4 * k], pr[4 * k + 1], pr[4 * k + 2], pr[4 * k + 3],
+                                vd + (u64)(k * 128), true);
+            };
 #if VARLEN
-        int foreign = hi * BN > t.sk; // rows of V in the first tile are of another sequence
+            int foreign = hi * BN > t.sk; // rows of V in the first tile are of another sequence
 #endif
-        auto wait_v = [&]() {
-            bar_wait(v_full + 8 * rv.slot(), rv.phase());
+            auto wait_v = [&]() {
+                bar_wait(v_full + 8 * rv.slot(), rv.phase());
 #if VARLEN
-            if (!foreign) return;
-            foreign = 0;
-            clear_rows<PANELS, BN>(raw + (sm_v - base) + rv.slot() * TILE_BYTES, t.sk % BN, tid);
-            fence_async_smem();
-            named_sync(8 + wg, 128);
+                if (!foreign) return;
+                foreign = 0;
+                clear_rows<PANELS, BN>(raw + (sm_v - base) + rv.slot() * TILE_BYTES, t.sk % BN, tid);
+                fence_async_smem();
+                named_sync(8 + wg, 128);
 #endif
-        };
-        auto pack = [&](const float (&s)[BN / 2]) {
+            };
+            auto pack = [&](const float (&s)[BN / 2]) {
 #pragma unroll
-            for (int c = 0; c < BN / 16; c++) {
+                for (int c = 0; c < BN / 16; c++) {
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    pr[4 * c + i] = pack2(s[8 * c + 2 * i], s[8 * c + 2 * i + 1]);
-            }
-        };
-        auto rescale = [&]() {
-            if (!soft.scaled) return;
+                    for (int i = 0; i < 4; i++)
+                        pr[4 * c + i] = pack2(s[8 * c + 2 * i], s[8 * c + 2 * i + 1]);
+                }
+            };
+            auto rescale = [&]() {
+                if (!soft.scaled) return;
 #pragma unroll
-            for (int j = 0; j < D / 8; j++) {
-                o[4 * j] *= soft.alpha[0];
-                o[4 * j + 1] *= soft.alpha[0];
-                o[4 * j + 2] *= soft.alpha[1];
-                o[4 * j + 3] *= soft.alpha[1];
-            }
-        };
+                for (int j = 0; j < D / 8; j++) {
+                    o[4 * j] *= soft.alpha[0];
+                    o[4 * j + 1] *= soft.alpha[0];
+                    o[4 * j + 2] *= soft.alpha[1];
+                    o[4 * j + 3] *= soft.alpha[1];
+                }
+            };
 #pragma unroll
-        for (int j = 0; j < D / 2; j++) o[j] = 0.0f;
+            for (int j = 0; j < D / 2; j++) o[j] = 0.0f;
 
-        const float sc = score_unit(p);
-        float s[BN / 2];
-        if (!plain) {
-            // The same arithmetic, one product after another.
-            stored();
-            bool first = true;
+            const float sc = score_unit(p);
+            float s[BN / 2];
+            if (!plain) {
+                // The same arithmetic, one product after another.
+                stored();
+                bool first = true;
 #if CLASSES
 #pragma unroll 1
-            for (int i = lo; i < sh->list_to[rq.slot()][wg]; i++) {
-                const int entry = sh->list[rq.slot()][i], tile = entry & 0x3ff;
-                const bool masked = first || (entry >> (10 + wg) & 1);
+                for (int i = lo; i < sh->list_to[rq.slot()][wg]; i++) {
+                    const int entry = sh->list[rq.slot()][i], tile = entry & 0x3ff;
+                    const bool masked = first || (entry >> (10 + wg) & 1);
 #else
 #pragma unroll 1
-            for (int tile = hi - 1; tile >= lo; tile--) {
-                const bool masked = true;
+                for (int tile = hi - 1; tile >= lo; tile--) {
+                    const bool masked = true;
 #endif
-                if (!first) {
-                    wait_v();
+                    if (!first) {
+                        wait_v();
+                        wgmma_fence();
+                        issue_pv(rv.slot());
+                        wgmma_commit();
+                        wgmma_wait<0>();
+                        pin(o);
+                        done_v();
+                    }
+                    bar_wait(k_full + 8 * rk.slot(), rk.phase());
                     wgmma_fence();
-                    issue_pv(rv.slot());
+                    issue_qk(s, rk.slot());
                     wgmma_commit();
                     wgmma_wait<0>();
-                    pin(o);
-                    done_v();
+                    pin(s);
+                    done_k();
+                    // Read again, lest it be kept in registers from tile to tile.
+                    asm volatile("" ::: "memory");
+                    int zero = 0;
+                    asm volatile("" : "+r"(zero));
+                    const Params& later = params_at(p, zero);
+                    const Rows rows = rows_of(later, told(), wg * 64, tid + zero);
+#if PARKED
+                    volatile float* parked = &sh->parked[0][threadIdx.x - 128];
+#pragma unroll
+                    for (int j = 0; j < PARKED; j++) parked[j * 128 * WGS] = o[j];
+#endif
+                    modify<BN>(s, later, rows, tile, true, run, cells_of(later, rows, tile));
+                    softmax<BN>(s, soft, score_unit(later), tile_unit(later, true), masked, false, run);
+                    pack(s);
+#if PARKED
+#pragma unroll
+                    for (int j = 0; j < PARKED; j++) o[j] = parked[j * 128 * WGS];
+#endif
+                    rescale();
+                    settle(soft, score_unit(later));
+                    first = false;
                 }
+            } else {
+                // The first tile.
+#if CLASSES
+                int entry = sh->list[rq.slot()][lo];
+                const int tile0 = entry & 0x3ff;
+#else
+                const int tile0 = hi - 1;
+#endif
+                Cells cells;
+#if MASK
+                prefetch_mask<BN>(p, t, rows(), wg * 64, tile0, tid);
+                cells = cells_of(p, rows(), tile0);
+#endif
                 bar_wait(k_full + 8 * rk.slot(), rk.phase());
                 wgmma_fence();
                 issue_qk(s, rk.slot());
@@ -412,216 +456,175 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 wgmma_wait<0>();
                 pin(s);
                 done_k();
-                // Read again, lest it be kept in registers from tile to tile.
-                asm volatile("" ::: "memory");
-                int zero = 0;
-                asm volatile("" : "+r"(zero));
-                const Params& later = params_at(p, zero);
-                const Rows rows = rows_of(later, told(), wg * 64, tid + zero);
-#if PARKED
-                volatile float* parked = &sh->parked[0][threadIdx.x - 128];
-#pragma unroll
-                for (int j = 0; j < PARKED; j++) parked[j * 128 * WGS] = o[j];
-#endif
-                modify<BN>(s, later, rows, tile, true, run, cells_of(later, rows, tile));
-                softmax<BN>(s, soft, score_unit(later), tile_unit(later, true), masked, false, run);
+                modify<BN>(s, p, rows(), tile0, true, PLAIN, cells);
+                softmax<BN>(s, soft, sc, tile_unit(p, true), true, true, PLAIN);
+                soft.scaled = false;
                 pack(s);
-#if PARKED
-#pragma unroll
-                for (int j = 0; j < PARKED; j++) o[j] = parked[j * 128 * WGS];
-#endif
-                rescale();
-                settle(soft, score_unit(later));
-                first = false;
-            }
-        } else {
-        // The first tile.
-#if CLASSES
-        int entry = sh->list[rq.slot()][lo];
-        const int tile0 = entry & 0x3ff;
-#else
-        const int tile0 = hi - 1;
-#endif
-        Cells cells;
-#if MASK
-        prefetch_mask<BN>(p, t, rows(), wg * 64, tile0, tid);
-        cells = cells_of(p, rows(), tile0);
-#endif
-        bar_wait(k_full + 8 * rk.slot(), rk.phase());
-        wgmma_fence();
-        issue_qk(s, rk.slot());
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(s);
-        done_k();
-        modify<BN>(s, p, rows(), tile0, true, PLAIN, cells);
-        softmax<BN>(s, soft, sc, tile_unit(p, true), true, true, PLAIN);
-        soft.scaled = false;
-        pack(s);
-        stored();
+                stored();
 
-        // Issues QK^T of `tile` and PV of the tile before it, and does the softmax of `tile`.
-        auto step = [&](int tile, auto masked) {
-            bar_wait(k_full + 8 * rk.slot(), rk.phase());
-            wgmma_fence();
-            issue_qk(s, rk.slot());
-            wgmma_commit();
+                // Issues QK^T of `tile` and PV of the tile before it, and does the softmax of `tile`.
+                auto step = [&](int tile, auto masked) {
+                    bar_wait(k_full + 8 * rk.slot(), rk.phase());
+                    wgmma_fence();
+                    issue_qk(s, rk.slot());
+                    wgmma_commit();
+                    wait_v();
+                    wgmma_fence();
+                    issue_pv(rv.slot());
+                    wgmma_commit();
+                    Cells cells;
+#if MASK
+                    if (masked) {
+                        prefetch_mask<BN>(p, t, rows(), wg * 64, tile, tid);
+                        cells = cells_of(p, rows(), tile);
+                    }
+#endif
+                    wgmma_wait<1>();
+                    pin(s);
+                    done_k();
+                    if (masked) modify<BN>(s, p, rows(), tile, true, PLAIN, cells);
+                    else modify<BN>(s, p, rows(), tile, false, PLAIN);
+                    softmax<BN>(s, soft, sc, tile_unit(p, masked), masked, false, PLAIN);
+                    pin(s);
+                    after(soft.l[0] + soft.l[1]);
+                    wgmma_wait<0>();
+                    pin(s);
+                    pin(o);
+                    done_v();
+                    pack(s);
+                    rescale();
+                    settle(soft, sc);
+                };
+#if CLASSES
+                // Runs of one kind, each in a loop of its own.
+#if D > 128 // where all registers are taken, one loop needs fewer
+                for (int i = lo + 1; i < hi; i++) {
+                    entry = sh->list[rq.slot()][i];
+                    step(entry & 0x3ff, (entry >> (10 + wg) & 1) != 0);
+                }
+#else
+                for (int i = lo + 1; i < hi;) {
+                    auto next = [&]() {
+                        entry = sh->list[rq.slot()][i];
+                        return (entry >> (10 + wg) & 1) != 0;
+                    };
+#pragma unroll 1
+                    for (; i < hi && next(); i++) step(entry & 0x3ff, Yes());
+#pragma unroll 1
+                    for (; i < hi && !next(); i++) step(entry & 0x3ff, No());
+                }
+#endif
+#elif MASK
+                for (int tile = hi - 2; tile >= lo; tile--) step(tile, Yes());
+#else
+                int tile = hi - 2;
+                // Tiles from free_hi on hide keys from some row; so do those before free_lo.
+#if RIGHT
+                const int free_hi = (t.m0 + wg * 64 + t.q_off + p.right + 1) / BN;
+                for (; tile >= max(lo, free_hi); tile--) step(tile, Yes());
+#endif
+#if LEFT
+                const int past = min(t.m0 + wg * 64 + 64, t.sq) - 1 + t.q_off - p.left;
+                const int free_lo = max(lo, past <= 0 ? 0 : (past + BN - 1) / BN);
+#else
+                const int free_lo = lo;
+#endif
+#pragma unroll 1
+                for (; tile >= free_lo; tile--) step(tile, No());
+#if LEFT
+                for (; tile >= lo; tile--) step(tile, Yes());
+#endif
+#endif
+            }
             wait_v();
             wgmma_fence();
             issue_pv(rv.slot());
             wgmma_commit();
-            Cells cells;
-#if MASK
-            if (masked) {
-                prefetch_mask<BN>(p, t, rows(), wg * 64, tile, tid);
-                cells = cells_of(p, rows(), tile);
-            }
-#endif
-            wgmma_wait<1>();
-            pin(s);
-            done_k();
-            if (masked) modify<BN>(s, p, rows(), tile, true, PLAIN, cells);
-            else modify<BN>(s, p, rows(), tile, false, PLAIN);
-            softmax<BN>(s, soft, sc, tile_unit(p, masked), masked, false, PLAIN);
-            pin(s);
-            after(soft.l[0] + soft.l[1]);
+
+            // Read again, lest all of it be kept in registers through the loops.
+            asm volatile("" ::: "memory");
+            const Tile e = told();
+            const int me = late();
+            const Rows ends = rows_of(p, e, wg * 64, me);
+            float inv[2];
+            bool over[2];
+            if (plain) finish(inv, over, soft, p, sc, e, ends, run);
+            else finish(inv, over, soft, params_at(p, me - tid), score_unit(params_at(p, me - tid)), e, ends, run);
             wgmma_wait<0>();
-            pin(s);
             pin(o);
             done_v();
-            pack(s);
-            rescale();
-            settle(soft, sc);
-        };
+            // What grew by a factor after the last weights.
+            if (soft.scaled) {
+                inv[0] *= soft.alpha[0];
+                inv[1] *= soft.alpha[1];
+            }
 #if CLASSES
-        // Runs of one kind, each in a loop of its own.
-#if D > 128 // where all registers are taken, one loop needs fewer
-        for (int i = lo + 1; i < hi; i++) {
-            entry = sh->list[rq.slot()][i];
-            step(entry & 0x3ff, (entry >> (10 + wg) & 1) != 0);
-        }
+            skip(sh->list_len[rq.slot()] - sh->list_to[rq.slot()][wg]);
 #else
-        for (int i = lo + 1; i < hi;) {
-            auto next = [&]() {
-                entry = sh->list[rq.slot()][i];
-                return (entry >> (10 + wg) & 1) != 0;
-            };
-#pragma unroll 1
-            for (; i < hi && next(); i++) step(entry & 0x3ff, Yes());
-#pragma unroll 1
-            for (; i < hi && !next(); i++) step(entry & 0x3ff, No());
-        }
-#endif
-#elif MASK
-        for (int tile = hi - 2; tile >= lo; tile--) step(tile, Yes());
-#else
-        int tile = hi - 2;
-        // Tiles from free_hi on hide keys from some row; so do those before free_lo.
-#if RIGHT
-        const int free_hi = (t.m0 + wg * 64 + t.q_off + p.right + 1) / BN;
-        for (; tile >= max(lo, free_hi); tile--) step(tile, Yes());
-#endif
-#if LEFT
-        const int past = min(t.m0 + wg * 64 + 64, t.sq) - 1 + t.q_off - p.left;
-        const int free_lo = max(lo, past <= 0 ? 0 : (past + BN - 1) / BN);
-#else
-        const int free_lo = lo;
-#endif
-#pragma unroll 1
-        for (; tile >= free_lo; tile--) step(tile, No());
-#if LEFT
-        for (; tile >= lo; tile--) step(tile, Yes());
-#endif
-#endif
-        }
-        wait_v();
-        wgmma_fence();
-        issue_pv(rv.slot());
-        wgmma_commit();
-
-        // Read again, lest all of it be kept in registers through the loops.
-        asm volatile("" ::: "memory");
-        const Tile e = told();
-        const int me = late();
-        const Rows ends = rows_of(p, e, wg * 64, me);
-        float inv[2];
-        bool over[2];
-        finish(inv, over, soft, p, e, ends, run);
-        wgmma_wait<0>();
-        pin(o);
-        done_v();
-        // What grew by a factor after the last weights.
-        if (soft.scaled) {
-            inv[0] *= soft.alpha[0];
-            inv[1] *= soft.alpha[1];
-        }
-#if CLASSES
-        skip(sh->list_len[rq.slot()] - sh->list_to[rq.slot()][wg]);
-#else
-        bounds(p, e, e.m0 + wg * 64, 64, lo, hi);
-        skip(lo - e.lo);
+            bounds(p, e, e.m0 + wg * 64, 64, lo, hi);
+            skip(lo - e.lo);
 #endif
 
-        // O takes Q's place: every warp of this group has read its rows of Q.
-        named_sync(8 + wg, 128);
-        {
-            int me = tid;
-            asm volatile("" : "+r"(me));
-            const int r = (me >> 5) * 16 + (me & 15); // of the group's 64
-            const u32 at = own_q + r * 128;
-            u32 zeros[2] = {0, 0};
-#pragma unroll
-            for (int c = 0; c < D / 16; c++) {
-                const int chunk = (c & 3) * 2 + ((me >> 4) & 1);
-                u32 word[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    word[i] = pack2(o[8 * c + 2 * i] * inv[i & 1], o[8 * c + 2 * i + 1] * inv[i & 1]);
-                    test_finite(zeros[i & 1], word[i]);
-                }
-                stmatrix4(at + (c / 4) * BM * 128 + ((chunk ^ (r & 7)) << 4), word[0], word[1], word[2],
-                          word[3]);
-            }
-            // Predicated stores, not branches: past a branch that ptxas takes to part a warp, it keeps no
-            // descriptor in uniform registers.
-            const bool in[2] = {ends.row < e.sq, ends.row + 8 < e.sq};
-            store_if(run == PLAIN && ((in[0] && !over[0] && zeros[0] != 0) || (in[1] && !over[1] && zeros[1] != 0)),
-                     smem_u32(&sh->again.clean), 1);
-            store_if((in[0] && over[0]) || (in[1] && over[1]), smem_u32(&sh->again.exact), 1);
-        }
-        if (VARLEN || run >= EXACT) {
+            // O takes Q's place: every warp of this group has read its rows of Q.
             named_sync(8 + wg, 128);
-            const u8* own = raw + rq.slot() * Q_BYTES + wg * 64 * 128;
-            if (run >= EXACT)
-                merge_rows<D, BM>(p, e, e.m0 + wg * 64, 0, own, me, run);
-            else
-                for (int i = me; i < 64 * (D / 8); i += 128) {
-                    const int r = i / (D / 8), c = i % (D / 8);
-                    if (e.m0 + wg * 64 + r < e.sq)
-                        *(uint4*)(output_row(p, e, e.m0 + wg * 64 + r) + c * 8) =
-                            *(const uint4*)(own + (c / 8) * BM * 128 + r * 128 + (((c & 7) ^ (r & 7)) << 4));
-                }
-            named_sync(8 + wg, 128);
-            done_q();
-            continue;
-        }
-        fence_async_smem();
-        named_sync(8 + wg, 128);
-        if (tid == 0) {
-            if (e.m0 + wg * 64 < e.sq) {
+            {
+                int me = tid;
+                asm volatile("" : "+r"(me));
+                const int r = (me >> 5) * 16 + (me & 15); // of the group's 64
+                const u32 at = own_q + r * 128;
+                u32 zeros[2] = {0, 0};
 #pragma unroll
-                for (int c = 0; c < PANELS; c++)
-                    tma_store(&map_o, own_q + c * BM * 128, c * 64, e.m0 + wg * 64, e.h, e.b);
+                for (int c = 0; c < D / 16; c++) {
+                    const int chunk = (c & 3) * 2 + ((me >> 4) & 1);
+                    u32 word[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        word[i] = pack2(o[8 * c + 2 * i] * inv[i & 1], o[8 * c + 2 * i + 1] * inv[i & 1]);
+                        test_finite(zeros[i & 1], word[i]);
+                    }
+                    stmatrix4(at + (c / 4) * BM * 128 + ((chunk ^ (r & 7)) << 4), word[0], word[1], word[2],
+                              word[3]);
+                }
+                // Predicated stores, not branches: past a branch that ptxas takes to part a warp, it keeps no
+                // descriptor in uniform registers.
+                const bool in[2] = {ends.row < e.sq, ends.row + 8 < e.sq};
+                store_if(run == PLAIN && ((in[0] && !over[0] && zeros[0] != 0) || (in[1] && !over[1] && zeros[1] != 0)),
+                         smem_u32(&sh->again.clean), 1);
+                store_if((in[0] && over[0]) || (in[1] && over[1]), smem_u32(&sh->again.exact), 1);
             }
-            tma_store_commit();
+            if (VARLEN || run >= EXACT) {
+                named_sync(8 + wg, 128);
+                const u8* own = raw + rq.slot() * Q_BYTES + wg * 64 * 128;
+                if (run >= EXACT)
+                    merge_rows<D, BM>(p, e, e.m0 + wg * 64, 0, own, me, run);
+                else
+                    for (int i = me; i < 64 * (D / 8); i += 128) {
+                        const int r = i / (D / 8), c = i % (D / 8);
+                        if (e.m0 + wg * 64 + r < e.sq)
+                            *(uint4*)(output_row(p, e, e.m0 + wg * 64 + r) + c * 8) =
+                                *(const uint4*)(own + (c / 8) * BM * 128 + r * 128 + (((c & 7) ^ (r & 7)) << 4));
+                    }
+                named_sync(8 + wg, 128);
+                done_q();
+                continue;
+            }
+            fence_async_smem();
+            named_sync(8 + wg, 128);
+            if (tid == 0) {
+                if (e.m0 + wg * 64 < e.sq) {
+#pragma unroll
+                    for (int c = 0; c < PANELS; c++)
+                        tma_store(&map_o, own_q + c * BM * 128, c * 64, e.m0 + wg * 64, e.h, e.b);
+                }
+                tma_store_commit();
+            }
+            storing = true;
+            rq.next();
+            if (QBUF == 1) stored();
         }
-        storing = true;
-        rq.next();
-        if (QBUF == 1) stored();
-    }
-    stored();
+        stored();
     };
-    tiles(Yes(), PLAIN, tid);
+    tiles(Yes(), PLAIN);
     if (tid == 0) sh->v_at = rv.at;
     for (int run = PLAIN;;) {
         named_sync(8 + wg, 128);
@@ -633,8 +636,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (tid == 0) tma_store_wait();
             named_sync(8 + wg, 128);
         }
-        int zero = 0;
-        asm volatile("" : "+r"(zero));
-        tiles(No(), run, tid + zero);
+        tiles(No(), run);
     }
 }

@@ -319,16 +319,8 @@ template <int N> DEV void clamp_all(float (&s)[N]) {
     for (int j = 0; j < N; j++) s[j] = clamped(s[j]);
 }
 
-#if MASK
-DEV bool hides(MaskElement v) {
-#if MASK == 4
-    return v == 0;
-#else
-    return mask_value(v) == NEG_INF;
-#endif
-}
-
-// Adds the mask in runs after the first: the scores of hidden cells are -infinity, whatever they were.
+#if MASK && MASK != 4
+// Adds an additive mask in runs after the first: the scores of hidden cells are -infinity, whatever they were.
 template <int N>
 DEV void select_mask(float (&s)[N / 2], const Params& p, const Rows& r, int c0, const Cells& cells) {
 #pragma unroll
@@ -344,7 +336,7 @@ DEV void select_mask(float (&s)[N / 2], const Params& p, const Rows& r, int c0, 
             // Volatile, so that few are under way: each takes a register.
             if (cell == 1 && c0 + column < r.sk) v = *(const volatile MaskElement*)(at + column);
             float& x = s[4 * (j / 2) + 2 * half + j % 2];
-            x = hides(v) ? NEG_INF : add_mask(x, v, p);
+            x = mask_value(v) == NEG_INF ? NEG_INF : add_mask(x, v, p);
             if (j % 4 == 3) __syncwarp(); // ptxas moves no load past it
         }
     }
@@ -379,13 +371,18 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
 #endif
     if (!masked) return;
 #if MASK
-    if (run != PLAIN) select_mask<N>(s, p, r, c0, cells);
+#if MASK != 4
+    const bool selected = run != PLAIN;
+    if (selected) select_mask<N>(s, p, r, c0, cells);
+#else
+    const bool selected = false;
+#endif
     const bool whole = tile * N + N <= r.sk;
     // Two neighbours can be read at once.
     const bool pairs = (((u64)p.mask / sizeof(MaskElement) | p.mask_strides[0] | p.mask_strides[1] |
                          p.mask_strides[2]) & 1) == 0;
 #pragma unroll
-    for (int half = 0; half < 2 && run == PLAIN; half++) {
+    for (int half = 0; half < 2 && !selected; half++) {
         const int row = min(r.row + 8 * half, r.sq - 1);
         const MaskElement* at =
             (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + c0);
@@ -599,9 +596,9 @@ DEV bool is_finite(u16 x) { return (x & 0x7fff) < (F16 ? 0x7c00 : 0x7f80); }
 // Above this many powers of two a fused difference is too coarse.
 #define FAR_REFERENCE 16384.0f
 
-// What O is multiplied by in the end; writes the rows' log-sum-exp. `over`: the speculation failed, and
+// What O is multiplied by in the end, for scores of `sc` a unit; writes the rows' log-sum-exp. `over`: the speculation failed, and
 // the run EXACT is to do the row again, which finds NaN in all of it then.
-DEV void finish(float (&inv)[2], bool (&over)[2], const Soft& f, const Params& p, const Tile& t, const Rows& r, int run) {
+DEV void finish(float (&inv)[2], bool (&over)[2], const Soft& f, const Params& p, float sc, const Tile& t, const Rows& r, int run) {
     inv[0] = inv[1] = 1.0f;
     over[0] = over[1] = false;
     if (run >= UPWARD) return;
@@ -617,7 +614,7 @@ DEV void finish(float (&inv)[2], bool (&over)[2], const Soft& f, const Params& p
         float top = f.ref[half] == NEG_INF ? NEG_INF : clamped(f.ref[half] * natural_unit(p));
         // With an additive mask all but the tiles that are free of it take differences first.
         const bool far = !SCORE_MOD && (!MASKS_EXACTLY || CLASSES) && f.ref[half] != NEG_INF &&
-                         fabsf(f.ref[half] * score_unit(p)) > FAR_REFERENCE;
+                         fabsf(f.ref[half] * sc) > FAR_REFERENCE;
         over[half] = run < EXACT && (sum >= 1.0e38f || f.ref[half] == infinity || far);
         float part = 1.0f;
         if (p.sinks && sum != 0.0f) {

@@ -216,7 +216,8 @@ const ATTENTION: &[Row] = &[
         &[NO_MASK, CLASSED & !SCORES],
     ),
     hopper(&[80, 96], 128, 112, (40, 232), &[CLASSED]),
-    hopper(&[128], 128, 128, (40, 232), &[NO_MASK, CLASSED & !SCORES]),
+    hopper(&[128], 128, 128, (40, 232), &[BOUNDS, CLASSED & !SCORES]),
+    hopper(&[128], 128, 128, (24, 240), &[NO_MASK]),
     hopper(&[128], 128, 96, (40, 232), &[CLASSED]),
     hopper(
         &[192],
