@@ -89,10 +89,11 @@ pub(crate) fn reduce(_cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
         };
         let sum: f32 = splits().map(weight).sum();
         o.fill(0.0);
-        if sum > 0.0 {
-            for split in splits() {
+        // A log-sum-exp of NaN is a visible NaN, and reaches the output.
+        if sum != 0.0 {
+            for split in splits().filter(|s| s[dim] != f32::NEG_INFINITY) {
                 let w = weight(split) / sum;
-                if w > 0.0 {
+                if w != 0.0 {
                     o.iter_mut().zip(split).for_each(|(o, x)| *o += w * x);
                 }
             }
