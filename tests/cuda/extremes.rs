@@ -64,16 +64,29 @@ fn finite_masks_and_sinks_of_any_size_give_their_value() {
             // All scores are 0, so that the mask alone decides.
             data.q.fill(0.0);
             let (rows, keys) = lengths;
-            for (mask_type, softcap) in MASKS.into_iter().zip([None, Some(5.0), None]).chain(
-                MASKS.into_iter().zip([Some(5.0), None, Some(5.0)]),
-            ) {
-                let mut builder = data.builder().mask(MaskSpec::plane(mask_type, keys)).lse(true);
+            for (mask_type, softcap) in MASKS
+                .into_iter()
+                .zip([None, Some(5.0), None])
+                .chain(MASKS.into_iter().zip([Some(5.0), None, Some(5.0)]))
+            {
+                let mut builder = data
+                    .builder()
+                    .mask(MaskSpec::plane(mask_type, keys))
+                    .lse(true);
                 if let Some(softcap) = softcap {
                     builder = builder.softcap(softcap);
                 }
-                let (plain, sunk) = (builder.clone().build().unwrap(), builder.sinks(true).build().unwrap());
-                for size in [-1.0f32, -0.73, -0.5, -0.3, -1e-8, -1e-34, 0.0, 1e-34, 0.36, 0.5, 1.0] {
-                    let (most, high) = (largest(mask_type), round(size * largest(mask_type), mask_type));
+                let (plain, sunk) = (
+                    builder.clone().build().unwrap(),
+                    builder.sinks(true).build().unwrap(),
+                );
+                for size in [
+                    -1.0f32, -0.73, -0.5, -0.3, -1e-8, -1e-34, 0.0, 1e-34, 0.36, 0.5, 1.0,
+                ] {
+                    let (most, high) = (
+                        largest(mask_type),
+                        round(size * largest(mask_type), mask_type),
+                    );
                     // Every third cell is hidden, and every third as low as finite ones go.
                     let cell = |j: usize| match j % 3 {
                         0 => high,
@@ -86,13 +99,19 @@ fn finite_masks_and_sinks_of_any_size_give_their_value() {
                     let lowest = (0..keys).filter(|j| cell(*j) == -most).count();
                     // Weights of the lowest cells beside the high ones.
                     let below = (-f64::from(most) - f64::from(high)).exp();
-                    let total = shown.len() as f64 + if high == -most { 0.0 } else { below * lowest as f64 };
+                    let total = shown.len() as f64
+                        + if high == -most {
+                            0.0
+                        } else {
+                            below * lowest as f64
+                        };
                     let mean = |x: usize| {
                         let sum = |js: &mut dyn Iterator<Item = usize>| -> f64 {
                             js.map(|j| f64::from(data.v[j * dim + x])).sum()
                         };
                         let of_high = sum(&mut shown.iter().copied());
-                        let of_low = sum(&mut (0..keys).filter(|j| cell(*j) == -most && high != -most));
+                        let of_low =
+                            sum(&mut (0..keys).filter(|j| cell(*j) == -most && high != -most));
                         (of_high + if below == 0.0 { 0.0 } else { below * of_low }) / total
                     };
                     let want: Vec<f64> = (0..dim).map(mean).collect();
@@ -103,7 +122,8 @@ fn finite_masks_and_sinks_of_any_size_give_their_value() {
                         let (out, lse) = run(&device, &data, problem, &mask, None, buffer.as_ref());
                         let (got, lse) = (download(&out), download(&lse));
                         for row in 0..2 * rows {
-                            let sink = sinks.map_or(f64::NEG_INFINITY, |x| f64::from(x[row / rows]));
+                            let sink =
+                                sinks.map_or(f64::NEG_INFINITY, |x| f64::from(x[row / rows]));
                             let top = want_lse.max(sink);
                             let lse_want = top + ((want_lse - top).exp() + (sink - top).exp()).ln();
                             let share = (want_lse - lse_want).exp();
@@ -142,19 +162,28 @@ fn scores_of_any_size_give_their_value() {
     for dim in HEAD_DIMS {
         for (dtype, lengths) in SHAPES.into_iter().chain([(DType::F16, (70, 150))]) {
             let most = if dtype == DType::F16 { 1e4f32 } else { 1e18 };
-            for size in [1e2f32, 1e4, 1e6, 1e9, 1e12, 1e15, 1e18].into_iter().filter(|x| *x <= most) {
+            for size in [1e2f32, 1e4, 1e6, 1e9, 1e12, 1e15, 1e18]
+                .into_iter()
+                .filter(|x| *x <= most)
+            {
                 for of_keys in [1.0, size] {
                     let mut data = Qkv::new(7, dtype, shape([1, 2, 1], lengths, dim));
                     data.q.iter_mut().for_each(|x| *x = round(*x * size, dtype));
-                    data.k.iter_mut().for_each(|x| *x = round(*x * of_keys, dtype));
+                    data.k
+                        .iter_mut()
+                        .for_each(|x| *x = round(*x * of_keys, dtype));
                     let (_, got) = data.run(&device, &data.builder().build().unwrap());
                     let want = data.plain(&Plain::new(&|_, _, _| Some(0.0)));
                     // Where two scores are as near as f32 holds them, either key may win.
                     let rows = got.chunks(dim).zip(want.chunks(dim));
-                    let bad = rows.filter(|(got, want)| !(distance(got, want) < 0.05)).count();
+                    let bad = rows
+                        .filter(|(got, want)| !(distance(got, want) < 0.05))
+                        .count();
                     let all = got.len() / dim;
                     if got.iter().any(|x| !x.is_finite()) || bad > all / 50 {
-                        wrong.push(format!("{dtype} d{dim} {lengths:?} {size:e} {of_keys:e}: {bad} of {all} rows"));
+                        wrong.push(format!(
+                            "{dtype} d{dim} {lengths:?} {size:e} {of_keys:e}: {bad} of {all} rows"
+                        ));
                     }
                 }
             }
@@ -172,7 +201,11 @@ fn classes_made_by_hand_are_obeyed_tile_by_tile() {
     for (n, dim) in HEAD_DIMS.into_iter().enumerate() {
         for (m, (dtype, (rows, keys))) in SHAPES
             .into_iter()
-            .chain([(BF16, (330, 500)), (DType::F16, (330, 512)), (DType::F32, (45, 512))])
+            .chain([
+                (BF16, (330, 500)),
+                (DType::F16, (330, 512)),
+                (DType::F32, (45, 512)),
+            ])
             .enumerate()
         {
             for (causal, softcap, mask_type) in [
@@ -184,7 +217,9 @@ fn classes_made_by_hand_are_obeyed_tile_by_tile() {
                 let tile = tiles(rows as u32, keys as u32, dim as u32);
                 let (bq, bk) = (tile.bq as usize, tile.bk as usize);
                 let (down, across) = (rows.div_ceil(bq), keys.div_ceil(bk));
-                let classes: Vec<f32> = (0..down * across).map(|t| ((t * 7 + t / across * 3) % 5 % 3) as f32).collect();
+                let classes: Vec<f32> = (0..down * across)
+                    .map(|t| ((t * 7 + t / across * 3) % 5 % 3) as f32)
+                    .collect();
                 let values = normal(77, rows * keys, mask_type);
                 let class = |c: usize| classes[c / keys / bq * across + c % keys / bk];
                 let obeyed: Vec<f32> = (0..rows * keys)
@@ -207,12 +242,22 @@ fn classes_made_by_hand_are_obeyed_tile_by_tile() {
                 let given = upload(&device, &classes, DType::U8, &[classes.len()]);
                 let without = builder.clone().build().unwrap();
                 let with = builder.tile_classes(true).build().unwrap();
-                let got = run(&device, &data, &with, &upload_mask(&values), Some(&given), None);
+                let got = run(
+                    &device,
+                    &data,
+                    &with,
+                    &upload_mask(&values),
+                    Some(&given),
+                    None,
+                );
                 let want = run(&device, &data, &without, &upload_mask(&obeyed), None, None);
                 if bytes(&got.0) != bytes(&want.0) || bytes(&got.1) != bytes(&want.1) {
                     let off = distance(
                         &download(&got.0),
-                        &download(&want.0).iter().map(|x| f64::from(*x)).collect::<Vec<_>>(),
+                        &download(&want.0)
+                            .iter()
+                            .map(|x| f64::from(*x))
+                            .collect::<Vec<_>>(),
                     );
                     wrong.push(format!("{dtype} d{dim} {rows}x{keys} causal {causal} {softcap:?} {mask_type}: {off:.1e}"));
                 }

@@ -148,11 +148,7 @@ struct Case {
 
 impl Case {
     fn new(family: Family, form: Form, dtype: DType, dim: usize) -> Self {
-        let data = Qkv::new(
-            5 + dim as u64,
-            dtype,
-            shape([1, 2, 1], family.lengths, dim),
-        );
+        let data = Qkv::new(5 + dim as u64, dtype, shape([1, 2, 1], family.lengths, dim));
         let mut builder = (form.build)((family.build)(data.builder())).lse(true);
         if let Some(dtype) = form.mask {
             builder = builder.mask(MaskSpec::plane(dtype, family.lengths.1));
@@ -218,7 +214,10 @@ impl Case {
         let seers = |j: &usize| (0..s.query_len).filter(|i| self.sees(*i, *j)).count();
         let all: Vec<usize> = (0..s.key_len).collect();
         let (unseen, seen): (Vec<_>, Vec<_>) = all.iter().partition(|j| seers(j) == 0);
-        let some: Vec<_> = seen.into_iter().filter(|j| seers(j) < s.query_len).collect();
+        let some: Vec<_> = seen
+            .into_iter()
+            .filter(|j| seers(j) < s.query_len)
+            .collect();
         let n = some.len();
         let three = [n / 4, n / 2, n.saturating_sub(1)];
         let three = three.into_iter().filter_map(|at| some.get(at).copied());
@@ -261,11 +260,18 @@ impl Case {
             let blind = (0..s.key_len).all(|j| !self.sees(i, j));
             let mut fault = |what: String| {
                 if faults.len() < 5 {
-                    faults.push(format!("{}, K {in_k} V {in_v}: row {row}: {what}", self.what));
+                    faults.push(format!(
+                        "{}, K {in_k} V {in_v}: row {row}: {what}",
+                        self.what
+                    ));
                 }
             };
             if blind && (got.iter().any(|x| *x != 0.0) || got_lse[row] != f32::NEG_INFINITY) {
-                fault(format!("without keys: {:?}, lse {}", &got[..4], got_lse[row]));
+                fault(format!(
+                    "without keys: {:?}, lse {}",
+                    &got[..4],
+                    got_lse[row]
+                ));
             }
             if met.is_empty() {
                 let same = to_bytes(got, DType::F32) == to_bytes(want, DType::F32);
@@ -276,8 +282,13 @@ impl Case {
             }
             if in_k {
                 let nan = |n: &usize| kind(*n, dtype).is_nan();
-                if met.iter().any(nan) && !(got.iter().all(|x| x.is_nan()) && got_lse[row].is_nan()) {
-                    fault(format!("sees NaN in K: {:?}, lse {}", &got[..4], got_lse[row]));
+                if met.iter().any(nan) && !(got.iter().all(|x| x.is_nan()) && got_lse[row].is_nan())
+                {
+                    fault(format!(
+                        "sees NaN in K: {:?}, lse {}",
+                        &got[..4],
+                        got_lse[row]
+                    ));
                 }
                 continue;
             }
@@ -292,7 +303,10 @@ impl Case {
                     _ => true,
                 };
                 if !right {
-                    fault(format!("column {c}: {} for {} and {kinds:?}", got[c], want[c]));
+                    fault(format!(
+                        "column {c}: {} for {} and {kinds:?}",
+                        got[c], want[c]
+                    ));
                 }
             }
         }
@@ -369,7 +383,10 @@ fn rows_beside_one_that_overflows_keep_their_bits() {
             .iter_mut()
             .for_each(|x| *x = round(*x * 300.0, dtype));
         let (_, got) = data.run(&device, &problem);
-        assert!(got[row.clone()].iter().all(|x| x.is_finite()), "{dtype} d{dim}");
+        assert!(
+            got[row.clone()].iter().all(|x| x.is_finite()),
+            "{dtype} d{dim}"
+        );
         assert!(got[row.clone()] != want[row.clone()], "{dtype} d{dim}");
         assert!(got[..row.start] == want[..row.start], "{dtype} d{dim}");
         assert!(got[row.end..] == want[row.end..], "{dtype} d{dim}");
