@@ -91,7 +91,8 @@ kernel void scale_and_transpose(
     uint lane [[thread_index_in_simdgroup]]) {
   simdgroup_half8x8 m;
   simdgroup_load(m, a, 8, ulong2(0, 0), true);
-  m.thread_elements() *= half2(2.0h);
+  m.thread_elements()[0] *= 2.0h;
+  m.thread_elements()[1] *= 2.0h;
   simdgroup_float8x8 one(1.0f);
   simdgroup_float8x8 d;
   simdgroup_multiply(d, m, one);
