@@ -49,158 +49,173 @@ template <int N, int TYPE> DEV void load(float* to, const void* from, i64 offset
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) float shared[];
-    const Tile t = tile_of(p, blockIdx.x);
-    if (t.m0 >= t.sq) return;
+    for (int run = PLAIN; run != DONE;) {
+        // Opaque, lest what a later run takes be kept in registers through the first.
+        u32 block = blockIdx.x;
+        asm volatile("" : "+r"(block));
+        const Tile t = tile_of(p, block);
+        if (t.m0 >= t.sq) return;
 
-    float* sm_q = shared;
-    float* sm_kv = sm_q + BM * STRIDE;
-    float* sm_p = sm_kv + BN * STRIDE;
-    const i64 q_at = row_offset(p.q_strides, t.b, t.h, 0) + p.q_strides[2] * t.q_start;
-    const i64 k_at = row_offset(p.k_strides, t.b, t.kv_head, 0) + p.k_strides[2] * t.k_start;
-    const i64 v_at = row_offset(p.v_strides, t.b, t.kv_head, 0) + p.v_strides[2] * t.k_start;
-    const bool vector = p.vector & 1;
-    const int group = threadIdx.x / 8, column = threadIdx.x % 8;
-    const int local = group * ROWS, row0 = t.m0 + local;
+        float* sm_q = shared;
+        float* sm_kv = sm_q + BM * STRIDE;
+        float* sm_p = sm_kv + BN * STRIDE;
+        const i64 q_at = row_offset(p.q_strides, t.b, t.h, 0) + p.q_strides[2] * t.q_start;
+        const i64 k_at = row_offset(p.k_strides, t.b, t.kv_head, 0) + p.k_strides[2] * t.k_start;
+        const i64 v_at = row_offset(p.v_strides, t.b, t.kv_head, 0) + p.v_strides[2] * t.k_start;
+        const bool vector = p.vector & 1;
+        const int group = threadIdx.x / 8, column = threadIdx.x % 8;
+        const int local = group * ROWS, row0 = t.m0 + local;
 
-    float o[ROWS][RUNS][4], m[ROWS], sum[ROWS];
-    int first[ROWS], end[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-        for (int i = 0; i < 4 * RUNS; i++) o[r][i / 4][i % 4] = 0.0f;
-        m[r] = NEG_INF;
-        sum[r] = 0.0f;
-        first[r] = first_key(p, t, row0 + r);
-        end[r] = end_key(p, t, row0 + r);
-    }
-
-    Walk walk(p, t);
-    if (walk.at < walk.end) load<BM, TYPE_F32>(sm_q, p.q, q_at, p.q_strides[2], t.m0, t.sq, vector);
-    for (; walk.at < walk.end; walk.seek(p, t, walk.at + 1)) {
-        const int k0 = walk.at * BN;
-        load<BN, KV_TYPE>(sm_kv, p.k, k_at, p.k_strides[2], k0, t.sk, vector);
-        copies_wait();
-        __syncthreads();
-
-        float s[ROWS][KEYS];
-#pragma unroll
-        for (int i = 0; i < ROWS * KEYS; i++) s[i / KEYS][i % KEYS] = 0.0f;
-#pragma unroll 1
-        for (int d0 = 0; d0 < D; d0 += 32) {
-            float part[ROWS][KEYS];
-#pragma unroll
-            for (int i = 0; i < ROWS * KEYS; i++) part[i / KEYS][i % KEYS] = 0.0f;
-#pragma unroll
-            for (int d = 0; d < 32; d += 4) {
-                if (D % 32 != 0 && d0 + d >= D) break;
-                float4 b[KEYS];
-#pragma unroll
-                for (int j = 0; j < KEYS; j++) b[j] = *(const float4*)(sm_kv + (column + 8 * j) * STRIDE + d0 + d);
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    const float4 a = *(const float4*)(sm_q + (local + r) * STRIDE + d0 + d);
-#pragma unroll
-                    for (int j = 0; j < KEYS; j++)
-                        part[r][j] += a.x * b[j].x + a.y * b[j].y + (a.z * b[j].z + a.w * b[j].w);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < ROWS * KEYS; i++) s[i / KEYS][i % KEYS] += part[i / KEYS][i % KEYS];
-        }
-
-#if GENERAL
-        const bool masked = p.mask && !walk.is_plain();
-#endif
-        float factor[ROWS];
+        float o[ROWS][RUNS][4], m[ROWS], sum[ROWS];
+        int first[ROWS], end[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            float highest = m[r];
 #pragma unroll
-            for (int j = 0; j < KEYS; j++) s[r][j] = scaled(s[r][j], p);
-#if GENERAL
-            int rows[KEYS], keys[KEYS];
+            for (int i = 0; i < 4 * RUNS; i++) o[r][i / 4][i % 4] = 0.0f;
+            m[r] = NEG_INF;
+            sum[r] = 0.0f;
+            first[r] = first_key(p, t, row0 + r);
+            end[r] = end_key(p, t, row0 + r);
+        }
+
+        Walk walk(p, t);
+        if (run == PLAIN && walk.at < walk.end) load<BM, TYPE_F32>(sm_q, p.q, q_at, p.q_strides[2], t.m0, t.sq, vector);
+        for (; walk.at < walk.end; walk.seek(p, t, walk.at + 1)) {
+            const int k0 = walk.at * BN;
+            load<BN, KV_TYPE>(sm_kv, p.k, k_at, p.k_strides[2], k0, t.sk, vector);
+            copies_wait();
+            __syncthreads();
+
+            float s[ROWS][KEYS];
 #pragma unroll
-            for (int j = 0; j < KEYS; j++) {
-                rows[j] = row0 + r;
-                keys[j] = k0 + column + 8 * j;
+            for (int i = 0; i < ROWS * KEYS; i++) s[i / KEYS][i % KEYS] = 0.0f;
+#pragma unroll 1
+            for (int d0 = 0; d0 < D; d0 += 32) {
+                float part[ROWS][KEYS];
+#pragma unroll
+                for (int i = 0; i < ROWS * KEYS; i++) part[i / KEYS][i % KEYS] = 0.0f;
+#pragma unroll
+                for (int d = 0; d < 32; d += 4) {
+                    if (D % 32 != 0 && d0 + d >= D) break;
+                    float4 b[KEYS];
+#pragma unroll
+                    for (int j = 0; j < KEYS; j++) b[j] = *(const float4*)(sm_kv + (column + 8 * j) * STRIDE + d0 + d);
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) {
+                        const float4 a = *(const float4*)(sm_q + (local + r) * STRIDE + d0 + d);
+#pragma unroll
+                        for (int j = 0; j < KEYS; j++)
+                            part[r][j] += a.x * b[j].x + a.y * b[j].y + (a.z * b[j].z + a.w * b[j].w);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < ROWS * KEYS; i++) s[i / KEYS][i % KEYS] += part[i / KEYS][i % KEYS];
             }
-            bias(s[r], p, t, masked, rows, keys);
+
+#if GENERAL
+            const bool masked = p.mask && !walk.is_plain();
+#endif
+            float factor[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float highest = m[r];
+#pragma unroll
+                for (int j = 0; j < KEYS; j++) s[r][j] = scaled(s[r][j], p);
+#if GENERAL
+                int rows[KEYS], keys[KEYS];
+#pragma unroll
+                for (int j = 0; j < KEYS; j++) {
+                    rows[j] = row0 + r;
+                    keys[j] = k0 + column + 8 * j;
+                }
+                bias<false>(s[r], p, t, masked, rows, keys);
 #endif
 #pragma unroll
-            for (int j = 0; j < KEYS; j++) {
-                const int key = k0 + column + 8 * j;
-                if (key < first[r] || key >= end[r]) s[r][j] = NEG_INF;
-                highest = fmaxf(highest, s[r][j]);
-            }
+                for (int j = 0; j < KEYS; j++) {
+                    const int key = k0 + column + 8 * j;
+                    if (key < first[r] || key >= end[r]) s[r][j] = NEG_INF;
+                    highest = fmaxf(highest, s[r][j]);
+                }
 #pragma unroll
-            for (int lane = 1; lane < 8; lane *= 2) highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, lane));
-            const float subtract = finite_max(highest);
-            factor[r] = expf(m[r] - subtract);
-            m[r] = highest;
-            float tile_sum = 0.0f;
+                for (int lane = 1; lane < 8; lane *= 2) highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, lane));
+                const float subtract = finite_max(highest);
+                factor[r] = run >= UPWARD ? 1.0f : expf(m[r] - subtract);
+                m[r] = highest;
+                float tile_sum = 0.0f;
 #pragma unroll
-            for (int j = 0; j < KEYS; j++) {
-                const float weight = expf(s[r][j] - subtract);
-                tile_sum += weight;
-                sm_p[(local + r) * P_STRIDE + column + 8 * j] = weight;
+                for (int j = 0; j < KEYS; j++) {
+                    const float weight = run >= UPWARD ? presence(s[r][j]) : expf(s[r][j] - subtract);
+                    tile_sum += weight;
+                    sm_p[(local + r) * P_STRIDE + column + 8 * j] = weight;
+                }
+                sum[r] = sum[r] * factor[r] + tile_sum;
             }
-            sum[r] = sum[r] * factor[r] + tile_sum;
-        }
-        __syncthreads(); // K has been read
+            __syncthreads(); // K has been read
 
-        load<BN, KV_TYPE>(sm_kv, p.v, v_at, p.v_strides[2], k0, t.sk, vector);
-        copies_wait();
-        __syncthreads();
+            load<BN, KV_TYPE>(sm_kv, p.v, v_at, p.v_strides[2], k0, t.sk, vector);
+            copies_wait();
+            __syncthreads();
+            if (run != PLAIN) {
+                for (int i = threadIdx.x; i < BN * STRIDE; i += THREADS) sm_kv[i] = cleaned(sm_kv[i], run);
+                __syncthreads();
+            }
 #pragma unroll
-        for (int i = 0; i < RUNS; i++) {
-            const int c = 32 * i + 4 * column;
-            if (D % 32 != 0 && c >= D) continue;
-            float part[ROWS][4];
+            for (int i = 0; i < RUNS; i++) {
+                const int c = 32 * i + 4 * column;
+                if (D % 32 != 0 && c >= D) continue;
+                float part[ROWS][4];
 #pragma unroll
-            for (int j = 0; j < 4 * ROWS; j++) part[j / 4][j % 4] = 0.0f;
+                for (int j = 0; j < 4 * ROWS; j++) part[j / 4][j % 4] = 0.0f;
 #pragma unroll
-            for (int key = 0; key < BN; key++) {
-                const float4 b = *(const float4*)(sm_kv + key * STRIDE + c);
+                for (int key = 0; key < BN; key++) {
+                    const float4 b = *(const float4*)(sm_kv + key * STRIDE + c);
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    const float weight = sm_p[(local + r) * P_STRIDE + key];
-                    part[r][0] += weight * b.x;
-                    part[r][1] += weight * b.y;
-                    part[r][2] += weight * b.z;
-                    part[r][3] += weight * b.w;
+                    for (int r = 0; r < ROWS; r++) {
+                        const float weight = sm_p[(local + r) * P_STRIDE + key];
+                        part[r][0] += weight * b.x;
+                        part[r][1] += weight * b.y;
+                        part[r][2] += weight * b.z;
+                        part[r][3] += weight * b.w;
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < 4 * ROWS; j++) {
+                    float& x = o[j / 4][i][j % 4];
+                    x = x * factor[j / 4] + part[j / 4][j % 4];
                 }
             }
+            __syncthreads(); // V and the weights have been read
+        }
+
+        bool finite = true;
 #pragma unroll
-            for (int j = 0; j < 4 * ROWS; j++) {
-                float& x = o[j / 4][i][j % 4];
-                x = x * factor[j / 4] + part[j / 4][j % 4];
+        for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+            for (int lane = 1; lane < 8; lane *= 2) sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], lane);
+            const int row = row0 + r;
+            if (row >= t.sq) continue;
+            const Finish f = finish(m[r], sum[r], p.sinks, t.h);
+            const bool partial = p.splits > 1;
+            float* out = partial ? p.partials + (result_row(p, t, row) * p.splits + t.split) * (D + 2)
+                                 : (float*)p.o + o_offset(p, t, row);
+            const float times = !partial ? f.factor : sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < 4 * RUNS; i++) {
+                const int c = 32 * (i / 4) + 4 * column + i % 4;
+                const float x = o[r][i / 4][i % 4];
+                if (c >= D) continue;
+                out[c] = run >= UPWARD ? counted(out[c], x, run) : x * times;
+                finite = finite && x * 0.0f == 0.0f;
+            }
+            if (column != 0 || run >= UPWARD) continue;
+            if (partial) {
+                out[D] = m[r];
+                out[D + 1] = sum[r];
+            } else {
+                store_lse(p, t, row, f.lse);
             }
         }
-        __syncthreads(); // V and the weights have been read
-    }
-
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-        for (int lane = 1; lane < 8; lane *= 2) sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], lane);
-        const int row = row0 + r;
-        if (row >= t.sq) continue;
-        const Finish f = finish(m[r], sum[r], p.sinks, t.h);
-        const bool partial = p.splits > 1;
-        float* out = partial ? p.partials + (result_row(p, t, row) * p.splits + t.split) * (D + 2)
-                             : (float*)p.o + o_offset(p, t, row);
-        const float times = !partial ? f.factor : sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
-#pragma unroll
-        for (int i = 0; i < 4 * RUNS; i++) {
-            const int c = 32 * (i / 4) + 4 * column + i % 4;
-            if (c < D) out[c] = o[r][i / 4][i % 4] * times;
-        }
-        if (column != 0) continue;
-        if (partial) {
-            out[D] = m[r];
-            out[D + 1] = sum[r];
-        } else {
-            store_lse(p, t, row, f.lse);
-        }
+        if (__syncthreads_and(finite) && run == PLAIN) return;
+        run = run == CLEAN ? UPWARD : run + 1;
     }
 }

@@ -70,6 +70,9 @@ typedef u16 MaskPair;
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
+// The parameters again, `zero` bytes on.
+DEV const Params& params_at(const Params& p, int zero) { return *(const Params*)((const u8*)&p + zero); }
+
 struct Tile {
     int b, h, m0;        // batch, head, first row
     int sq, sk, q_off;   // of the sequence
@@ -177,23 +180,22 @@ DEV Rows rows_of(const Params& p, const Tile& t, int row0, int tid) {
     return r;
 }
 
-// Scores under a mask are shrunk by a power of two, so that in their unit no number of the mask is
-// larger than it is: huge finite ones stay finite.
-#define SHRUNK (MASK && !SCORE_MOD)
-
+// Scores under a mask are shrunk by a power of two, so that in their unit the sum of any two finite
+// numbers, a score and a cell of the mask, is finite.
 DEV float shrink(const Params& p) {
-    return SHRUNK ? __uint_as_float(__float_as_uint(p.scale) & 0x7f800000) : 1.0f;
+    if (!MASK) return 1.0f;
+    return SCORE_MOD ? 0.25f : 0.5f * __uint_as_float(__float_as_uint(p.scale) & 0x7f800000);
 }
 
 // The unit of the softmax's reference, to log2 units.
 DEV float score_unit(const Params& p) {
-    return SCORE_MOD ? 1.0f : p.scale_log2 / shrink(p);
+    return (SCORE_MOD ? 1.0f : p.scale_log2) / shrink(p);
 }
 
 // The same, to natural units.
 DEV float natural_unit(const Params& p) {
-    if (SCORE_MOD) return LN2;
-    return SHRUNK ? __uint_as_float((__float_as_uint(p.scale) & 0x7fffff) | 0x3f800000) : p.scale;
+    if (SCORE_MOD) return LN2 / shrink(p);
+    return MASK ? __uint_as_float((__float_as_uint(p.scale) & 0x7fffff) | 0x40000000) : p.scale;
 }
 
 // The unit of scores that modify() has seen, to that of the reference.
@@ -202,22 +204,29 @@ DEV float tile_unit(const Params& p, bool masked) {
 }
 
 #if MASK
+#if MASK != 4
+DEV float mask_value(MaskElement v) {
+#if MASK == 1
+    return bf16_to_f32(v);
+#elif MASK == 2
+    return f16_to_f32(v);
+#else
+    return v;
+#endif
+}
+#endif
+
+// A hidden cell of an additive mask gives -infinity where x is finite, else NaN: that ends in the run
+// CLEAN, which has `select_mask`.
 DEV float add_mask(float x, MaskElement v, const Params& p) {
     x *= shrink(p);
 #if MASK == 4
     return v ? x : NEG_INF;
 #else
-#if MASK == 1
-    const float f = bf16_to_f32(v);
-#elif MASK == 2
-    const float f = f16_to_f32(v);
-#else
-    const float f = v;
-#endif
-    if (SHRUNK) return __fmaf_rn(f, p.inv_scale * shrink(p), x);
-    return x + (f == NEG_INF ? f : fmaxf(f * LOG2E, -3.0e38f));
+    return __fmaf_rn(mask_value(v), (SCORE_MOD ? LOG2E : p.inv_scale) * shrink(p), x);
 #endif
 }
+
 
 // What classes hidden and free of mask say of two neighbours.
 DEV MaskPair pair_of(bool hidden) {
@@ -230,6 +239,14 @@ DEV MaskPair pair_of(bool hidden) {
     return make_float2(f, f);
 #else
     return hidden ? 0 : 0x0101;
+#endif
+}
+
+DEV MaskElement single_of(bool hidden) {
+#if MASK == 3
+    return pair_of(hidden).x;
+#else
+    return (MaskElement)pair_of(hidden);
 #endif
 }
 
@@ -257,40 +274,81 @@ DEV bool classes_in_words(const Params& p) {
 }
 #endif
 
-// Whether a masked tile's classes are looked up again: they are the same for a warp's 16 rows, and f32
-// masks over 128 keys leave no registers for them.
-#define CELLS (CLASSES && CLASS_ROWS >= 16 && ACROSS % 4 == 0 && (MASK != 3 || BN <= 64))
-
-// The classes of a warp's rows in a key tile, so that no more of the mask is read than it takes: 1
-// stands for "read it".
+// The classes of a thread's two rows in a key tile: a mask is read and added in tiles of class 1 alone.
+// Below head dim 512 a warp's 16 rows have the same.
 struct Cells {
-#if CELLS
-    u32 word[ACROSS / 4];
-    DEV_MEMBER u32 of(int column) const {
+#if CLASSES && CLASS_ROWS < 16
+    u32 of_row[2];
+    DEV_MEMBER u32 of(int half, int) const { return of_row[half]; }
+#elif CLASSES
+    u32 word[(ACROSS + 3) / 4];
+    DEV_MEMBER u32 of(int, int column) const {
         const int at = column / CLASS_KEYS;
         return word[at / 4] >> (8 * (at % 4)) & 0xff;
     }
 #else
-    DEV_MEMBER u32 of(int) const { return 1; }
+    DEV_MEMBER u32 of(int, int) const { return 1; }
 #endif
 };
 
 DEV Cells cells_of(const Params& p, const Rows& r, int tile) {
     Cells cells;
-#if CELLS
-    const u8* at = p.classes + min(r.row, r.sq - 1) / CLASS_ROWS * p.classes_stride + tile * ACROSS;
-    const bool known = classes_in_words(p) && (tile + 1) * BN <= r.sk;
+#if CLASSES && CLASS_ROWS < 16
 #pragma unroll
-    for (int i = 0; i < ACROSS / 4; i++) cells.word[i] = known ? ((const u32*)at)[i] : 0x01010101u;
+    for (int half = 0; half < 2; half++)
+        cells.of_row[half] = p.classes[min(r.row + 8 * half, r.sq - 1) / CLASS_ROWS * p.classes_stride + tile];
+#elif CLASSES
+    const u8* at = p.classes + min(r.row, r.sq - 1) / CLASS_ROWS * p.classes_stride + tile * ACROSS;
+    const int keys = min(ACROSS, (r.sk + CLASS_KEYS - 1) / CLASS_KEYS - tile * ACROSS);
+    if (classes_in_words(p) && keys == ACROSS) {
+#pragma unroll
+        for (int i = 0; i < ACROSS / 4; i++) cells.word[i] = ((const u32*)at)[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < (ACROSS + 3) / 4; i++) cells.word[i] = 0;
+#pragma unroll
+        for (int i = 0; i < ACROSS; i++)
+            cells.word[i / 4] |= (i < keys ? (u32)at[i] : 0) << (8 * (i % 4));
+    }
 #endif
     return cells;
 }
 
+template <int N> DEV void clamp_all(float (&s)[N]) {
+#pragma unroll
+    for (int j = 0; j < N; j++) s[j] = clamped(s[j]);
+}
+
+#if MASK && MASK != 4
+// Adds an additive mask in runs after the first: the scores of hidden cells are -infinity, whatever they were.
+template <int N>
+DEV void select_mask(float (&s)[N / 2], const Params& p, const Rows& r, int c0, const Cells& cells) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = min(r.row + 8 * half, r.sq - 1);
+        const MaskElement* at =
+            (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + c0);
+#pragma unroll
+        for (int j = 0; j < N / 4; j++) {
+            const int column = 8 * (j / 2) + j % 2;
+            const u32 cell = cells.of(half, 8 * (j / 2));
+            MaskElement v = single_of(cell == 0);
+            // Volatile, so that few are under way: each takes a register.
+            if (cell == 1 && c0 + column < r.sk) v = *(const volatile MaskElement*)(at + column);
+            float& x = s[4 * (j / 2) + 2 * half + j % 2];
+            x = mask_value(v) == NEG_INF ? NEG_INF : add_mask(x, v, p);
+            if (j % 4 == 3) __syncwarp(); // ptxas moves no load past it
+        }
+    }
+}
+#endif
+
 // What happens to scores before the softmax, for key tile `tile`.
 template <int N>
-DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, bool masked,
+DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, bool masked, int run,
                 const Cells& cells = Cells()) {
     const int c0 = tile * N + r.col;
+    if (run >= EXACT) clamp_all(s);
 #if SCORE_MOD
 #pragma unroll
     for (int j = 0; j < N / 2; j++) {
@@ -309,23 +367,30 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
         }
         s[j] = x;
     }
+    if (run >= EXACT) clamp_all(s);
 #endif
     if (!masked) return;
 #if MASK
+#if MASK != 4
+    const bool selected = run != PLAIN;
+    if (selected) select_mask<N>(s, p, r, c0, cells);
+#else
+    const bool selected = false;
+#endif
     const bool whole = tile * N + N <= r.sk;
     // Two neighbours can be read at once.
     const bool pairs = (((u64)p.mask / sizeof(MaskElement) | p.mask_strides[0] | p.mask_strides[1] |
                          p.mask_strides[2]) & 1) == 0;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < 2 && !selected; half++) {
         const int row = min(r.row + 8 * half, r.sq - 1);
         const MaskElement* at =
             (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + c0);
         if (whole && pairs) {
 #pragma unroll
             for (int j = 0; j < N / 8; j++) {
-                MaskPair v = pair_of(cells.of(8 * j) == 0);
-                if (cells.of(8 * j) == 1) v = *(const MaskPair*)(at + 8 * j);
+                MaskPair v = pair_of(cells.of(half, 8 * j) == 0);
+                if (cells.of(half, 8 * j) == 1) v = *(const MaskPair*)(at + 8 * j);
                 float& a = s[4 * j + 2 * half];
                 float& b = s[4 * j + 2 * half + 1];
 #if MASK == 3
@@ -339,9 +404,13 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
         } else {
 #pragma unroll
             for (int j = 0; j < N / 8; j++) {
-                if (c0 + 8 * j < r.sk) s[4 * j + 2 * half] = add_mask(s[4 * j + 2 * half], at[8 * j], p);
-                if (c0 + 8 * j + 1 < r.sk)
-                    s[4 * j + 2 * half + 1] = add_mask(s[4 * j + 2 * half + 1], at[8 * j + 1], p);
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const u32 cell = cells.of(half, 8 * j);
+                    float& a = s[4 * j + 2 * half + e];
+                    if (cell != 1) a = add_mask(a, single_of(cell == 0), p);
+                    else if (c0 + 8 * j + e < r.sk) a = add_mask(a, at[8 * j + e], p);
+                }
             }
         }
     }
@@ -389,20 +458,24 @@ DEV Soft soft_start() {
     return Soft{{NEG_INF, NEG_INF}, {0.0f, 0.0f}, {1.0f, 1.0f}, {0.0f, 0.0f}, false, false};
 }
 
+// Whether differences of huge scores are taken before they are multiplied: with an additive mask in
+// every run, since masks of huge finite values are common; else in the run EXACT.
+#define MASKS_EXACTLY (MASK && MASK != 4 && !SCORE_MOD)
+
 // Scores of one row, in `unit`, to weights; returns the thread's part of their sum.
 template <int N>
-DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit, bool masked) {
+DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit, bool masked, bool exact = false) {
     const float off = ref * sc, by = sc * unit;
-#if MASK && MASK != 4
-    // A mask of huge finite values: the fused product would lose the difference.
-    if (masked && __any_sync(~0u, fabsf(off) > 4096.0f)) {
+    // The fused product would lose the difference. Each row decides for itself.
+    const bool early = exact || (MASKS_EXACTLY && masked && fabsf(off) > 4096.0f);
+    if (MASKS_EXACTLY ? (exact || masked) && __any_sync(~0u, early) : exact) {
+        const float a = early ? unit : by, b = early ? ref : off, c = early ? sc : 1.0f;
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
-            s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], unit, -ref) * sc;
-            s[4 * j + 2 * half + 1] = __fmaf_rn(s[4 * j + 2 * half + 1], unit, -ref) * sc;
+            s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], a, -b) * c;
+            s[4 * j + 2 * half + 1] = __fmaf_rn(s[4 * j + 2 * half + 1], a, -b) * c;
         }
     } else
-#endif
     {
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
@@ -434,11 +507,19 @@ DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit, bo
 // Scores to weights. Usually without a look at their maximum: they are taken against the reference
 // that there is, and where their sum then shows that they have grown much, the reference follows
 // for the tiles to come. Weights too large for that (a leap by 2^64, in f16 2^24) make the sum
-// infinite; the CTA then does its tiles again with `careful`.
+// infinite; such rows are done again in the run EXACT. The maximum comes first in a row's first tile
+// and while its reference is very low. No row's bits depend on the rows beside it.
 template <int N>
-DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool masked, bool careful) {
-    if (!SPECULATE || careful ||
-        __any_sync(~0u, !(f.ref[0] * sc > -16384.0f) || !(f.ref[1] * sc > -16384.0f))) {
+DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool masked, bool first, int run) {
+    if (run >= UPWARD) {
+#pragma unroll
+        for (int j = 0; j < N / 2; j++) s[j] = presence(s[j]);
+        f.alpha[0] = f.alpha[1] = 1.0f;
+        f.scaled = f.grown = false;
+        return;
+    }
+    first = first || !SPECULATE || run == EXACT;
+    if (first || __any_sync(~0u, !(f.ref[0] * sc > -16384.0f) || !(f.ref[1] * sc > -16384.0f))) {
         bool some = false;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -455,17 +536,20 @@ DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool masked, 
             const float old = f.ref[half];
             // O is not rescaled for less than 2^8.
             const float above = HEADROOM > 0.0f ? HEADROOM / sc : 0.0f;
-            const float now = (a - old) * sc > 8.0f - HEADROOM ? a + above : old;
+            const bool leads = first || !(old * sc > -16384.0f);
+            const float now = leads && (a - old) * sc > 8.0f - HEADROOM ? a + above : old;
             f.ref[half] = now;
             // Where no key was visible yet: weights are 0, not 2^(-inf + inf).
             const float ref = now == NEG_INF ? 0.0f : now;
             const float shrunk = exp2_fast((old - ref) * sc);
             f.alpha[half] = (f.scaled ? f.alpha[half] : 1.0f) * shrunk;
-            f.l[half] = f.l[half] * shrunk + weigh<N>(s, half, ref, sc, unit, masked);
+            const float sum = weigh<N>(s, half, ref, sc, unit, masked, run == EXACT);
+            f.l[half] = f.l[half] * shrunk + sum;
+            f.part[half] = leads ? 0.0f : sum;
             some |= f.alpha[half] != 1.0f;
         }
         f.scaled = __any_sync(~0u, some);
-        f.grown = false;
+        f.grown = __any_sync(~0u, !(f.part[0] + f.part[1] < 4096.0f));
         return;
     }
     f.part[0] = weigh<N>(s, 0, f.ref[0], sc, unit, masked);
@@ -482,13 +566,15 @@ DEV void settle(Soft& f, float sc) {
     if (!f.grown) return;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float sum = f.part[half];
+        float sum = f.part[half], most = sum;
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
         f.alpha[half] = 1.0f;
         if (!(sum < POISON)) {
-            f.l[half] = __int_as_float(0x7f800000);
-        } else if (sum > 4096.0f) {
+            f.l[half] = sum * __int_as_float(0x7f800000); // infinite, or NaN
+        } else if (most >= 4096.0f) { // enough to set `grown` by itself
             const float by = log2_fast(sum) + HEADROOM;
             f.ref[half] += by / sc;
             f.alpha[half] = exp2_fast(-by);
@@ -497,8 +583,26 @@ DEV void settle(Soft& f, float sc) {
     }
 }
 
-// What O is multiplied by in the end; writes the rows' log-sum-exp.
-DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, const Rows& r) {
+// The first element of O's row `row` of a tile.
+DEV u16* output_row(const Params& p, const Tile& t, int row) {
+    return p.o + (i64)(VARLEN ? 0 : t.b) * p.o_strides[0] + (i64)t.h * p.o_strides[1] +
+           (i64)(t.q_start + row) * p.o_strides[2];
+}
+
+DEV float half_to_f32(u16 x) { return F16 ? f16_to_f32(x) : bf16_to_f32(x); }
+
+DEV bool is_finite(u16 x) { return (x & 0x7fff) < (F16 ? 0x7c00 : 0x7f80); }
+
+// Above this many powers of two a fused difference is too coarse.
+#define FAR_REFERENCE 16384.0f
+
+// What O is multiplied by in the end, for scores of `sc` a unit; writes the rows' log-sum-exp. `over`: the speculation failed, and
+// the run EXACT is to do the row again, which finds NaN in all of it then.
+DEV void finish(float (&inv)[2], bool (&over)[2], const Soft& f, const Params& p, float sc, const Tile& t, const Rows& r, int run) {
+    inv[0] = inv[1] = 1.0f;
+    over[0] = over[1] = false;
+    if (run >= UPWARD) return;
+    const float infinity = __int_as_float(0x7f800000);
     float* lse = p.lse + (i64)(VARLEN ? 0 : t.b) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
                  t.q_start;
 #pragma unroll
@@ -507,20 +611,66 @@ DEV void finish(float (&inv)[2], const Soft& f, const Params& p, const Tile& t, 
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         // In natural units, that of a mask's largest numbers is finite.
-        float top = f.ref[half] == NEG_INF ? NEG_INF : fmaxf(f.ref[half] * natural_unit(p), -3.4028235e38f);
+        float top = f.ref[half] == NEG_INF ? NEG_INF : clamped(f.ref[half] * natural_unit(p));
+        // With an additive mask all but the tiles that are free of it take differences first.
+        const bool far = !SCORE_MOD && (!MASKS_EXACTLY || CLASSES) && f.ref[half] != NEG_INF &&
+                         fabsf(f.ref[half] * sc) > FAR_REFERENCE;
+        over[half] = run < EXACT && (sum >= 1.0e38f || f.ref[half] == infinity || far);
         float part = 1.0f;
-        if (p.sinks && sum > 0.0f) {
+        if (p.sinks && sum != 0.0f) {
             const float sink = p.sinks[t.h];
             const float now = fmaxf(top, sink);
             part = exp2_fast((top - now) * LOG2E);
             sum = sum * part + exp2_fast((sink - now) * LOG2E);
             top = now;
         }
-        inv[half] = sum > 0.0f ? part / sum : 0.0f;
+        inv[half] = over[half] ? __int_as_float(0x7fffffff) : sum == 0.0f ? 0.0f : part / sum;
         const int row = r.row + 8 * half;
-        if (p.lse && (r.col & 7) == 0 && row < t.sq)
-            lse[row] = sum > 0.0f ? top + log2_fast(sum) * LN2 : NEG_INF;
+        if (p.lse && (r.col & 7) == 0 && row < t.sq && (run != EXACT || !is_finite(*output_row(p, t, row))))
+            lse[row] = sum == 0.0f ? NEG_INF : top + log2_fast(sum) * LN2;
     }
+}
+
+// Adds zero times two finished elements of O to `zeros`: NaN once one is not finite.
+DEV void test_finite(u32& zeros, u32 pair) {
+#if F16
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(zeros) : "r"(pair), "r"(0));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(zeros) : "r"(pair), "r"(0));
+#endif
+}
+
+// Merges a run after CLEAN into 64 rows of O from `row` on, columns from `column` on: its WIDTH columns
+// are staged in panels of ROWS rows. The run EXACT has the rows alone in which the speculation failed,
+// the others what they count.
+template <int WIDTH, int ROWS>
+DEV void merge_rows(const Params& p, const Tile& t, int row, int column, const u8* staged, int tid, int run) {
+#pragma unroll 1
+    for (int i = tid; i < 64 * WIDTH; i += 128) {
+        const int r = i / WIDTH, c = i % WIDTH;
+        if (row + r >= t.sq) return;
+        const u16 x = *(const u16*)(staged + (c / 64) * ROWS * 128 + r * 128 + ((c / 8 % 8 ^ (r & 7)) << 4) + c % 8 * 2);
+        u16* to = output_row(p, t, row + r) + column + c;
+        if (run == EXACT) {
+            if (!is_finite(*to)) *to = x;
+        } else {
+            *to = (u16)pack2(counted(half_to_f32(*to), half_to_f32(x), run), 0.0f);
+        }
+    }
+}
+
+// Which run comes after `run`, by what was found.
+struct Again {
+    u32 clean; // an element of O is not finite
+    u32 exact; // the speculation failed in a row
+    u32 count; // an element of V is not finite
+};
+
+DEV int run_after(int run, const volatile Again& again) {
+    if (run == PLAIN) return again.clean ? CLEAN : again.exact ? EXACT : DONE;
+    if (run == CLEAN && again.exact) return EXACT;
+    if (run <= EXACT) return again.count ? UPWARD : DONE;
+    return run + 1;
 }
 
 // O and log-sum-exp of `rows` rows from `row` on that see no key, by the 128 threads of a group.

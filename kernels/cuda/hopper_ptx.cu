@@ -68,6 +68,18 @@ DEV void bar_wait(u32 bar, u32 parity) {
     } while (!done);
 }
 
+// Whether the phase of that parity has ended. Does not wait.
+DEV bool bar_test(u32 bar, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(bar), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
 DEV void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -86,6 +98,15 @@ DEV void store_if(bool condition, u32 at, u32 value) {
                      (u32)condition),
                  "r"(at), "r"(value)
                  : "memory");
+}
+
+// As `store_if`, to the same offset of CTA `cta` of the cluster.
+DEV void store_cluster_if(bool condition, u32 at, u32 cta, u32 value) {
+    asm volatile(
+        "{\n.reg .pred p;\n.reg .b32 a;\nsetp.ne.u32 p, %0, 0;\nmapa.shared::cluster.u32 a, %1, %2;\n"
+        "@p st.shared::cluster.u32 [a], %3;\n}" ::"r"((u32)condition),
+        "r"(at), "r"(cta), "r"(value)
+        : "memory");
 }
 
 // ---- bulk tensor copies --------------------------------------------------------------------
@@ -132,6 +153,10 @@ DEV void tma_store_commit() {
 
 DEV void tma_store_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+DEV void tma_store_wait() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 DEV void prefetch_map(const TensorMap* map) {

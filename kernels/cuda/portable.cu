@@ -104,7 +104,7 @@ struct State {
 };
 
 // Scores to weights, in place; sums and output are brought to the new maximum.
-template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const Params& p, const Tile& t, bool masked, int k0, int row0, float* stats) {
+template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const Params& p, const Tile& t, bool masked, int k0, int row0, float* stats, int run) {
     const int lane = threadIdx.x % 32, wn = threadIdx.x / 32 / WM;
     const int row = row0 + lane / 4, key = k0 + wn * KEYS + 2 * (lane % 4);
     int first[2], end[2];
@@ -122,7 +122,7 @@ template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const
 #if GENERAL
         const int rows[4] = {row, row, row + 8, row + 8};
         const int keys[4] = {key + 8 * n, key + 8 * n + 1, key + 8 * n, key + 8 * n + 1};
-        bias(s[n], p, t, masked, rows, keys);
+        bias<true>(s[n], p, t, masked, rows, keys);
 #endif
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -132,6 +132,11 @@ template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const
             }
             highest[i / 2] = fmaxf(highest[i / 2], s[n][i]);
         }
+    }
+    if (run >= UPWARD) {
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) s[i / 4][i % 4] = presence(s[i / 4][i % 4]);
+        return;
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -204,126 +209,169 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
     if (column == 0) store_lse(p, t, row, f.lse);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
-    extern __shared__ __align__(128) u8 raw[];
-    const Tile t = tile_of(p, blockIdx.x);
-    if (t.m0 >= t.rows) return;
-
-    const u32 sm_q = shared_address(raw), sm_k = sm_q + BM * ROW_BYTES, sm_v = sm_k + BN * ROW_BYTES;
-    [[maybe_unused]] const u32 sm_p = sm_v + BN * ROW_BYTES;
-    float* stats = (float*)(raw + (BM + 2 * BN) * ROW_BYTES + BM * P_ROW_BYTES);
-    const u16* q = (const u16*)p.q + row_offset(p.q_strides, t.b, t.h, 0) + p.q_strides[2] * t.q_start;
-    const u16* k = (const u16*)p.k + row_offset(p.k_strides, t.b, t.kv_head, 0) + p.k_strides[2] * t.k_start;
-    const u16* v = (const u16*)p.v + row_offset(p.v_strides, t.b, t.kv_head, 0) + p.v_strides[2] * t.k_start;
-    const bool vector = p.vector & 1;
-
-    const int lane = threadIdx.x % 32, wm = threadIdx.x / 32 % WM, wn = threadIdx.x / 32 / WM;
-    const int row0 = t.m0 + 16 * wm;
-    // Rows past the last are not worked on where a whole warp has them alone.
-    const bool active = row0 < t.rows;
-
-    State state;
+// After a run that counts: a row of counts over what the runs before stored.
+DEV void count_row(const Params& p, const Tile& t, const State& state, int r, int row, int column, int run) {
+    float* partial = p.partials + (result_row(p, t, row) * p.splits + t.split) * (D + 2);
+    u16* out = (u16*)p.o + o_offset(p, t, row);
 #pragma unroll
-    for (int n = 0; n < COLUMNS / 8; n++)
-        for (int i = 0; i < 4; i++) state.o[n][i] = 0.0f;
-    state.m[0] = state.m[1] = NEG_INF;
-    state.sum[0] = state.sum[1] = 0.0f;
-
-    Walk walk(p, t);
-    if (walk.at < walk.end) {
-        load_q(sm_q, q, p, t, vector);
-        load<BN>(sm_k, k, p.k_strides[2], walk.at * BN, t.sk, vector);
-        copies_commit();
+    for (int i = 0; i < COLUMNS / 4; i++) {
+        const int c = column + 8 * (i / 2) + i % 2;
+        const float count = state.o[i / 2][2 * r + i % 2];
+        if (!(count > 0.0f)) continue;
+        if (p.splits > 1) partial[c] = counted(partial[c], count, run);
+        else out[c] = ROUND(counted(element<ELEMENT>(out, c), count, run));
     }
-    while (walk.at < walk.end) {
-        const int k0 = walk.at * BN;
-        copies_wait();
-        __syncthreads(); // K is there, and the last tile's V has been read
-        load<BN>(sm_v, v, p.v_strides[2], k0, t.sk, vector);
-        copies_commit();
+}
 
-        float s[KEYS / 8][4];
-        if (active || WN > 1) {
+DEV bool is_finite(const State& state, int r) {
+    float zero = 0.0f;
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-                for (int i = 0; i < 4; i++) s[n][i] = 0.0f;
-#pragma unroll
-            for (int d = 0; d < D / 16; d++) {
-                u32 a[4];
-                ldmatrix4(a, chunk_at(sm_q, 16 * wm + lane % 16, 2 * d + lane / 16));
-                if constexpr (KEYS == 8) {
-                    u32 b[2];
-                    ldmatrix2(b, chunk_at(sm_k, wn * KEYS + lane % 8, 2 * d + lane / 8 % 2));
-                    mma(s[0], a, b[0], b[1]);
-                } else {
-#pragma unroll
-                    for (int n = 0; n < KEYS / 16; n++) {
-                        u32 b[4];
-                        ldmatrix4(b, chunk_at(sm_k, wn * KEYS + 16 * n + lane % 8 + 8 * (lane / 16), 2 * d + lane / 8 % 2));
-                        mma(s[2 * n], a, b[0], b[1]);
-                        mma(s[2 * n + 1], a, b[2], b[3]);
-                    }
-                }
-            }
-            const bool masked = p.mask && !walk.is_plain();
-            // One copy of the general form is enough.
-            if (GENERAL || k0 < t.free_lo || t.free_hi - k0 < BN) weigh<true>(s, state, p, t, masked, k0, row0, stats);
-            else weigh<bool(GENERAL)>(s, state, p, t, masked, k0, row0, stats);
-#if WN > 1
-            const u32 at = sm_p + u32((16 * wm + lane / 4) * P_ROW_BYTES + 2 * (wn * KEYS + 2 * (lane % 4)));
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + 16 * n), "r"(pack(s[n][0], s[n][1])) : "memory");
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + 16 * n + 8 * P_ROW_BYTES), "r"(pack(s[n][2], s[n][3])) : "memory");
-            }
-#endif
-        }
+    for (int n = 0; n < COLUMNS / 8; n++) zero += state.o[n][2 * r] * 0.0f + state.o[n][2 * r + 1] * 0.0f;
+    return zero == 0.0f;
+}
 
-        copies_wait();
-        __syncthreads(); // V is there, and K has been read
-        walk.seek(p, t, walk.at + 1);
+// With one warp's rows a tile, a processor has four threadblocks, as the host counts on.
+#define BLOCKS (WM == 1 ? 4 : 1)
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) u8 raw[];
+    for (int run = PLAIN; run != DONE;) {
+        // Opaque, lest what a later run takes be kept in registers through the first.
+        u32 block = blockIdx.x;
+        asm volatile("" : "+r"(block));
+        const Tile t = tile_of(p, block);
+        if (t.m0 >= t.rows) return;
+
+        const u32 sm_q = shared_address(raw), sm_k = sm_q + BM * ROW_BYTES, sm_v = sm_k + BN * ROW_BYTES;
+        [[maybe_unused]] const u32 sm_p = sm_v + BN * ROW_BYTES;
+        float* stats = (float*)(raw + (BM + 2 * BN) * ROW_BYTES + BM * P_ROW_BYTES);
+        const u16* q = (const u16*)p.q + row_offset(p.q_strides, t.b, t.h, 0) + p.q_strides[2] * t.q_start;
+        const u16* k = (const u16*)p.k + row_offset(p.k_strides, t.b, t.kv_head, 0) + p.k_strides[2] * t.k_start;
+        const u16* v = (const u16*)p.v + row_offset(p.v_strides, t.b, t.kv_head, 0) + p.v_strides[2] * t.k_start;
+        const bool vector = p.vector & 1;
+
+        const int lane = threadIdx.x % 32, wm = threadIdx.x / 32 % WM, wn = threadIdx.x / 32 / WM;
+        const int row0 = t.m0 + 16 * wm;
+        // Rows past the last are not worked on where a whole warp has them alone.
+        const bool active = row0 < t.rows;
+
+        State state;
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n++)
+            for (int i = 0; i < 4; i++) state.o[n][i] = 0.0f;
+        state.m[0] = state.m[1] = NEG_INF;
+        state.sum[0] = state.sum[1] = 0.0f;
+
+        Walk walk(p, t);
         if (walk.at < walk.end) {
+            if (run == PLAIN) load_q(sm_q, q, p, t, vector);
             load<BN>(sm_k, k, p.k_strides[2], walk.at * BN, t.sk, vector);
             copies_commit();
         }
-        if (active || WN > 1) {
+        while (walk.at < walk.end) {
+            const int k0 = walk.at * BN;
+            copies_wait();
+            __syncthreads(); // K is there, and the last tile's V has been read
+            load<BN>(sm_v, v, p.v_strides[2], k0, t.sk, vector);
+            copies_commit();
+
+            float s[KEYS / 8][4];
+            if (active || WN > 1) {
 #pragma unroll
-            for (int c = 0; c < BN / 16; c++) {
-                u32 a[4];
+                for (int n = 0; n < KEYS / 8; n++)
+                    for (int i = 0; i < 4; i++) s[n][i] = 0.0f;
+#pragma unroll
+                for (int d = 0; d < D / 16; d++) {
+                    u32 a[4];
+                    ldmatrix4(a, chunk_at(sm_q, 16 * wm + lane % 16, 2 * d + lane / 16));
+                    if constexpr (KEYS == 8) {
+                        u32 b[2];
+                        ldmatrix2(b, chunk_at(sm_k, wn * KEYS + lane % 8, 2 * d + lane / 8 % 2));
+                        mma(s[0], a, b[0], b[1]);
+                    } else {
+#pragma unroll
+                        for (int n = 0; n < KEYS / 16; n++) {
+                            u32 b[4];
+                            ldmatrix4(b, chunk_at(sm_k, wn * KEYS + 16 * n + lane % 8 + 8 * (lane / 16), 2 * d + lane / 8 % 2));
+                            mma(s[2 * n], a, b[0], b[1]);
+                            mma(s[2 * n + 1], a, b[2], b[3]);
+                        }
+                    }
+                }
+                const bool masked = p.mask && !walk.is_plain();
+                // One copy of the general form is enough.
+                if (GENERAL || k0 < t.free_lo || t.free_hi - k0 < BN) weigh<true>(s, state, p, t, masked, k0, row0, stats, run);
+                else weigh<bool(GENERAL)>(s, state, p, t, masked, k0, row0, stats, run);
 #if WN > 1
-                ldmatrix4(a, sm_p + u32((16 * wm + lane % 16) * P_ROW_BYTES + 32 * c + 16 * (lane / 16)));
+                const u32 at = sm_p + u32((16 * wm + lane / 4) * P_ROW_BYTES + 2 * (wn * KEYS + 2 * (lane % 4)));
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++) {
+                    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + 16 * n), "r"(pack(s[n][0], s[n][1])) : "memory");
+                    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + 16 * n + 8 * P_ROW_BYTES), "r"(pack(s[n][2], s[n][3])) : "memory");
+                }
+#endif
+            }
+
+            copies_wait();
+            __syncthreads(); // V is there, and K has been read
+            if (run != PLAIN) {
+                clean_halves<!BF16>(raw + (sm_v - sm_q), BN * ROW_BYTES, threadIdx.x, THREADS, run);
+                __syncthreads();
+            }
+            walk.seek(p, t, walk.at + 1);
+            if (walk.at < walk.end) {
+                load<BN>(sm_k, k, p.k_strides[2], walk.at * BN, t.sk, vector);
+                copies_commit();
+            }
+            if (active || WN > 1) {
+#pragma unroll
+                for (int c = 0; c < BN / 16; c++) {
+                    u32 a[4];
+#if WN > 1
+                    ldmatrix4(a, sm_p + u32((16 * wm + lane % 16) * P_ROW_BYTES + 32 * c + 16 * (lane / 16)));
 #else
-                a[0] = pack(s[2 * c][0], s[2 * c][1]);
-                a[1] = pack(s[2 * c][2], s[2 * c][3]);
-                a[2] = pack(s[2 * c + 1][0], s[2 * c + 1][1]);
-                a[3] = pack(s[2 * c + 1][2], s[2 * c + 1][3]);
+                    a[0] = pack(s[2 * c][0], s[2 * c][1]);
+                    a[1] = pack(s[2 * c][2], s[2 * c][3]);
+                    a[2] = pack(s[2 * c + 1][0], s[2 * c + 1][1]);
+                    a[3] = pack(s[2 * c + 1][2], s[2 * c + 1][3]);
 #endif
 #pragma unroll
-                for (int n = 0; n < COLUMNS / 16; n++) {
-                    u32 b[4];
-                    ldmatrix4_trans(b, chunk_at(sm_v, 16 * c + lane % 16, wn * (COLUMNS / 8) + 2 * n + lane / 16));
-                    mma(state.o[2 * n], a, b[0], b[1]);
-                    mma(state.o[2 * n + 1], a, b[2], b[3]);
+                    for (int n = 0; n < COLUMNS / 16; n++) {
+                        u32 b[4];
+                        ldmatrix4_trans(b, chunk_at(sm_v, 16 * c + lane % 16, wn * (COLUMNS / 8) + 2 * n + lane / 16));
+                        mma(state.o[2 * n], a, b[0], b[1]);
+                        mma(state.o[2 * n + 1], a, b[2], b[3]);
+                    }
                 }
             }
         }
-    }
 
+        bool finite = true;
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float sum = state.sum[r];
-        sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-        sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+        for (int r = 0; r < 2; r++) {
+            const int row = row0 + lane / 4 + 8 * r;
+            if (run >= UPWARD) {
+                if (row < t.rows) count_row(p, t, state, r, row, wn * COLUMNS + 2 * (lane % 4), run);
+                continue;
+            }
+            float sum = state.sum[r];
+            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
 #if WN > 1
-        // Each warp of a row has the sum over its own keys.
-        const int local = 16 * wm + lane / 4 + 8 * r;
-        __syncthreads();
-        if (lane % 4 == 0) stats[wn * BM + local] = sum;
-        __syncthreads();
-        sum = 0.0f;
-        for (int w = 0; w < WN; w++) sum += stats[w * BM + local];
+            // Each warp of a row has the sum over its own keys.
+            const int local = 16 * wm + lane / 4 + 8 * r;
+            __syncthreads();
+            if (lane % 4 == 0) stats[wn * BM + local] = sum;
+            __syncthreads();
+            sum = 0.0f;
+            for (int w = 0; w < WN; w++) sum += stats[w * BM + local];
 #endif
-        const int row = row0 + lane / 4 + 8 * r;
-        if (row < t.rows) store_row(p, t, state, r, row, wn * COLUMNS + 2 * (lane % 4), sum);
+            if (row >= t.rows) continue;
+            store_row(p, t, state, r, row, wn * COLUMNS + 2 * (lane % 4), sum);
+            finite = finite && is_finite(state, r);
+        }
+        // Also the barrier between this run's last reads of shared memory and the next one's copies.
+        if (__syncthreads_and(finite) && run == PLAIN) return;
+        run = run == CLEAN ? UPWARD : run + 1;
     }
 }

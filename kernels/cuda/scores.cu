@@ -4,34 +4,48 @@
 DEV float scaled(float s, const Params& p) { return at_most_finite(__fmul_rn(s, p.scale)); }
 
 #if GENERAL
-// Adds the mask's cell to each score. A row past the last or a key past the last has no cell.
-template <int TYPE, int N> DEV void add_mask(float (&s)[N], const Params& p, const Tile& t, const int (&rows)[N], const int (&keys)[N]) {
+// Adds the mask's cell to each score, as the class of its class tile says: 0 hides whatever the mask
+// holds, 2 adds nothing. A hidden score is selected, never a sum: NaN + -infinity would be NaN. A row
+// past the last or a key past the last has no cell. With PAIRS, an odd score has the class of the one
+// before it.
+template <int TYPE, bool PAIRS, int N> DEV void add_mask(float (&s)[N], const Params& p, const Tile& t, const int (&rows)[N], const int (&keys)[N]) {
+    u8 tile_class = 1;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const i64 row = p.mask_strides[0] * t.b + p.mask_strides[1] * head_of(p, t, rows[i]) + p.mask_strides[2] * (t.q_start + query_of(p, rows[i]));
-        if (rows[i] < t.rows && keys[i] < t.sk) s[i] += element<TYPE>(p.mask, row + keys[i]);
+        if (rows[i] >= t.rows || keys[i] >= t.sk) continue;
+        const int query = query_of(p, rows[i]);
+        if (p.classes && !(PAIRS && i % 2))
+            tile_class = p.classes[i64(query / CLASS_ROWS) * p.classes_stride + keys[i] / CLASS_KEYS];
+        if (tile_class == 2) continue;
+        float cell = NEG_INF;
+        if (tile_class != 0) {
+            const i64 row = p.mask_strides[0] * t.b + p.mask_strides[1] * head_of(p, t, rows[i]) + p.mask_strides[2] * (t.q_start + query);
+            cell = element<TYPE>(p.mask, row + keys[i]);
+        }
+        s[i] = cell == NEG_INF ? NEG_INF : clamped(s[i] + cell);
     }
 }
 
 // Softcap, mask and ALiBi, in natural-log units.
-template <int N> DEV void bias(float (&s)[N], const Params& p, const Tile& t, bool masked, const int (&rows)[N], const int (&keys)[N]) {
+template <bool PAIRS, int N> DEV void bias(float (&s)[N], const Params& p, const Tile& t, bool masked, const int (&rows)[N], const int (&keys)[N]) {
     if (p.softcap != 0.0f) {
 #pragma unroll
         for (int i = 0; i < N; i++) s[i] = p.softcap * tanhf(s[i] / p.softcap);
     }
     if (masked) {
         switch (p.mask_type) {
-        case TYPE_F32: add_mask<TYPE_F32>(s, p, t, rows, keys); break;
-        case TYPE_F16: add_mask<TYPE_F16>(s, p, t, rows, keys); break;
-        case TYPE_BF16: add_mask<TYPE_BF16>(s, p, t, rows, keys); break;
-        case TYPE_BOOL: add_mask<TYPE_BOOL>(s, p, t, rows, keys); break;
+        case TYPE_F32: add_mask<TYPE_F32, PAIRS>(s, p, t, rows, keys); break;
+        case TYPE_F16: add_mask<TYPE_F16, PAIRS>(s, p, t, rows, keys); break;
+        case TYPE_BF16: add_mask<TYPE_BF16, PAIRS>(s, p, t, rows, keys); break;
+        case TYPE_BOOL: add_mask<TYPE_BOOL, PAIRS>(s, p, t, rows, keys); break;
         }
     }
     if (p.slopes) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const i64 distance = query_of(p, rows[i]) + t.q_off - keys[i];
-            s[i] -= p.slopes[head_of(p, t, rows[i])] * float(distance < 0 ? -distance : distance);
+            const float x = s[i] - p.slopes[head_of(p, t, rows[i])] * float(distance < 0 ? -distance : distance);
+            s[i] = s[i] == NEG_INF ? NEG_INF : clamped(x);
         }
     }
 }
@@ -47,7 +61,7 @@ struct Finish {
 };
 
 DEV Finish finish(float m, float sum, const float* sinks, int h) {
-    if (!(sum > 0.0f)) return {0.0f, NEG_INF};
+    if (sum == 0.0f) return {0.0f, NEG_INF};
     float scale = 1.0f;
     if (sinks) {
         const float sink = sinks[h], with = fmaxf(m, sink);

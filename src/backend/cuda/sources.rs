@@ -4,13 +4,16 @@
 use crate::attention::params;
 
 const COMMON: &str = include_str!("../../../kernels/cuda/common.cu");
+const CAREFUL: &str = include_str!("../../../kernels/cuda/careful.cu");
 const TILES: &str = include_str!("../../../kernels/cuda/tiles.cu");
+const HOPPER_PTX: &str = include_str!("../../../kernels/cuda/hopper_ptx.cu");
 const HOPPER_CORE: &str = include_str!("../../../kernels/cuda/hopper_core.cu");
 const SCORES: &str = include_str!("../../../kernels/cuda/scores.cu");
 
 /// Attention in 16 bits, for compute capability 8.0 and later.
 pub(super) static PORTABLE: &[&str] = &[
     COMMON,
+    CAREFUL,
     params::CUDA_PARAMS_TEXT,
     TILES,
     SCORES,
@@ -19,14 +22,16 @@ pub(super) static PORTABLE: &[&str] = &[
 
 /// Attention in 16 bits for Hopper, with its own primitives.
 pub(super) static HOPPER: &[&str] = &[
-    include_str!("../../../kernels/cuda/hopper_ptx.cu"),
+    HOPPER_PTX,
+    CAREFUL,
     HOPPER_CORE,
     include_str!("../../../kernels/cuda/hopper.cu"),
 ];
 
 /// The same at head dim 512.
 pub(super) static HOPPER_WIDE: &[&str] = &[
-    include_str!("../../../kernels/cuda/hopper_ptx.cu"),
+    HOPPER_PTX,
+    CAREFUL,
     HOPPER_CORE,
     include_str!("../../../kernels/cuda/hopper512.cu"),
 ];
@@ -34,6 +39,7 @@ pub(super) static HOPPER_WIDE: &[&str] = &[
 /// Attention in f32.
 pub(super) static FMA: &[&str] = &[
     COMMON,
+    CAREFUL,
     params::CUDA_PARAMS_TEXT,
     TILES,
     SCORES,

@@ -216,7 +216,8 @@ const ATTENTION: &[Row] = &[
         &[NO_MASK, CLASSED & !SCORES],
     ),
     hopper(&[80, 96], 128, 112, (40, 232), &[CLASSED]),
-    hopper(&[128], 128, 128, (40, 232), &[NO_MASK, CLASSED & !SCORES]),
+    hopper(&[128], 128, 128, (40, 232), &[BOUNDS, CLASSED & !SCORES]),
+    hopper(&[128], 128, 128, (24, 240), &[NO_MASK]),
     hopper(&[128], 128, 96, (40, 232), &[CLASSED]),
     hopper(
         &[192],
@@ -228,7 +229,14 @@ const ATTENTION: &[Row] = &[
     hopper(&[192], 128, 96, (40, 232), &[CLASSED & !SCORES]),
     hopper(&[192], 128, 80, (24, 240), &[NO_MASK]),
     hopper(&[192], 128, 80, (40, 232), &[CLASSED]),
-    hopper(&[256], 128, 64, (40, 232), &[BOUNDS | SCORES, CLASSED]),
+    hopper(
+        &[256],
+        128,
+        64,
+        (24, 240),
+        &[BOUNDS | SCORES, CLASSED & !CLASSES],
+    ),
+    hopper(&[256], 128, 64, (40, 232), &[CLASSED]),
     hopper(&[256], 128, 48, (40, 232), &[NO_MASK]),
     Row {
         text: Text::HopperWide,
@@ -360,15 +368,20 @@ impl Row {
             }
             Text::Fma => 4 * ((bm + bn) * (d + 4) + bm * (bn + 4)),
             Text::Hopper { .. } => self.hopper_bytes(needs, self.buffers(needs)),
-            Text::HopperWide => 208 * 1024 + 1200 + self.list_bytes(needs) + 8,
+            Text::HopperWide => 208 * 1024 + 1200 + 4096 + self.list_bytes(needs) + 8,
         }
     }
 
     fn hopper_bytes(&self, needs: Needs, buffers: usize) -> usize {
         let row = needs.head_dim.next_multiple_of(64) * 2;
         let held = buffers * self.bm + 2 * stages(needs) * self.bn;
-        let barriers = 56 * buffers * (self.bm / 64) + 16 + 32 * stages(needs);
-        held * row + barriers + buffers * self.list_bytes(needs) + 8
+        let barriers = 56 * buffers * (self.bm / 64) + 56 + 40 * stages(needs);
+        let parked = match needs.head_dim {
+            ..=64 if self.bm == 256 => 16,
+            192.. => 28,
+            _ => 0,
+        };
+        held * row + barriers + 8 * self.bm * parked + buffers * self.list_bytes(needs) + 8
     }
 
     /// Tiles of Q that a Hopper kernel holds: the next one too, where there is room for it.
