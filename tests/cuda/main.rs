@@ -8,8 +8,10 @@ mod agreement;
 mod common;
 mod compiled;
 mod device;
+mod extremes;
 mod figures;
 mod large;
+mod poison;
 mod splits;
 mod streams;
 
