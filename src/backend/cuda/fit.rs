@@ -116,10 +116,10 @@ fn parts(problem: &Problem, row: &Row, tiles: usize, machine: Machine) -> usize 
     };
     let key_tiles = seen.div_ceil(row.bn);
     let busy = machine.processors * row.blocks;
-    if tiles.saturating_mul(2) > busy || key_tiles < 8 {
+    if tiles == 0 || tiles.saturating_mul(2) > busy || key_tiles < 8 {
         return 1;
     }
-    (busy / tiles.max(1)).clamp(1, key_tiles / 4).min(128)
+    (busy / tiles).clamp(1, key_tiles / 4).min(128)
 }
 
 #[cfg(test)]

@@ -144,6 +144,9 @@ impl Function {
         blocks: u64,
         args: &mut [*mut c_void],
     ) -> Result<()> {
+        if blocks == 0 {
+            return Ok(()); // no rows: nothing to write
+        }
         let blocks = u32::try_from(blocks)
             .ok()
             .filter(|n| (1..=i32::MAX.unsigned_abs()).contains(n))

@@ -196,27 +196,28 @@ impl Pass<'_> {
 /// Waves of units: their K and V are packed once, by all threads, then tiles of rows share them. A unit
 /// whose packed K and V would take more than `most` bytes, or more than there are, is not packed at once.
 pub(super) fn by_tiles(call: &Call<'_>, units: &[Unit], team: Team<'_>, most: usize) -> Result<()> {
-    let mut wave = 0;
-    while wave < units.len() {
-        let mut bytes = call.packed_bytes(&units[wave]);
-        let mut end = wave + 1;
-        while end < units.len()
-            && bytes.saturating_add(call.packed_bytes(&units[end])) <= WAVE_BYTES
-        {
-            bytes += call.packed_bytes(&units[end]);
-            end += 1;
-        }
-        with_shared(|buffer| {
+    // One buffer for all waves: an allocator keeps the pages of one that was freed beside the next.
+    with_shared(|buffer| {
+        let mut wave = 0;
+        while wave < units.len() {
+            let mut bytes = call.packed_bytes(&units[wave]);
+            let mut end = wave + 1;
+            while end < units.len()
+                && bytes.saturating_add(call.packed_bytes(&units[end])) <= WAVE_BYTES
+            {
+                bytes += call.packed_bytes(&units[end]);
+                end += 1;
+            }
             let packed = if bytes <= most {
                 buffer.try_reserve(bytes / 4).ok().map(Shared)
             } else {
                 None
             };
-            run_wave(call, &units[wave..end], packed, team)
-        })?;
-        wave = end;
-    }
-    Ok(())
+            run_wave(call, &units[wave..end], packed, team)?;
+            wave = end;
+        }
+        Ok(())
+    })
 }
 
 fn run_wave(
