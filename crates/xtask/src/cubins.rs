@@ -52,7 +52,7 @@ pub(crate) fn run(archs: &[&str], options: Options) -> Result<(), String> {
     }
     let mut sources = Vec::new();
     for arch in archs {
-        sources.extend(ImageSource::all(arch).map_err(|e| e.to_string())?);
+        sources.extend(kernels(arch)?);
     }
     if sources.is_empty() {
         return Err("there is no kernel to compile".into());
@@ -207,6 +207,14 @@ fn each_compiled(
     });
 }
 
+/// The kernels of `arch`, each text and options once: the library launches some images in two ways.
+fn kernels(arch: &str) -> Result<Vec<ImageSource>, String> {
+    let mut all = ImageSource::all(arch).map_err(|e| e.to_string())?;
+    let mut seen = BTreeSet::new();
+    all.retain(|source| seen.insert(source.fingerprint()));
+    Ok(all)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -224,7 +232,7 @@ mod tests {
 
     #[test]
     fn unchanged_kernels_are_not_compiled_again_but_for_one_of_each_text() {
-        let sources = ImageSource::all("sm_90a").unwrap();
+        let sources = kernels("sm_90a").unwrap();
         let entries = sources.iter().map(|s| (s.fingerprint(), entry_of(s)));
         let mut manifest = Manifest {
             compiler: "13.0".into(),
