@@ -165,7 +165,7 @@ impl Case {
     /// are hidden or free, and the rest is mixed.
     fn cell(&self, i: usize, j: usize) -> f32 {
         let kl = self.data.shape.key_len;
-        let hidden = j % 11 == 5 || i % 40 == 39 || (j > kl / 2 && i % 3 == 0);
+        let hidden = j % 11 == 5 || i % 40 == 39 || (j > kl / 2 && i.is_multiple_of(3));
         let hidden = hidden || (i / 64 + j / 64) % 3 == 2;
         if hidden { f32::NEG_INFINITY } else { 0.0 }
     }
