@@ -176,27 +176,34 @@ impl World {
 fn threads_that_share_everything_see_whole_buffers() {
     let seconds = std::env::var("MLX_FLASH_STRESS_SECONDS").ok();
     let seconds = seconds.map_or(2.0, |s| s.parse().unwrap());
-    for device in common::devices() {
-        let world = World::new(&device);
-        let end = Instant::now() + Duration::from_secs_f64(seconds);
-        std::thread::scope(|scope| {
-            for seed in 0..THREADS {
-                let world = &world;
-                scope.spawn(move || {
-                    let mut random = Random::new(900 + seed);
-                    let mut registry = KernelRegistry::new();
-                    let mut mine = Vec::new();
-                    while Instant::now() < end {
-                        world.act(&mut random, &mut registry, &mut mine);
-                    }
-                });
-            }
-        });
-        let done = ACTIONS.iter().zip(&world.done);
-        let done: Vec<_> = done
-            .map(|(name, n)| (*name, n.load(Ordering::Relaxed)))
-            .collect();
-        eprintln!("{}: {done:?}", device.kind());
-        assert!(done.iter().all(|(_, n)| *n > 0), "some were always refused");
-    }
+    // All devices at once, each with its own buffers and threads.
+    std::thread::scope(|scope| {
+        for device in common::devices() {
+            scope.spawn(move || stress(&device, seconds));
+        }
+    });
+}
+
+fn stress(device: &MlxDevice, seconds: f64) {
+    let world = World::new(device);
+    let end = Instant::now() + Duration::from_secs_f64(seconds);
+    std::thread::scope(|scope| {
+        for seed in 0..THREADS {
+            let world = &world;
+            scope.spawn(move || {
+                let mut random = Random::new(900 + seed);
+                let mut registry = KernelRegistry::new();
+                let mut mine = Vec::new();
+                while Instant::now() < end {
+                    world.act(&mut random, &mut registry, &mut mine);
+                }
+            });
+        }
+    });
+    let done = ACTIONS.iter().zip(&world.done);
+    let done: Vec<_> = done
+        .map(|(name, n)| (*name, n.load(Ordering::Relaxed)))
+        .collect();
+    eprintln!("{}: {done:?}", device.kind());
+    assert!(done.iter().all(|(_, n)| *n > 0), "some were always refused");
 }

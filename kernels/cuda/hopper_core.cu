@@ -203,6 +203,11 @@ DEV float tile_unit(const Params& p, bool masked) {
     return masked ? 1.0f : shrink(p);
 }
 
+// Natural units, which a mask's cells have, to that of the reference.
+DEV float cell_unit(const Params& p) {
+    return (SCORE_MOD ? LOG2E : p.inv_scale) * shrink(p);
+}
+
 #if MASK
 #if MASK != 4
 DEV float mask_value(MaskElement v) {
@@ -223,7 +228,7 @@ DEV float add_mask(float x, MaskElement v, const Params& p) {
 #if MASK == 4
     return v ? x : NEG_INF;
 #else
-    return __fmaf_rn(mask_value(v), (SCORE_MOD ? LOG2E : p.inv_scale) * shrink(p), x);
+    return __fmaf_rn(mask_value(v), cell_unit(p), x);
 #endif
 }
 
@@ -535,7 +540,8 @@ DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool masked, 
             a *= unit;
             const float old = f.ref[half];
             // O is not rescaled for less than 2^8.
-            const float above = HEADROOM > 0.0f ? HEADROOM / sc : 0.0f;
+            // The exact division would take a register more.
+            const float above = HEADROOM > 0.0f ? __fdividef(HEADROOM, sc) : 0.0f;
             const bool leads = first || !(old * sc > -16384.0f);
             const float now = leads && (a - old) * sc > 8.0f - HEADROOM ? a + above : old;
             f.ref[half] = now;
@@ -595,6 +601,7 @@ DEV bool is_finite(u16 x) { return (x & 0x7fff) < (F16 ? 0x7c00 : 0x7f80); }
 
 // Above this many powers of two a fused difference is too coarse.
 #define FAR_REFERENCE 16384.0f
+#define LARGEST 3.4028235e38f
 
 // What O is multiplied by in the end, for scores of `sc` a unit; writes the rows' log-sum-exp. `over`: the speculation failed, and
 // the run EXACT is to do the row again, which finds NaN in all of it then.
@@ -612,17 +619,20 @@ DEV void finish(float (&inv)[2], bool (&over)[2], const Soft& f, const Params& p
         sum += __shfl_xor_sync(~0u, sum, 2);
         // In natural units, that of a mask's largest numbers is finite.
         float top = f.ref[half] == NEG_INF ? NEG_INF : clamped(f.ref[half] * natural_unit(p));
-        // With an additive mask all but the tiles that are free of it take differences first.
-        const bool far = !SCORE_MOD && (!MASKS_EXACTLY || CLASSES) && f.ref[half] != NEG_INF &&
-                         fabsf(f.ref[half] * sc) > FAR_REFERENCE;
+        // With an additive mask all but the tiles that are free of it take differences first. Where scores
+        // are modified `sc` is a power of two, and the fused difference is exact until it overflows.
+        const bool far = (SCORE_MOD || !MASKS_EXACTLY || CLASSES) && f.ref[half] != NEG_INF &&
+                         !(fabsf(f.ref[half] * sc) <= (SCORE_MOD ? LARGEST : FAR_REFERENCE));
         over[half] = run < EXACT && (sum >= 1.0e38f || f.ref[half] == infinity || far);
         float part = 1.0f;
         if (p.sinks && sum != 0.0f) {
             const float sink = p.sinks[t.h];
-            const float now = fmaxf(top, sink);
-            part = exp2_fast((top - now) * LOG2E);
-            sum = sum * part + exp2_fast((sink - now) * LOG2E);
-            top = now;
+            // Under an additive mask rounded as its cells are, so that equal huge numbers stay equal.
+            const float above = MASK && MASK != 4 ? (f.ref[half] - __fmul_rn(sink, cell_unit(p))) * sc
+                                                  : (top - sink) * LOG2E;
+            part = exp2_fast(fminf(above, 0.0f));
+            sum = sum * part + exp2_fast(fminf(-above, 0.0f));
+            top = fmaxf(top, sink);
         }
         inv[half] = over[half] ? __int_as_float(0x7fffffff) : sum == 0.0f ? 0.0f : part / sum;
         const int row = r.row + 8 * half;

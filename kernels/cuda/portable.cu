@@ -230,8 +230,9 @@ DEV bool is_finite(const State& state, int r) {
     return zero == 0.0f;
 }
 
-// With one warp's rows a tile, a processor has four threadblocks, as the host counts on.
-#define BLOCKS (WM == 1 ? 4 : 1)
+// With one warp's rows a tile, a processor has four threadblocks, as the host counts on; at large head
+// dims two, since its shared memory holds no more.
+#define BLOCKS (WM > 1 ? 1 : D > 256 ? 2 : 4)
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) u8 raw[];

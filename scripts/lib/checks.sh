@@ -19,8 +19,7 @@ in_checks() {
     CARGO_TARGET_DIR=$checks "$@"
 }
 
-# in_candle COMMAND...: in the workspace of the candle crate. What it builds it builds for release:
-# its tests run real models.
+# in_candle COMMAND...: in the workspace of the candle crate.
 in_candle() {
     (cd crates/mlx-flash-attn-candle && "$@")
 }
@@ -113,29 +112,37 @@ unoptimised() {
     CARGO_PROFILE_DEV_OPT_LEVEL=0 CARGO_PROFILE_DEV_DEBUG=0 in_checks "$@"
 }
 
-# The crates as a user gets them: they build, and no file that they need is left out.
+# What the registry would refuse.
 publish() {
     if $offline; then
         skip "publication" "it asks the registry"
         return
     fi
-    unoptimised cargo publish --dry-run --workspace --locked --allow-dirty
+    # `packages` builds what is in them.
+    unoptimised cargo publish --dry-run --workspace --locked --allow-dirty --no-verify
 }
 
-# The documentation tests of the packages, so that what they include is in the package too.
-doctests() {
-    local packages=$checks/package version folder
+# The crates as a user gets them build, and their documentation tests pass: what they include is in the
+# package too.
+packages() {
+    local packages=$checks/package version folder package patches
     unoptimised cargo package $($offline && echo --offline) --workspace --exclude xtask --locked --allow-dirty \
         --no-verify || return
     version=$(sed -n 's/^version *= *"\(.*\)".*/\1/p' Cargo.toml | head -n 1)
     folder=$(mktemp -d "$scratch/packages.XXXXXX") || return
+    # The registry may not have the other crates yet.
+    patches=()
     for package in msl-emulator mlx-flash-attn; do
-        tar -xzf "$packages/$package-$version.crate" -C "$folder" || return
-        # The registry may not have the other crate yet.
-        (cd "$folder/$package-$version" && unoptimised cargo test --doc --no-fail-fast \
-            $([ "$package" = msl-emulator ] || echo "${features[@]}") \
-            --config "patch.crates-io.msl-emulator.path='$folder/msl-emulator-$version'") || return
+        patches+=(--config "patch.crates-io.$package.path='$folder/$package-$version'")
     done
+    for package in msl-emulator mlx-flash-attn mlx-flash-attn-cli; do
+        tar -xzf "$packages/$package-$version.crate" -C "$folder" || return
+    done
+    (cd "$folder/msl-emulator-$version" && unoptimised cargo test --doc --no-fail-fast) &&
+        (cd "$folder/mlx-flash-attn-$version" &&
+            unoptimised cargo test --doc --no-fail-fast "${features[@]}" "${patches[@]:0:2}") &&
+        (cd "$folder/mlx-flash-attn-cli-$version" &&
+            unoptimised cargo check "${features[@]}" "${patches[@]}")
 }
 
 # -- What runs the code ----------------------------------------------------------------------------
@@ -210,7 +217,8 @@ cuda_gpu() {
 # the manifest knows by their text, options and compiler are not compiled again.
 cuda_kernels() {
     need_nvrtc || { skip "CUDA kernels" "NVRTC $nvrtc_version is not installed and pip cannot bring it"; return; }
-    MLX_FLASH_NVRTC=$nvrtc "$built/debug/xtask" cubins "$@" $cuda_archs
+    # What NVRTC has in a cache of its own it returns without a report of registers and spills.
+    CUDA_CACHE_DISABLE=1 MLX_FLASH_NVRTC=$nvrtc "$built/debug/xtask" cubins "$@" $cuda_archs
 }
 
 # That no Metal kernel keeps an array in memory that belongs in registers.
@@ -222,16 +230,17 @@ metal_registers() {
 # -- candle ----------------------------------------------------------------------------------------
 
 candle_tests() {
-    in_candle cargo test --release --locked --no-fail-fast --lib --test "*" -- --show-output &&
-        in_candle cargo test --release --locked --doc
+    in_candle cargo test --locked --no-fail-fast --lib --test "*" -- --show-output &&
+        in_candle cargo test --locked --doc
 }
 
-# Tests that need the weights are ignored elsewhere. One at a time: some count time and memory.
+# models [ARGUMENT...]: tests that need the weights, which are ignored elsewhere; with arguments of the
+# test program. One at a time: some count time and memory.
 models() {
     need_models || { skip "real models" "scripts/fetch-models could not install the weights"; return; }
-    in_candle cargo test --release --locked --no-fail-fast --examples -- \
-        --include-ignored --test-threads 1 --nocapture || return
-    in_candle cargo run --release --locked --quiet --example gemma3 -- \
+    in_candle cargo test --locked --no-fail-fast --examples -- \
+        --include-ignored --test-threads 1 --nocapture "$@" || return
+    in_candle cargo run --locked --quiet --example gemma3 -- \
         "The capital of France is" | tee "$scratch/gemma3" || return
     grep -q "40 generated" "$scratch/gemma3"
 }
@@ -239,5 +248,5 @@ models() {
 embeddings() {
     need_models || { skip "embeddings" "scripts/fetch-models could not install the weights"; return; }
     (cd crates/mlx-flash-attn-candle && ../../scripts/check-embed \
-        cargo run --release --locked --quiet --example embed --)
+        cargo run --locked --quiet --example embed --)
 }

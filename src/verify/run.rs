@@ -418,7 +418,8 @@ fn read(
     }
     let written = rows.iter().map(|(first, _)| (*first, dim));
     buffers.out.check_written("out", written, failures)?;
-    let values = Values::from_bytes(problem.dtype(), buffers.out.view.as_slice()?)?;
+    let out = buffers.out.view.read()?;
+    let values = Values::from_bytes(problem.dtype(), &out)?;
     let mut o = vec![f64::NAN; rows.len() * dim];
     for (first, row) in &rows {
         for d in 0..dim {
@@ -430,7 +431,7 @@ fn read(
         Some(lse) => {
             let written = std::iter::once((0, rows.len()));
             lse.check_written("lse", written, failures)?;
-            Some(lse.view.as_slice::<f32>()?.to_vec())
+            Some(lse.view.read::<f32>()?.to_vec())
         }
     };
     Ok((o, lse))

@@ -115,7 +115,6 @@ fn finite_masks_and_sinks_of_any_size_give_their_value() {
                         (of_high + if below == 0.0 { 0.0 } else { below * of_low }) / total
                     };
                     let want: Vec<f64> = (0..dim).map(mean).collect();
-                    let want_lse = f64::from(high) + total.ln();
                     for sinks in [None, Some([f32::NEG_INFINITY, -3e38]), Some([3e38, high])] {
                         let problem = if sinks.is_some() { &sunk } else { &plain };
                         let buffer = sinks.map(|x| upload(&device, &x, DType::F32, &[2]));
@@ -124,9 +123,12 @@ fn finite_masks_and_sinks_of_any_size_give_their_value() {
                         for row in 0..2 * rows {
                             let sink =
                                 sinks.map_or(f64::NEG_INFINITY, |x| f64::from(x[row / rows]));
-                            let top = want_lse.max(sink);
-                            let lse_want = top + ((want_lse - top).exp() + (sink - top).exp()).ln();
-                            let share = (want_lse - lse_want).exp();
+                            // Beside a huge `high` the logarithm of `total` is lost, even in f64.
+                            let high = f64::from(high);
+                            let share = total / (total + (sink - high).exp());
+                            let top = high.max(sink);
+                            let lse_want =
+                                top + (total * (high - top).exp() + (sink - top).exp()).ln();
                             let scaled: Vec<f64> = want.iter().map(|x| x * share).collect();
                             let got = &got[row * dim..][..dim];
                             let right = if share < 1e-30 {

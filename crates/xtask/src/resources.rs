@@ -16,7 +16,8 @@ impl Resources {
         let resources = parse(log);
         if resources.registers == 0 {
             return Err(format!(
-                "the compiler's log has no report of its resources:\n{log}"
+                "the compiler's log has no report of its resources (one from NVRTC's own cache has none: \
+                 set CUDA_CACHE_DISABLE=1):\n{log}"
             ));
         }
         Ok(resources)
