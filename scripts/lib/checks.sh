@@ -62,11 +62,11 @@ msrv() {
         in_checks rustup run "$toolchain" cargo check --locked -p mlx-flash-attn-cli --bins "${features[@]}"
 }
 
-# Workspaces that no other step builds.
+# other_workspaces [ARGUMENT...]: workspaces that no other step builds; with arguments for the peers'.
 other_workspaces() {
     # Nothing is linked, so libFuzzer need not be compiled.
     (cd fuzz && CUSTOM_LIBFUZZER_PATH=/libfuzzer.a in_checks cargo check --locked --all-targets) &&
-        (cd crates/peers && in_checks cargo check --locked --workspace --all-targets)
+        (cd crates/peers && in_checks cargo check --locked --all-targets "$@")
 }
 
 deny() {
@@ -112,13 +112,12 @@ unoptimised() {
     CARGO_PROFILE_DEV_OPT_LEVEL=0 CARGO_PROFILE_DEV_DEBUG=0 in_checks "$@"
 }
 
-# What the registry would refuse.
+# What the registry would refuse. That the packages build is another check, `packages`.
 publish() {
     if $offline; then
         skip "publication" "it asks the registry"
         return
     fi
-    # `packages` builds what is in them.
     unoptimised cargo publish --dry-run --workspace --locked --allow-dirty --no-verify
 }
 
@@ -164,6 +163,10 @@ tests() {
 # What is too slow for every run, and ignored there.
 slow_tests() {
     cargo test $locked --workspace "${features[@]}" --lib -- --ignored --show-output barrier
+}
+
+documentation_tests() {
+    cargo test $locked --workspace "${features[@]}" --doc --no-fail-fast
 }
 
 main_job() {

@@ -282,6 +282,17 @@ type Run = Box<dyn Fn(&MlxDevice, &mut KernelRegistry) -> Result<Vec<u8>>>;
 
 #[test]
 fn every_kernel_is_clean_and_gives_the_same_bits_in_any_order() {
+    orders(&SEEDS[..1]);
+}
+
+#[test]
+#[ignore = "takes minutes: scripts/test --all"]
+fn barriers_order_every_kernel_in_more_orders() {
+    orders(&SEEDS[1..]);
+}
+
+/// Runs every kernel in the order of the emulator's, and in random ones, checked and not.
+fn orders(seeds: &[u64]) {
     let mut runs: Vec<(String, Run)> = Vec::new();
     for variant in variant::PREFILL {
         for (nsg, full) in [(None, false), (None, true), (Some(4), true)] {
@@ -306,11 +317,11 @@ fn every_kernel_is_clean_and_gives_the_same_bits_in_any_order() {
     let Some(plain) = device(false, None) else {
         return;
     };
-    let mut others: Vec<_> = SEEDS
+    let mut others: Vec<_> = seeds
         .iter()
         .filter_map(|s| device(true, Some(*s)))
         .collect();
-    others.extend(device(false, Some(SEEDS[0])));
+    others.extend(device(false, Some(seeds[0])));
     let mut registry = KernelRegistry::new();
     let mut wrong = Vec::new();
     for (name, run) in &runs {
