@@ -164,3 +164,31 @@ fn every_finite_mask_and_sink_counts_as_in_float64() {
         }
     }
 }
+
+#[test]
+fn a_softcap_of_any_size_caps_as_in_float64() {
+    for device in devices() {
+        for (n, cap) in [1e-3, 0.5, 50.0, 1e4, 1e20, 1e30, 5e37, 1e38, f32::MAX]
+            .into_iter()
+            .enumerate()
+        {
+            for dtype in DTYPES {
+                let data = Qkv::new(60 + n as u64, dtype, shape([1, 2, 1], (9, 40), 64));
+                let problem = data.builder().softcap(cap).build().unwrap();
+                let (_, got) = data.run(&device, &problem);
+                let [q, k, v] = [&data.q, &data.k, &data.v];
+                let inputs = Inputs {
+                    q: Values::F32(q),
+                    k: Values::F32(k),
+                    v: Values::F32(v),
+                    mask: None,
+                    sinks: None,
+                    alibi_slopes: None,
+                };
+                let want = oracle::attention(&problem, &inputs, Precision::Exact).unwrap();
+                let what = format!("{} {dtype} softcap {cap}", device.kind());
+                assert_close(&what, &got, &want.o, dtype);
+            }
+        }
+    }
+}

@@ -89,7 +89,10 @@ impl Simd for Avx2 {
             let u = _mm256_castps_si256(v);
             let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(u), _mm256_set1_epi32(1));
             let up = _mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff));
-            let top = _mm256_srli_epi32::<16>(up);
+            // Rounding carries a NaN's bits over into its exponent and sign; it is made quiet instead.
+            let quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x0040_0000));
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+            let top = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(up, quiet, nan));
             let low = _mm256_castsi256_si128(top);
             let packed = _mm_packus_epi32(low, _mm256_extracti128_si256::<1>(top));
             _mm_storeu_si128(at.cast(), packed)

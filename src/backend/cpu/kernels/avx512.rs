@@ -77,7 +77,10 @@ impl Simd for Avx512 {
             let u = _mm512_castps_si512(v);
             let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(u), _mm512_set1_epi32(1));
             let up = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
-            _mm256_storeu_si256(at.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(up)))
+            // Rounding carries a NaN's bits over into its exponent and sign; it is made quiet instead.
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let top = _mm512_mask_or_epi32(up, nan, u, _mm512_set1_epi32(0x0040_0000));
+            _mm256_storeu_si256(at.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(top)))
         };
         fn store_f16(self, at: *mut f16, v: __m512) = _mm256_storeu_si256(
             at.cast(), _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v));

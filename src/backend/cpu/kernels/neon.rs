@@ -97,7 +97,9 @@ impl Simd for Neon {
             let u = vreinterpretq_u32_f32(v);
             let odd = vandq_u32(vshrq_n_u32::<16>(u), vdupq_n_u32(1));
             let up = vaddq_u32(vaddq_u32(u, odd), vdupq_n_u32(0x7fff));
-            vst1_u16(at.cast(), vshrn_n_u32::<16>(up))
+            // Rounding carries a NaN's bits over into its exponent and sign; it is made quiet instead.
+            let quiet = vorrq_u32(u, vdupq_n_u32(0x0040_0000));
+            vst1_u16(at.cast(), vshrn_n_u32::<16>(vbslq_u32(vceqq_f32(v, v), up, quiet)))
         };
         fn store_f16(self, at: *mut f16, v: float32x4_t) = {
             let narrow: uint16x4_t;

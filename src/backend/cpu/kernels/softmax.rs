@@ -207,6 +207,12 @@ unsafe fn hide_edges<K: Kernel, const NR: usize>(kernel: K, row: &Row, at: *mut 
     }
 }
 
+/// From this cap on, what is flushed of a score divided by it could be seen.
+const HUGE_CAP: f32 = 1e30;
+
+/// Up to this part of the cap, a score is what it is without one, to the last bit of f32.
+const LINEAR: f32 = 1.0 / 8192.0;
+
 /// Applies the softcap, then the mask and ALiBi.
 #[inline(always)]
 unsafe fn decorate<K: Kernel, const NR: usize>(
@@ -266,7 +272,13 @@ unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
         unsafe {
             let mut x = s.load(at.add(vector * lanes));
             if call.softcap.is_some() {
-                x = s.mul(math::tanh(s, s.mul(x, s.splat(uncap))), s.splat(cap));
+                let capped = s.mul(math::tanh(s, s.mul(x, s.splat(uncap))), s.splat(cap));
+                // Below a cap this large usual scores, divided by it, are flushed to 0.
+                x = if cap < HUGE_CAP {
+                    capped
+                } else {
+                    s.pick(s.gt(s.abs(x), s.splat(cap * LINEAR)), capped, x)
+                };
             }
             if masked {
                 let left = place.key_len.saturating_sub(column);

@@ -176,6 +176,19 @@ impl Task for Conversions {
             assert_eq!(b[0].to_bits(), bf16::from_f32(x).to_bits(), "{x}");
             assert_eq!(h[0].to_bits(), f16::from_f32(x).to_bits(), "{x}");
         }
+        // A NaN of any bits stays one: all of the fraction, its last bit, either sign.
+        for bits in [
+            0x7fff_ffff,
+            0xffff_ffff,
+            0x7fff_8000,
+            0x7f80_0001,
+            0xffc0_0000,
+        ] {
+            let mut b = vec![bf16::ZERO; S::LANES];
+            // SAFETY: the slice holds a vector.
+            unsafe { s.store_bf16(b.as_mut_ptr(), s.splat(f32::from_bits(bits))) };
+            assert!(b.iter().all(|x| x.is_nan()), "{bits:x}: {}", b[0]);
+        }
     }
 }
 
