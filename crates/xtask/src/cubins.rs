@@ -191,14 +191,10 @@ fn each_compiled(
             let (sender, next) = (sender.clone(), &next);
             scope.spawn(move || {
                 while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let resources = || {
-                        let image = compiler.compile(source).map_err(|e| e.to_string())?;
-                        Resources::read(&image.log)
-                    };
-                    // NVRTC at times returns an empty log while other threads compile.
-                    let compiled = resources()
-                        .or_else(|_| resources())
-                        .or_else(|_| resources());
+                    let compiled = compiler
+                        .compile(source)
+                        .map_err(|e| e.to_string())
+                        .and_then(|image| Resources::read(&image.log));
                     // The receiver outlives the threads.
                     let _ = sender.send((*source, compiled));
                 }
