@@ -17,6 +17,14 @@ enum Run {
     DONE,
 };
 
+// A bool known when compiling.
+template <bool B>
+struct Is {
+    DEV_MEMBER constexpr operator bool() const { return B; }
+};
+typedef Is<true> Yes;
+typedef Is<false> No;
+
 template <bool F16_BITS> DEV u32 cleaned_element(u32 x, int run) {
     const u32 infinity = F16_BITS ? 0x7c00 : 0x7f80, one = F16_BITS ? 0x3c00 : 0x3f80;
     const u32 magnitude = x & 0x7fff;

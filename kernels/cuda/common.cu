@@ -35,13 +35,6 @@ DEV u16 f32_to_f16(float x) {
     return bits;
 }
 
-// Infinity as the largest number, so that a maximum can be subtracted from it; NaN stays.
-DEV float at_most_finite(float x) {
-    float y;
-    asm("min.NaN.f32 %0, %1, 0f7f7fffff;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 DEV u32 shared_address(const void* at) { return u32(__cvta_generic_to_shared(at)); }
 
 // Copies 16 bytes, or zeros where there is nothing to copy.

@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(32) partials(const float* q, const 
             }
 #pragma unroll
             for (int other = 16; other > 0; other /= 2) dot += __shfl_xor_sync(ALL_LANES, dot, other);
-            x[j] = at_most_finite(dot * p.scale);
+            x[j] = clamped(dot * p.scale);
             if (p.softcap != 0.0f) x[j] = p.softcap * tanhf(x[j] / p.softcap);
             if (k0 + j >= p.kv_seq_len) x[j] = NEG_INF;
             highest = fmaxf(highest, x[j]);

@@ -49,12 +49,13 @@ template <int N, int TYPE> DEV void load(float* to, const void* from, i64 offset
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) float shared[];
-    for (int run = PLAIN; run != DONE;) {
+    // A run over the threadblock's rows; whether they are finite. The first is compiled apart from the others.
+    auto rows = [&](auto, const int run) {
         // Opaque, lest what a later run takes be kept in registers through the first.
         u32 block = blockIdx.x;
         asm volatile("" : "+r"(block));
         const Tile t = tile_of(p, block);
-        if (t.m0 >= t.sq) return;
+        if (t.m0 >= t.sq) return true;
 
         float* sm_q = shared;
         float* sm_kv = sm_q + BM * STRIDE;
@@ -215,7 +216,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
                 store_lse(p, t, row, f.lse);
             }
         }
-        if (__syncthreads_and(finite) && run == PLAIN) return;
-        run = run == CLEAN ? UPWARD : run + 1;
-    }
+        return __syncthreads_and(finite) != 0;
+    };
+    if (rows(Yes(), PLAIN)) return;
+    for (int run = CLEAN; run != DONE; run = run == CLEAN ? UPWARD : run + 1) rows(No(), run);
 }

@@ -1,5 +1,5 @@
-// Attention forward for Hopper, head dims up to 256. The host puts hopper_ptx.cu and
-// hopper_core.cu before this text.
+// Attention forward for Hopper, head dims up to 256. The host puts hopper_ptx.cu, careful.cu,
+// hopper_tiles.cu and the files that it names before this text.
 //
 // One producer warpgroup (one thread of it issues bulk tensor copies) and WGS consumer warpgroups
 // of 64 query rows each. K and V pass through rings of STAGES tiles. A consumer issues the next
@@ -11,7 +11,7 @@
 //
 // What the host gives:
 // - macros: D, BN (a multiple of 16), WGS, STAGES and QBUF (powers of two), REGS_PRODUCER,
-//   REGS_CONSUMER, and hopper_core.cu's options;
+//   REGS_CONSUMER, and hopper_tiles.cu's options;
 // - arguments: four tensor maps by value and Params. A map has dims (D, rows, heads, batch), strides of
 //   the same, 16-bit elements, the 128-byte swizzle, 0 where nothing is, and a box of 64 columns and
 //   64 rows for Q and O, BN rows for K and V. Packed sequences: rows of all in one, batch 1, O unused;
@@ -28,6 +28,8 @@
 #ifndef QBUF // tiles of Q, so that a CTA with several loads the next one early
 #define QBUF 1
 #endif
+
+#define BAR_PARKED 7 // named barriers: this, and 8 + w within consumer warpgroup w
 
 // Where one is in a ring of N slots, a power of two.
 template <int N>
@@ -135,7 +137,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
         if (warp > CLASSES + 1) return;
         if (warp == CLASSES + 1) {
-            // The last warp cleans V in runs after the first, between its copy and the consumers.
+            // The last warp cleans V in runs after the first, between its copy and the consumers. Until then it
+            // is parked: to ask a memory barrier again and again takes issue slots from the consumers.
+            named_sync(BAR_PARKED, 128 * WGS + 32);
             int run = PLAIN;
             u32 cleaned = 0;
             while (run != DONE) {
@@ -625,7 +629,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         stored();
     };
     tiles(Yes(), PLAIN);
-    if (tid == 0) sh->v_at = rv.at;
+    if (tid == 0) {
+        sh->v_at = rv.at;
+    }
+    named_arrive(BAR_PARKED, 128 * WGS + 32);
     for (int run = PLAIN;;) {
         named_sync(8 + wg, 128);
         if (tid == 0) bar_arrive(verdict + 8 * run);

@@ -1,5 +1,5 @@
-// Attention forward for Hopper at head dim 512. The host puts hopper_ptx.cu and hopper_core.cu
-// before this text.
+// Attention forward for Hopper at head dim 512. The host puts before this text what hopper.cu
+// has before it.
 //
 // A cluster of two CTAs takes 128 query rows, 64 each, and reads every key tile once: each CTA
 // issues every other copy, to both. In a CTA the first consumer warpgroup computes the scores, the

@@ -45,10 +45,10 @@ extern "C" __global__ void __launch_bounds__(32) classify(const u16* mask, u8* c
 // Of eight keys and `rows` rows. `AT_ONCE` loads are under way together; past the last row it comes again.
 template <int AT_ONCE> DEV Cells column(const u16* at, i64 row_stride, int rows) {
     Cells cells;
-    for (int row = 0; row < rows; row += AT_ONCE) {
+    for (u32 row = 0; row < u32(rows); row += AT_ONCE) {
         uint4 x[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) x[i] = *(const uint4*)(at + min(row + i, rows - 1) * row_stride);
+        for (int i = 0; i < AT_ONCE; i++) x[i] = *(const uint4*)(at + i64(min(row + i, u32(rows) - 1)) * row_stride);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             cells.add(x[i].x);

@@ -1,7 +1,7 @@
 // What happens to a score between Q K^T and the softmax, besides its scale.
 
 // Never fused, so that all forms agree.
-DEV float scaled(float s, const Params& p) { return at_most_finite(__fmul_rn(s, p.scale)); }
+DEV float scaled(float s, const Params& p) { return clamped(__fmul_rn(s, p.scale)); }
 
 #if GENERAL
 // Adds the mask's cell to each score, as the class of its class tile says: 0 hides whatever the mask

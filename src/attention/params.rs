@@ -291,7 +291,7 @@ mod tests {
     #[test]
     fn hopper_kernels_read_the_first_fields() {
         let ours = fields(CUDA_PARAMS_TEXT);
-        let theirs = fields(include_str!("../../kernels/cuda/hopper_core.cu"));
+        let theirs = fields(include_str!("../../kernels/cuda/hopper_tiles.cu"));
         assert_eq!(ours.iter().map(|(_, size)| size).sum::<usize>(), 336);
         assert!(theirs.len() > 25);
         assert_eq!(ours[..theirs.len()], theirs);

@@ -14,6 +14,10 @@ pub(super) struct Machine {
 /// A bound that no position is past: lengths and offsets are less for whoever asks.
 pub(super) const FAR: i32 = 1 << 30;
 
+/// The largest softcap of the kernels whose tanh comes from an exponential: its error, a part of the cap,
+/// stays below that of a weight in 16 bits.
+const LARGEST_CAP: f32 = 256.0;
+
 /// Most parts that the keys would be cut into where a kernel that cannot cut them is still taken.
 const FEW_PARTS: usize = 3;
 
@@ -29,6 +33,7 @@ pub(super) fn takes(row: &Row, problem: &Problem, round: bool, machine: Machine)
     }
     // Scores are taken in units of the scale, which must not make them or a mask overflow.
     let scale = (1.0 / 65_536.0..=1.0).contains(&problem.scale());
+    let capped = problem.softcap().is_none_or(|cap| cap <= LARGEST_CAP);
     let near = |n: usize| n < FAR as usize / 2;
     let offset = match problem.query_offset() {
         QueryOffset::At(n) => n.unsigned_abs() < FAR as u64 / 2,
@@ -38,6 +43,7 @@ pub(super) fn takes(row: &Row, problem: &Problem, round: bool, machine: Machine)
     let tiles = tiles(problem, row, 1).unwrap_or(usize::MAX);
     let (apart, together) = shared(problem, row.bm);
     scale
+        && capped
         && near(shape.query_len)
         && near(shape.key_len)
         && offset

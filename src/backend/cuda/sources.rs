@@ -6,9 +6,23 @@ use crate::attention::params;
 const COMMON: &str = include_str!("../../../kernels/cuda/common.cu");
 const CAREFUL: &str = include_str!("../../../kernels/cuda/careful.cu");
 const TILES: &str = include_str!("../../../kernels/cuda/tiles.cu");
-const HOPPER_PTX: &str = include_str!("../../../kernels/cuda/hopper_ptx.cu");
-const HOPPER_CORE: &str = include_str!("../../../kernels/cuda/hopper_core.cu");
 const SCORES: &str = include_str!("../../../kernels/cuda/scores.cu");
+
+/// What both Hopper kernels share, and the text of one.
+macro_rules! hopper {
+    ($kernel:literal) => {
+        &[
+            include_str!("../../../kernels/cuda/hopper_ptx.cu"),
+            CAREFUL,
+            include_str!("../../../kernels/cuda/hopper_tiles.cu"),
+            include_str!("../../../kernels/cuda/hopper_classes.cu"),
+            include_str!("../../../kernels/cuda/hopper_scores.cu"),
+            include_str!("../../../kernels/cuda/hopper_rows.cu"),
+            include_str!("../../../kernels/cuda/hopper_softmax.cu"),
+            include_str!($kernel),
+        ]
+    };
+}
 
 /// Attention in 16 bits, for compute capability 8.0 and later.
 pub(super) static PORTABLE: &[&str] = &[
@@ -21,20 +35,10 @@ pub(super) static PORTABLE: &[&str] = &[
 ];
 
 /// Attention in 16 bits for Hopper, with its own primitives.
-pub(super) static HOPPER: &[&str] = &[
-    HOPPER_PTX,
-    CAREFUL,
-    HOPPER_CORE,
-    include_str!("../../../kernels/cuda/hopper.cu"),
-];
+pub(super) static HOPPER: &[&str] = hopper!("../../../kernels/cuda/hopper.cu");
 
 /// The same at head dim 512.
-pub(super) static HOPPER_WIDE: &[&str] = &[
-    HOPPER_PTX,
-    CAREFUL,
-    HOPPER_CORE,
-    include_str!("../../../kernels/cuda/hopper512.cu"),
-];
+pub(super) static HOPPER_WIDE: &[&str] = hopper!("../../../kernels/cuda/hopper512.cu");
 
 /// Attention in f32.
 pub(super) static FMA: &[&str] = &[
@@ -49,6 +53,7 @@ pub(super) static FMA: &[&str] = &[
 /// The join of partial results.
 pub(super) static COMBINE: &[&str] = &[
     COMMON,
+    CAREFUL,
     params::CUDA_PARAMS_TEXT,
     SCORES,
     include_str!("../../../kernels/cuda/combine.cu"),
@@ -65,6 +70,7 @@ pub(super) static MASKS: &[&str] = &[
 /// Decode.
 pub(super) static DECODE: &[&str] = &[
     COMMON,
+    CAREFUL,
     params::VEC_PARAMS_TEXT,
     include_str!("../../../kernels/cuda/decode.cu"),
 ];

@@ -1,0 +1,131 @@
+// Tile classes: what a thread's rows need of a key tile's mask, and which key tiles are skipped.
+
+#if CLASSES
+#define ACROSS (BN / CLASS_KEYS) // classes of a row of class tiles that a key tile has
+// Whether those can be read four at a time.
+DEV bool classes_in_words(const Params& p) {
+    return ACROSS % 4 == 0 && (((u64)p.classes | p.classes_stride) & 3) == 0;
+}
+#endif
+
+// The classes of a thread's two rows in a key tile: a mask is read and added in tiles of class 1 alone.
+// Below head dim 512 a warp's 16 rows have the same.
+struct Cells {
+#if CLASSES && CLASS_ROWS < 16
+    u32 of_row[2];
+    DEV_MEMBER u32 of(int half, int) const { return of_row[half]; }
+#elif CLASSES
+    u32 word[(ACROSS + 3) / 4];
+    DEV_MEMBER u32 of(int, int column) const {
+        const int at = column / CLASS_KEYS;
+        return word[at / 4] >> (8 * (at % 4)) & 0xff;
+    }
+#else
+    DEV_MEMBER u32 of(int, int) const { return 1; }
+#endif
+};
+
+DEV Cells cells_of(const Params& p, const Rows& r, int tile) {
+    Cells cells;
+#if CLASSES && CLASS_ROWS < 16
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        cells.of_row[half] = p.classes[min(r.row + 8 * half, r.sq - 1) / CLASS_ROWS * p.classes_stride + tile];
+#elif CLASSES
+    const u8* at = p.classes + min(r.row, r.sq - 1) / CLASS_ROWS * p.classes_stride + tile * ACROSS;
+    const int keys = min(ACROSS, (r.sk + CLASS_KEYS - 1) / CLASS_KEYS - tile * ACROSS);
+    if (classes_in_words(p) && keys == ACROSS) {
+#pragma unroll
+        for (int i = 0; i < ACROSS / 4; i++) cells.word[i] = ((const u32*)at)[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < (ACROSS + 3) / 4; i++) cells.word[i] = 0;
+#pragma unroll
+        for (int i = 0; i < ACROSS; i++)
+            cells.word[i / 4] |= (i < keys ? (u32)at[i] : 0) << (8 * (i % 4));
+    }
+#endif
+    return cells;
+}
+
+#if CLASSES
+// What the class tiles of query tile `t` and key tile `tile` say of each 64 rows w: bit w, some key is
+// visible to some row; bit 8 + w, some is hidden or biased.
+DEV u32 class_of(const Params& p, const Tile& t, int tile) {
+    const int down = 64 / CLASS_ROWS;
+    const int keys = min(ACROSS, (t.sk + CLASS_KEYS - 1) / CLASS_KEYS - tile * ACROSS);
+    const bool words = classes_in_words(p) && keys == ACROSS;
+    const int rows = (t.sq - 1) / CLASS_ROWS - t.m0 / CLASS_ROWS; // past the last that one again
+    const u8* first = p.classes + tile * ACROSS + t.m0 / CLASS_ROWS * p.classes_stride;
+    u32 zero[BM / 64], two[BM / 64]; // bits of the classes, and of their difference from 2
+    if (words) {
+        // No load waits for another.
+#pragma unroll
+        for (int w = 0; w < BM / 64; w++) {
+            u32 x[down * (ACROSS + 3) / 4];
+#pragma unroll
+            for (int i = 0; i < down * ACROSS / 4; i++)
+                x[i] = ((const u32*)(first + min(w * down + i % down, rows) * p.classes_stride))[i / down];
+            zero[w] = two[w] = 0;
+#pragma unroll
+            for (int i = 0; i < down * ACROSS / 4; i++) {
+                zero[w] |= x[i];
+                two[w] |= x[i] ^ 0x02020202u;
+            }
+        }
+    } else {
+#pragma unroll
+        for (int w = 0; w < BM / 64; w++) {
+            zero[w] = two[w] = 0;
+#pragma unroll 1
+            for (int i = 0; i < down * keys; i++) {
+                const u8 x = first[min(w * down + i % down, rows) * p.classes_stride + i / down];
+                zero[w] |= x;
+                two[w] |= x ^ 2;
+            }
+        }
+    }
+    u32 out = 0;
+#pragma unroll
+    for (int w = 0; w < BM / 64; w++) {
+        bool part = (tile + 1) * BN > t.sk;
+#if RIGHT
+        part |= (tile + 1) * BN - 1 > t.m0 + 64 * w + t.q_off + p.right;
+#endif
+#if LEFT
+        part |= tile * BN < min(t.m0 + 64 * w + 64, t.sq) - 1 + t.q_off - p.left;
+#endif
+        out |= (zero[w] ? (two[w] || part ? 0x101 : 1) : 0x100) << w;
+    }
+    return out;
+}
+
+// The key tiles of `t` that are not skipped, last first, by one warp: `list` has tile | 0x400 << w if
+// something is hidden from the 64 rows w, which see no more than entries [from[w], to[w]). Returns how
+// many.
+DEV int list_tiles(u16* list, int* from, int* to, const Params& p, const Tile& t, int lane) {
+    int len = 0, first = 0, end = 0; // the last two of the 64 rows that are this lane's
+    for (int at = t.hi - 1; at >= t.lo; at -= 32) {
+        const int tile = at - lane;
+        const u32 c = tile >= t.lo ? class_of(p, t, tile) : 0;
+        const u32 some = __ballot_sync(~0u, c & 0xff);
+        if (c & 0xff) list[len + __popc(some & ((1u << lane) - 1))] = (u16)(tile | c >> 8 << 10);
+        u32 seen = 0;
+#pragma unroll
+        for (int w = 0; w < BM / 64; w++) {
+            const u32 of_w = __ballot_sync(~0u, c >> w & 1);
+            if (lane == w) seen = of_w;
+        }
+        if (seen) {
+            if (end == 0) first = len + __popc(some & ((seen & -seen) - 1));
+            end = len + __popc(some & (~0u >> __clz(seen)));
+        }
+        len += __popc(some);
+    }
+    if (lane < BM / 64) {
+        from[lane] = first;
+        to[lane] = end;
+    }
+    return len;
+}
+#endif

@@ -1,0 +1,201 @@
+// What happens to scores between Q K^T and the softmax: softcap, ALiBi, masks and bounds.
+
+#if MASK
+#if MASK != 4
+DEV float mask_value(MaskElement v) {
+#if MASK == 1
+    return bf16_to_f32(v);
+#elif MASK == 2
+    return f16_to_f32(v);
+#else
+    return v;
+#endif
+}
+#endif
+
+// A hidden cell of an additive mask gives -infinity where x is finite, else NaN: that ends in the run
+// CLEAN, which has `select_mask`.
+DEV float add_mask(float x, MaskElement v, const Params& p) {
+    x *= shrink(p);
+#if MASK == 4
+    return v ? x : NEG_INF;
+#else
+    return __fmaf_rn(mask_value(v), cell_unit(p), x);
+#endif
+}
+
+
+// What classes hidden and free of mask say of two neighbours.
+DEV MaskPair pair_of(bool hidden) {
+#if MASK == 1
+    return hidden ? 0xff80ff80u : 0u;
+#elif MASK == 2
+    return hidden ? 0xfc00fc00u : 0u;
+#elif MASK == 3
+    const float f = hidden ? NEG_INF : 0.0f;
+    return make_float2(f, f);
+#else
+    return hidden ? 0 : 0x0101;
+#endif
+}
+
+DEV MaskElement single_of(bool hidden) {
+#if MASK == 3
+    return pair_of(hidden).x;
+#else
+    return (MaskElement)pair_of(hidden);
+#endif
+}
+
+// Brings a warpgroup's rows of the mask for key tile `tile` near.
+template <int N>
+DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, int tile, int tid) {
+    tid = anew(tid);
+    const u32 lines = (N * sizeof(MaskElement) + 127) / 128, per = 128 / sizeof(MaskElement);
+#pragma unroll
+    for (int i = 0; i < (64 * lines + 127) / 128; i++) {
+        const u32 at = i * 128 + (u32)tid;
+        const int row = t.m0 + row0 + (int)(at / lines), col = tile * N + (int)(at % lines * per);
+        if (row < t.sq && col < t.sk)
+            asm volatile("prefetch.global.L1 [%0];" ::"l"(
+                (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + col)));
+    }
+}
+#endif
+
+template <int N> DEV void clamp_all(float (&s)[N]) {
+#pragma unroll
+    for (int j = 0; j < N; j++) s[j] = clamped(s[j]);
+}
+
+#if SCORE_MOD
+// Scores scaled and capped, c tanh(x scale / c), in log2 units. The difference loses bits of a score far
+// below the cap, so the host gives no large caps.
+template <int N> DEV void cap_scores(float (&s)[N], const Params& p, const Rows& r) {
+    if (p.softcap == 0.0f) {
+#pragma unroll
+        for (int j = 0; j < N; j++) s[j] *= p.scale_log2;
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++) s[j] = r.cap_out - 2.0f * r.cap_out * rcp_fast(exp2_fast(s[j] * r.cap_in) + 1.0f);
+}
+#endif
+
+#if MASK && MASK != 4
+// Adds an additive mask in runs after the first: the scores of hidden cells are -infinity, whatever they were.
+template <int N>
+DEV void select_mask(float (&s)[N / 2], const Params& p, const Rows& r, int c0, const Cells& cells) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = min(r.row + 8 * half, r.sq - 1);
+        const MaskElement* at =
+            (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + c0);
+#pragma unroll
+        for (int j = 0; j < N / 4; j++) {
+            const int column = 8 * (j / 2) + j % 2;
+            const u32 cell = cells.of(half, 8 * (j / 2));
+            MaskElement v = single_of(cell == 0);
+            // Volatile, so that few are under way: each takes a register.
+            if (cell == 1 && c0 + column < r.sk) v = *(const volatile MaskElement*)(at + column);
+            float& x = s[4 * (j / 2) + 2 * half + j % 2];
+            x = mask_value(v) == NEG_INF ? NEG_INF : add_mask(x, v, p);
+            if (j % 4 == 3) __syncwarp(); // ptxas moves no load past it
+        }
+    }
+}
+#endif
+
+// What happens to scores before the softmax, for key tile `tile`.
+template <int N>
+DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, bool masked, int run,
+                const Cells& cells = Cells()) {
+    const int c0 = tile * N + r.col;
+    if (run >= EXACT) clamp_all(s);
+#if SCORE_MOD
+    cap_scores(s, p, r);
+    if (p.slopes) {
+#pragma unroll
+        for (int j = 0; j < N / 2; j++) {
+            int col = c0 + 8 * (j / 4) + (j & 1);
+            int pos = r.pos + ((j >> 1) & 1) * 8;
+            s[j] -= r.slope * fabsf((float)(pos - col));
+        }
+    }
+    if (run >= EXACT) clamp_all(s);
+#endif
+    if (!masked) return;
+#if MASK
+#if MASK != 4
+    const bool selected = run != PLAIN;
+    if (selected) select_mask<N>(s, p, r, c0, cells);
+#else
+    const bool selected = false;
+#endif
+    const bool whole = tile * N + N <= r.sk;
+    // Two neighbours can be read at once.
+    const bool pairs = (((u64)p.mask / sizeof(MaskElement) | p.mask_strides[0] | p.mask_strides[1] |
+                         p.mask_strides[2]) & 1) == 0;
+#pragma unroll
+    for (int half = 0; half < 2 && !selected; half++) {
+        const int row = min(r.row + 8 * half, r.sq - 1);
+        const MaskElement* at =
+            (const MaskElement*)p.mask + (r.mask + (i64)row * p.mask_strides[2] + c0);
+        if (whole && pairs) {
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+                MaskPair v = pair_of(cells.of(half, 8 * j) == 0);
+                if (cells.of(half, 8 * j) == 1) v = *(const MaskPair*)(at + 8 * j);
+                float& a = s[4 * j + 2 * half];
+                float& b = s[4 * j + 2 * half + 1];
+#if MASK == 3
+                a = add_mask(a, v.x, p);
+                b = add_mask(b, v.y, p);
+#else
+                a = add_mask(a, (MaskElement)v, p);
+                b = add_mask(b, (MaskElement)(v >> (8 * sizeof(MaskElement))), p);
+#endif
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const u32 cell = cells.of(half, 8 * j);
+                    float& a = s[4 * j + 2 * half + e];
+                    if (cell != 1) a = add_mask(a, single_of(cell == 0), p);
+                    else if (c0 + 8 * j + e < r.sk) a = add_mask(a, at[8 * j + e], p);
+                }
+            }
+        }
+    }
+#endif
+    // Most warps see all of a tile from one side or from both.
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int last = r.sk - 1;
+#if RIGHT
+        last = min(last, r.pos + 8 * half + p.right);
+#endif
+        last -= c0;
+        if (__any_sync(~0u, last < N - 1)) {
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (8 * j + e > last) s[4 * j + 2 * half + e] = NEG_INF;
+            }
+        }
+#if LEFT
+        const int first = r.pos + 8 * half - p.left - c0;
+        if (__any_sync(~0u, first > 0)) {
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (8 * j + e < first) s[4 * j + 2 * half + e] = NEG_INF;
+            }
+        }
+#endif
+    }
+}

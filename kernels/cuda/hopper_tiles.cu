@@ -1,0 +1,202 @@
+// What the Hopper attention kernels share: options, parameters, tiles, rows and the units of scores. The
+// first of hopper_tiles.cu, hopper_classes.cu, hopper_scores.cu, hopper_rows.cu and hopper_softmax.cu, which go
+// between careful.cu and a kernel's own text.
+
+// What the host defines: D head dim, BN keys a tile, WGS consumer warpgroups, STAGES,
+// REGS_PRODUCER, REGS_CONSUMER; F16; and what follows, each off by default.
+#ifndef RIGHT // keys after a row's position + right are hidden
+#define RIGHT 0
+#endif
+#ifndef LEFT // keys before a row's position - left are hidden
+#define LEFT 0
+#endif
+#ifndef MASK // 1 bf16, 2 f16, 3 f32: added to the scores; 4 bytes: nonzero attends
+#define MASK 0
+#endif
+#ifndef CLASSES // a byte for CLASS_ROWS x CLASS_KEYS scores: 0 all hidden, 2 free of mask, 1 else
+#define CLASSES 0
+#endif
+#ifndef SCORE_MOD // softcap or ALiBi (or a scale that is not positive): scores are scaled first
+#define SCORE_MOD 0
+#endif
+#ifndef VARLEN // packed sequences
+#define VARLEN 0
+#endif
+#ifndef SPECULATE // take weights against the maximum so far, without a look at the new scores
+#define SPECULATE (D <= 256)
+#endif
+
+#define BM (64 * WGS) // query rows of a tile; at head dim 512, of a pair of CTAs
+#define PANELS ((D + 63) / 64)
+#define CLASS_ROWS (D >= 512 ? 8 : 32)
+#define CLASS_KEYS (D >= 512 ? 64 : 16)
+#define LIST_CAP 1024 // key tiles that a problem with classes may have, so that 10 bits number them
+
+struct Params {
+    int batch, heads, kv_group;      // kv_group: query heads for each key/value head
+    int sq, sk;                      // the longest, if packed
+    int q_off;                       // position of query row 0 among the keys
+    int left, right;                 // keys before and after a position that are seen
+    int tiles_m, tiles, section;     // query tiles; all tiles; heads that share the L2 cache
+    int bottom_right;                // packed: each sequence's offset is its sk - sq
+    float scale, scale_log2;         // scale * log2(e)
+    float softcap;                   // 0: none
+    float inv_scale;                 // 1 / scale
+    const float* sinks;              // [heads] or null
+    const float* slopes;             // [heads] or null (ALiBi)
+    float* lse;                      // or null
+    const void* mask;                // columns contiguous
+    const u8* classes;               // [ceil(sq / CLASS_ROWS), classes_stride]
+    const int* cu_q;                 // packed: [batch + 1]
+    const int* cu_k;
+    u16* o;                          // written directly where rows are packed or none is visible
+    i64 o_strides[3];                // batch, head, row; in elements
+    i64 lse_strides[2];              // batch, head
+    i64 mask_strides[3];             // batch, head, row
+    i64 classes_stride;              // from row to row
+};
+
+#if MASK == 1 || MASK == 2
+typedef u16 MaskElement;
+typedef u32 MaskPair;
+#elif MASK == 3
+typedef float MaskElement;
+typedef float2 MaskPair;
+#elif MASK == 4
+typedef u8 MaskElement;
+typedef u16 MaskPair;
+#endif
+
+#define NEG_INF __int_as_float(0xff800000)
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+
+// The parameters again, `zero` bytes on.
+DEV const Params& params_at(const Params& p, int zero) { return *(const Params*)((const u8*)&p + zero); }
+
+struct Tile {
+    int b, h, m0;        // batch, head, first row
+    int sq, sk, q_off;   // of the sequence
+    int q_start, k_start;
+    int lo, hi;          // key tiles [lo, hi)
+};
+
+// The key tiles [lo, hi) that some of `rows` rows from `row` on sees.
+DEV void bounds(const Params& p, const Tile& t, int row, int rows, int& lo, int& hi) {
+    lo = 0;
+    hi = (t.sk + BN - 1) / BN;
+#if RIGHT
+    const int end = min(row + rows, t.sq) + t.q_off + p.right; // keys that the last row sees
+    hi = min(hi, end <= 0 ? 0 : (end + BN - 1) / BN);
+#endif
+#if LEFT
+    lo = max(0, (row + t.q_off - p.left) / BN);
+#endif
+    if (row >= t.sq || hi < lo) hi = lo;
+}
+
+// The tile at `index`, where heads of a section go together and a head's last rows come first. With
+// `half` 1 or 2 an index stands for two tiles of one head, which together are as long as any other
+// such two: the longer, or the shorter, if there is one.
+DEV Tile tile_of(const Params& p, int index, int half = 0) {
+    Tile t;
+    int per = p.section * (half ? (p.tiles_m + 1) / 2 : p.tiles_m);
+    int s = index / per, r = index - s * per;
+    int first = s * p.section;
+    int in = min(p.section, p.batch * p.heads - first);
+    int m = r / in;
+    int bh = first + (r - m * in);
+    t.b = bh / p.heads;
+    t.h = bh - t.b * p.heads;
+    t.m0 = (half == 2 ? 2 * m + 1 == p.tiles_m ? p.tiles_m : m : p.tiles_m - 1 - m) * BM;
+#if VARLEN
+    t.q_start = p.cu_q[t.b];
+    t.k_start = p.cu_k[t.b];
+    t.sq = p.cu_q[t.b + 1] - t.q_start;
+    t.sk = p.cu_k[t.b + 1] - t.k_start;
+    t.q_off = p.bottom_right ? t.sk - t.sq : p.q_off;
+#else
+    t.q_start = t.k_start = 0;
+    t.sq = p.sq;
+    t.sk = p.sk;
+    t.q_off = p.q_off;
+#endif
+    bounds(p, t, t.m0, BM, t.lo, t.hi);
+    return t;
+}
+
+// A tile that another thread worked out; what all tiles have in common is where it always is.
+DEV Tile tile_told(const Params& p, const Tile& from) {
+    Tile t = from;
+#if !VARLEN
+    t.q_start = t.k_start = 0;
+    t.sq = p.sq;
+    t.sk = p.sk;
+    t.q_off = p.q_off;
+#endif
+    return t;
+}
+
+// `x`, from which nothing that follows is worked out ahead of time and kept: where four warpgroups
+// compute, or a thread holds 256 columns of O, there are no registers for that.
+DEV int anew(int x) {
+    if (D <= 64 || D >= 512) asm volatile("" : "+r"(x));
+    return x;
+}
+
+// The two rows of scores that a thread holds: `row` and `row + 8` of the sequence, at key positions
+// `pos` and `pos + 8`, and of each tile the columns `col + 8 j` and the next.
+struct Rows {
+    int row, pos, col, sq, sk;
+    float slope, cap_in, cap_out;
+    i64 mask;
+};
+
+// Those of thread `tid` of the warpgroup whose rows start at `row0` of the tile.
+DEV Rows rows_of(const Params& p, const Tile& t, int row0, int tid) {
+    tid = anew(tid);
+    Rows r;
+    r.row = t.m0 + row0 + (tid >> 5) * 16 + (tid >> 2 & 7);
+    r.pos = r.row + t.q_off;
+    r.col = 2 * (tid & 3);
+    r.sq = t.sq;
+    r.sk = t.sk;
+#if SCORE_MOD
+    r.slope = p.slopes ? p.slopes[t.h] * LOG2E : 0.0f;
+    r.cap_in = p.softcap != 0.0f ? 2.0f * LOG2E * p.scale / p.softcap : 0.0f;
+    r.cap_out = p.softcap * LOG2E;
+#endif
+#if MASK
+    r.mask = (i64)t.b * p.mask_strides[0] + (i64)t.h * p.mask_strides[1] +
+             (i64)t.q_start * p.mask_strides[2];
+#endif
+    return r;
+}
+
+// Scores under a mask are shrunk by a power of two, so that in their unit the sum of any two finite
+// numbers, a score and a cell of the mask, is finite.
+DEV float shrink(const Params& p) {
+    if (!MASK) return 1.0f;
+    return SCORE_MOD ? 0.25f : 0.5f * __uint_as_float(__float_as_uint(p.scale) & 0x7f800000);
+}
+
+// The unit of the softmax's reference, to log2 units.
+DEV float score_unit(const Params& p) {
+    return (SCORE_MOD ? 1.0f : p.scale_log2) / shrink(p);
+}
+
+// The same, to natural units.
+DEV float natural_unit(const Params& p) {
+    if (SCORE_MOD) return LN2 / shrink(p);
+    return MASK ? __uint_as_float((__float_as_uint(p.scale) & 0x7fffff) | 0x40000000) : p.scale;
+}
+
+// The unit of scores that modify() has seen, to that of the reference.
+DEV float tile_unit(const Params& p, bool masked) {
+    return masked ? 1.0f : shrink(p);
+}
+
+// Natural units, which a mask's cells have, to that of the reference.
+DEV float cell_unit(const Params& p) {
+    return (SCORE_MOD ? LOG2E : p.inv_scale) * shrink(p);
+}
