@@ -8,10 +8,10 @@ use half::{bf16, f16};
 use common::{
     Plain, Qkv, assert_close, attend, devices, distance, download, output, seen, shape, upload,
 };
-use mlx_flash_attn::DType;
 use mlx_flash_attn::attention::MaskSpec;
 use mlx_flash_attn::attention::oracle::{self, Inputs, Precision, Values};
 use mlx_flash_attn::ops::Operands;
+use mlx_flash_attn::{CpuOptions, DType, DeviceKind, MlxDevice};
 
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
@@ -191,4 +191,109 @@ fn a_softcap_of_any_size_caps_as_in_float64() {
             }
         }
     }
+}
+
+#[test]
+fn keys_whose_scores_overflow_downwards_are_seen() {
+    // Every product is below f32's lowest number: the keys tie there, and the row is their mean.
+    for device in devices() {
+        for dtype in [DType::BF16, DType::F32] {
+            for masked in [false, true] {
+                // A Hopper kernel cannot tell such a row under a mask from one that sees no key.
+                if masked && device.kind() == DeviceKind::Cuda {
+                    continue;
+                }
+                let mut data = Qkv::new(7, dtype, shape([1, 2, 1], (70, 150), 64));
+                data.q.fill(common::round(1.0e19, dtype));
+                data.k.fill(common::round(-1.0e20, dtype));
+                let shows = |i: usize, j: usize| !masked || !(i + j).is_multiple_of(3);
+                let cells: Vec<u8> = (0..70 * 150)
+                    .map(|c| u8::from(shows(c / 150, c % 150)))
+                    .collect();
+                let mask = device
+                    .buffer_from_slice(&cells, DType::U8, vec![70, 150])
+                    .unwrap();
+                let mut builder = data.builder();
+                if masked {
+                    builder = builder.mask(MaskSpec::plane(DType::U8, 150));
+                }
+                let problem = builder.build().unwrap();
+                let (_, got) = if masked {
+                    data.run_masked(&device, &problem, &mask)
+                } else {
+                    data.run(&device, &problem)
+                };
+                data.q.fill(0.0);
+                let want = data.plain(&Plain::new(&|_, i, j| seen(shows(i, j))));
+                assert_close(
+                    &format!("{} {dtype} {masked}", device.kind()),
+                    &got,
+                    &want,
+                    dtype,
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn small_weights_count_together_beside_a_large_one() {
+    // The kernels sum weights in f32 and multiply them in 16 bits: both must hold what thousands of keys
+    // weigh together beside one whose score is higher, wherever it lies among the tiles.
+    let keys = 4097;
+    for device in devices() {
+        for dtype in [DType::BF16, DType::F16] {
+            for high in [8.0, 10.5, 12.0, 30.0] {
+                for at in [0, keys / 2, keys - 1] {
+                    let mut data = Qkv::new(8, dtype, shape([1, 1, 1], (65, keys), 64));
+                    let scaled = |i: usize, x: f32| if i.is_multiple_of(64) { x } else { 0.0 };
+                    let set = |values: &mut [f32], x: &dyn Fn(usize) -> f32| {
+                        for (i, value) in values.iter_mut().enumerate() {
+                            *value = scaled(i, x(i / 64));
+                        }
+                    };
+                    set(&mut data.q, &|_| 8.0);
+                    set(&mut data.k, &|key| if key == at { high } else { 0.0 });
+                    data.v.fill(1.0);
+                    let (_, got) = data.run(&device, &data.builder().build().unwrap());
+                    let what = format!("{} {dtype} {high} at {at}", device.kind());
+                    assert_close(&what, &got, &vec![1.0; got.len()], dtype);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_nan_among_overflowed_scores_gives_the_same_bits_on_any_number_of_threads() {
+    let (rows, keys) = (600, 96);
+    let mut data = Qkv::new(9, DType::F32, shape([1, 1, 1], (rows, keys), 64));
+    data.q.fill(1.0e19);
+    // One row whose scores are usual, and which is done again for the NaN, with rows beside it.
+    data.q[..64].fill(0.0);
+    data.k.fill(-1.0e20);
+    data.v[70 * 64 + 5] = f32::NAN;
+    let cells: Vec<u8> = (0..rows * keys)
+        .map(|c| u8::from(c % keys == 70 || (c / keys * 7 + c % keys * 5) % 11 < 4))
+        .collect();
+    let outputs: Vec<Vec<u8>> = [1, 2, 7]
+        .into_iter()
+        .map(|threads| {
+            let options = CpuOptions {
+                threads: Some(threads),
+                ..CpuOptions::default()
+            };
+            let device = MlxDevice::cpu(options).unwrap();
+            let mask = device
+                .buffer_from_slice(&cells, DType::U8, vec![rows, keys])
+                .unwrap();
+            let problem = data
+                .builder()
+                .mask(MaskSpec::plane(DType::U8, keys))
+                .build()
+                .unwrap();
+            data.run_masked(&device, &problem, &mask).0
+        })
+        .collect();
+    assert!(outputs.iter().all(|bytes| *bytes == outputs[0]));
 }

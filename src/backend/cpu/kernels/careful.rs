@@ -2,6 +2,8 @@
 //! or infinite, so rows whose outputs are not finite are computed again: with 0 in place of every such
 //! element, by the same instructions in the same order, while this keeps note of which rows see one.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use super::call::{Call, STRIP, Unit, Values};
@@ -175,7 +177,7 @@ pub(super) fn join(reached: &mut [Kinds], more: &[Kinds]) {
 ///
 /// # Safety
 /// The job's promises hold, and the key is below `key_len`.
-unsafe fn is_shown(call: &Call<'_>, row: &Row, key_len: usize, key: usize) -> bool {
+pub(super) unsafe fn is_shown(call: &Call<'_>, row: &Row, key_len: usize, key: usize) -> bool {
     let Some(cells) = call.cells else {
         return true;
     };
@@ -189,6 +191,22 @@ unsafe fn is_shown(call: &Call<'_>, row: &Row, key_len: usize, key: usize) -> bo
     // SAFETY: the mask has this cell, of its type.
     with_cells!(cells, T => unsafe {
         <T as Shown>::shown(*call.at.mask.cast::<T>().add(row.mask + key))
+    })
+}
+
+/// Whether a mask leaves a row any of `keys`, whatever tile classes say.
+///
+/// # Safety
+/// The job's promises hold, and the keys are below `key_len`.
+pub(super) unsafe fn mask_shows_any(call: &Call<'_>, row: &Row, keys: Range<usize>) -> bool {
+    let Some(cells) = call.cells else {
+        return true;
+    };
+    // SAFETY: the mask has these cells, of its type.
+    with_cells!(cells, T => unsafe {
+        let at = call.at.mask.cast::<T>().add(row.mask + keys.start);
+        // Without a way out of the loop, which would keep the compiler from using vectors.
+        std::slice::from_raw_parts(at, keys.len()).iter().fold(false, |any, cell| any | cell.shown())
     })
 }
 

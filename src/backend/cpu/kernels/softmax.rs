@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::call::Call;
+use super::careful;
 use super::math::{self, LOG2_E};
 use super::micro::{Kernel, Vector};
 use super::simd::{Cell, Simd, load_first};
@@ -71,30 +72,58 @@ pub(super) unsafe fn largest<K: Kernel, const NR: usize>(
                 *largest = s.max(x, *largest);
             }
         }
-        let largest = s.hmax(
+        s.hmax(
             largest
                 .into_iter()
                 .reduce(|a, b| s.max(a, b))
                 .unwrap_or(largest[0]),
-        );
-        if largest == f32::NEG_INFINITY && any_nan::<K, NR>(kernel, at, own) {
-            // The row sees keys: any maximum makes their probabilities NaN.
-            return 0.0;
-        }
-        largest
+        )
     }
 }
 
-/// Whether some score of a span is NaN.
-#[cold]
-#[inline(never)]
-unsafe fn any_nan<K: Kernel, const NR: usize>(_kernel: K, at: *const f32, span: Span) -> bool {
-    let width = NR * <K::S as Simd>::LANES;
+/// The largest score where [`largest`] found none above `-inf`: the row sees no key there, or its scores
+/// are NaN, or they overflowed. Those that overflowed become the lowest finite number, so that the keys
+/// count as seen whatever else the row sees. Panels are `width` keys.
+///
+/// # Safety
+/// The job's promises hold, and the row's span of the strip is at `at`.
+pub(super) unsafe fn largest_of_none(
+    call: &Call<'_>,
+    row: &Row,
+    at: *mut f32,
+    place: Place,
+    width: usize,
+) -> f32 {
+    if place.own.is_empty() {
+        return f32::NEG_INFINITY;
+    }
+    let span = place.own.first * width..place.own.end * width;
     // Without a way out of the loop, which would keep the compiler from using vectors.
-    (span.first * width..span.end * width).fold(false, |any, i| {
+    let any_nan = span.clone().fold(false, |any, i| {
         // SAFETY: the span lies in the strip.
         any | unsafe { *at.add(i) }.is_nan()
-    })
+    });
+    if any_nan {
+        // The row sees keys: any maximum makes their probabilities NaN.
+        return 0.0;
+    }
+    let keys =
+        (place.start + span.start).max(row.keys.start)..(place.start + span.end).min(row.keys.end);
+    // SAFETY: the keys are the row's own; the mask has them.
+    if keys.is_empty() || !unsafe { careful::mask_shows_any(call, row, keys.clone()) } {
+        return f32::NEG_INFINITY;
+    }
+    let mut largest = f32::NEG_INFINITY;
+    for key in keys {
+        // SAFETY: the key is the row's own; its score lies in the span.
+        unsafe {
+            if careful::is_shown(call, row, place.key_len, key) {
+                *at.add(key - place.start) = f32::MIN;
+                largest = f32::MIN;
+            }
+        }
+    }
+    largest
 }
 
 /// Turns the scores at `at` into probabilities relative to the row's largest score so far, and gives

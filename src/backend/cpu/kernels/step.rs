@@ -182,6 +182,19 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
             let at = products.scores.add(i * STRIP);
             largest[i] = softmax::largest::<K, NR>(kernel, call, &tile.rows[r], at, place(i));
         }
+        let lowest = largest[..rows.len()]
+            .iter()
+            .fold(f32::INFINITY, |a, b| a.min(*b));
+        if lowest == f32::NEG_INFINITY {
+            find_largest(
+                call,
+                &tile.rows[rows.clone()],
+                products.scores,
+                place,
+                width,
+                &mut largest,
+            );
+        }
         let raised = tile.running.raise(s, rows.clone(), &largest);
         let mut sums = [0.0; GROUP];
         for (i, sum) in sums[..rows.len()].iter_mut().enumerate() {
@@ -191,6 +204,29 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
         tile.running.add(s, rows.clone(), &raised, &sums);
         products.keep = (!raised.first).then_some(&raised.factors);
         by_rows!(rows.len(), from.values(kernel, &products));
+    }
+}
+
+/// Looks again at rows whose largest score is `-inf`. Apart from the loop over rows, which a call would
+/// cost its registers.
+#[cold]
+#[inline(never)]
+unsafe fn find_largest(
+    call: &Call<'_>,
+    rows: &[Row],
+    scores: *mut f32,
+    place: impl Fn(usize) -> Place,
+    width: usize,
+    largest: &mut Lanes,
+) {
+    for (i, (row, largest)) in rows.iter().zip(largest).enumerate() {
+        if *largest == f32::NEG_INFINITY {
+            // SAFETY: as promised by the caller, whose rows' scores are at `scores`.
+            unsafe {
+                let at = scores.add(i * STRIP);
+                *largest = softmax::largest_of_none(call, row, at, place(i), width);
+            }
+        }
     }
 }
 

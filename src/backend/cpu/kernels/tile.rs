@@ -252,16 +252,19 @@ unsafe fn write_as<K: Kernel, T: Elem>(kernel: K, tile: &Tile<'_>, rows: Range<u
                 call.at.o.cast::<T>().add(at),
             );
             let factor = s.splat(factor);
+            // Each row has a sum of its own, lest every addition wait for the one before it.
+            let mut of_row = zero;
             for c in (0..call.dim).step_by(<K::S as Simd>::LANES) {
                 let x = if hidden {
                     factor
                 } else {
                     let x = s.load(from.add(c));
-                    taint = s.fma(x, zero, taint);
+                    of_row = s.fma(x, zero, of_row);
                     s.mul(x, factor)
                 };
                 T::store(s, to.add(c), x);
             }
+            taint = s.add(taint, of_row);
             if !call.at.lse.is_null() {
                 let at = call.problem.lse_at(sequence, row.head, row.position);
                 *call.at.lse.add(at) = lse;
