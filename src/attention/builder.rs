@@ -102,13 +102,15 @@ impl ProblemBuilder {
         self
     }
 
-    /// Order of the dense operands.
+    /// Order of the dense operands. Packed rows are `[total, H, D]` by default, and head-major
+    /// `[H, total, D]`.
     pub fn layout(mut self, layout: Layout) -> Self {
         self.layout = layout;
         self
     }
 
-    /// Rows that K and V have room for, at least kL: a cache that is not full.
+    /// Rows that K and V have room for, at least kL (packed: at least all of them): a cache that is not
+    /// full.
     pub fn key_capacity(mut self, rows: usize) -> Self {
         self.key_capacity = Some(rows);
         self
@@ -135,7 +137,9 @@ impl ProblemBuilder {
         self
     }
 
-    /// Tile classes of the mask are given too (see [`crate::ops::flash_attn_prefill_blk`]). They are
+    /// Tile classes of the mask are given too, of tiles of [`class_tile`](super::variant::class_tile): for an
+    /// additive mask of one plane `[qL, kL]` for all batches and heads, and dense sequences.
+    /// [`crate::ops::flash_attn_prefill_blk`] makes them of a bf16 mask. They are
     /// obeyed tile by tile, whatever the mask holds there: class 0 skips exactly its tile, as if each
     /// cell were -inf; class 2 adds no mask exactly there, as if each cell were 0; class 1 adds the mask.
     ///
@@ -414,19 +418,25 @@ fn check_not_empty(shape: &Shape, packed: Option<&(Boundaries, Boundaries)>) -> 
     }
 }
 
+/// What kernels hold of a size: 31 bits.
+const MOST: usize = i32::MAX as usize;
+
+/// The same of a sequence's rows, which kernels count to the end of a tile.
+const LONGEST: usize = MOST - 1023;
+
 fn check_shape(shape: &Shape) -> Result<()> {
     // No batch, no queries and no keys are empty work; no heads and no head dim are mistakes.
     let sizes = [
-        ("batch", shape.batch, 0),
-        ("n_heads", shape.heads, 1),
-        ("n_kv_heads", shape.kv_heads, 1),
-        ("seq_len_q", shape.query_len, 0),
-        ("seq_len_k", shape.key_len, 0),
-        ("head_dim", shape.head_dim, 1),
+        ("batch", shape.batch, 0, MOST),
+        ("n_heads", shape.heads, 1, MOST),
+        ("n_kv_heads", shape.kv_heads, 1, MOST),
+        ("seq_len_q", shape.query_len, 0, LONGEST),
+        ("seq_len_k", shape.key_len, 0, LONGEST),
+        ("head_dim", shape.head_dim, 1, MOST),
     ];
-    for (name, size, least) in sizes {
-        if size < least || i32::try_from(size).is_err() {
-            let range = format!("a size from {least} to 2147483647");
+    for (name, size, least, most) in sizes {
+        if !(least..=most).contains(&size) {
+            let range = format!("a size from {least} to {most}");
             return Err(MlxError::expected(name, range, size));
         }
     }

@@ -26,27 +26,33 @@ impl Visibility {
     /// Whether query row `q` sees key `k`.
     #[inline(always)]
     pub fn attended(&self, q: i64, k: i64) -> bool {
-        let p = q + self.q_offset;
+        let p = self.position(q);
         (!self.causal || k <= p)
-            && self.window.is_none_or(|w| p - k < i64::from(w))
-            && self.window_right.is_none_or(|r| k - p <= i64::from(r))
+            && self
+                .window
+                .is_none_or(|w| p.saturating_sub(k) < i64::from(w))
+            && self
+                .window_right
+                .is_none_or(|r| k.saturating_sub(p) <= i64::from(r))
+    }
+
+    /// Where row `q` stands among the keys.
+    #[inline(always)]
+    fn position(&self, q: i64) -> i64 {
+        q.saturating_add(self.q_offset)
     }
 
     /// The keys of `0..key_len` that row `q` sees: they are always one interval.
     #[inline]
     pub fn keys(&self, q: i64, key_len: usize) -> Range<usize> {
-        let len = key_len as i64;
-        let p = q + self.q_offset;
-        let start = self
-            .window
-            .map_or(0, |w| (p - i64::from(w) + 1).clamp(0, len));
-        let mut end = if self.causal {
-            (p + 1).clamp(0, len)
-        } else {
-            len
-        };
+        let len = i64::try_from(key_len).unwrap_or(i64::MAX);
+        // Of the key after the last one that a bound shows, which `len` may be.
+        let p = self.position(q);
+        let after = |right: i64| p.saturating_add(right).saturating_add(1).clamp(0, len);
+        let start = self.window.map_or(0, |w| after(-i64::from(w)));
+        let mut end = if self.causal { after(0) } else { len };
         if let Some(r) = self.window_right {
-            end = end.min((p + i64::from(r) + 1).clamp(0, len));
+            end = end.min(after(i64::from(r)));
         }
         start as usize..end.max(start) as usize
     }
@@ -58,7 +64,7 @@ impl Visibility {
         }
         // Both ends of `keys` grow with the row, so the outer rows bound the union.
         let first = self.keys(rows.start as i64, key_len);
-        let last = self.keys(rows.end as i64 - 1, key_len);
+        let last = self.keys((rows.end - 1) as i64, key_len);
         let start = first.start.min(last.start);
         start..first.end.max(last.end).max(start)
     }
@@ -69,7 +75,7 @@ impl Visibility {
             return 0..0;
         }
         let first = self.keys(rows.start as i64, key_len);
-        let last = self.keys(rows.end as i64 - 1, key_len);
+        let last = self.keys((rows.end - 1) as i64, key_len);
         let start = first.start.max(last.start);
         start..first.end.min(last.end).max(start)
     }
@@ -296,5 +302,28 @@ mod tests {
             TileClass::Skip
         );
         assert_eq!(class(0..64, &|_, _| f32::NAN), TileClass::Mixed);
+    }
+
+    #[test]
+    fn offsets_and_lengths_of_any_size_overflow_nothing() {
+        let ends = [i64::MIN, -1, 0, 1, i64::MAX];
+        for q_offset in ends {
+            for window in [None, Some(1), Some(u32::MAX)] {
+                let v = Visibility {
+                    q_offset,
+                    causal: true,
+                    window,
+                    window_right: Some(u32::MAX),
+                };
+                for (q, k) in ends.into_iter().flat_map(|q| ends.map(|k| (q, k))) {
+                    let _ = v.attended(q, k);
+                    let _ = v.keys(q, usize::MAX);
+                }
+                let _ = v.tile_class(0..usize::MAX, 0..usize::MAX, usize::MAX);
+                let _ = v.tile_class(usize::MAX - 1..usize::MAX, 5..5, 7);
+            }
+        }
+        let empty = crate::attention::variant::Tile { bq: 0, bk: 0 };
+        assert_eq!(empty.count(3, 5), (3, 5));
     }
 }

@@ -106,7 +106,8 @@ impl Problem {
     /// Starts a problem over packed sequences: Q and O `[total_q, H, D]`, K and V
     /// `[total_k, Hkv, D]`, sequence `b` owning query rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]`
     /// and key rows likewise. A mask has a row for each packed query row and columns local to the
-    /// sequence. In [`Problem::shape`] the batch is the count of sequences, the lengths are the longest
+    /// sequence; a log-sum-exp is `[H, total_q]`. The oracle's rows are head-major: hold them against a
+    /// device's by [`Problem::o_at`] and [`reference_row`](super::oracle::reference_row). In [`Problem::shape`] the batch is the count of sequences, the lengths are the longest
     /// ones. Sequences may be empty, and so may all of them.
     pub fn varlen(
         dtype: DType,

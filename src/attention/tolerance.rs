@@ -1,8 +1,8 @@
 //! How far a result may be from the f64 reference: no further than twice the error of the naive
-//! computation in the same dtype, plus twice one rounding of the output; and a bound on the relative
-//! Frobenius error. The rule is free of scale, so it holds for any data.
+//! computation in the same dtype, plus twice the most that one rounding may change of the output; and a
+//! bound on the relative Frobenius error. The rule is free of scale, so it holds for any data.
 
-use super::oracle::{Reference, round_to};
+use super::oracle::Reference;
 use super::problem::Problem;
 use crate::dtype::DType;
 
@@ -31,13 +31,28 @@ pub struct Comparison {
     pub ok: bool,
 }
 
+/// The most that rounding to `dtype` changes of numbers up to `largest`: half of the last bit.
+fn most_rounded(dtype: DType, largest: f64) -> f64 {
+    let (digits, least_exponent) = match dtype {
+        DType::BF16 => (8, -126),
+        DType::F16 => (11, -14),
+        _ => (24, -126),
+    };
+    if largest == 0.0 || !largest.is_finite() {
+        return 0.0;
+    }
+    let exponent = (largest.log2().floor() as i32).max(least_exponent);
+    f64::from(exponent - digits).exp2()
+}
+
 /// Compares `got` (in the reference's order) with `exact`, given the naive computation.
 pub fn compare(problem: &Problem, got: &[f64], exact: &Reference, naive: &Reference) -> Comparison {
     let dtype = problem.dtype();
     let dim = problem.shape().head_dim;
     let largest = |f: &dyn Fn(usize) -> f64| (0..exact.o.len()).map(f).fold(0.0, f64::max);
     let naive_error = largest(&|i| (naive.o[i] - exact.o[i]).abs());
-    let rounding = largest(&|i| (round_to(dtype, exact.o[i]) - exact.o[i]).abs());
+    // What was rounded may happen to be 0, where every result is a number of the dtype.
+    let rounding = most_rounded(dtype, largest(&|i| exact.o[i].abs()));
     let tolerance = 2.0 * naive_error + 2.0 * rounding;
     let rel_tolerance = relative_bound(dtype);
     let same_len = got.len() == exact.o.len();
@@ -120,6 +135,25 @@ pub fn compare_lse(got: &[f32], exact: &Reference) -> (f64, f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::oracle::round_to;
+
+    #[test]
+    fn no_number_is_rounded_by_more_than_the_most() {
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            for largest in [1.0, 1.9, 3.0, 0.1, 1e-5, 1e-7] {
+                let most = most_rounded(dtype, largest);
+                let rounded = (0..5000).map(|i| largest * f64::from(i) / 5000.0);
+                let worst = rounded
+                    .map(|x| (round_to(dtype, x) - x).abs())
+                    .fold(0.0, f64::max);
+                assert!(worst <= most, "{dtype} {largest}: {worst:e} over {most:e}");
+                assert!(
+                    worst > 0.4 * most,
+                    "{dtype} {largest}: {worst:e} of {most:e}"
+                );
+            }
+        }
+    }
 
     #[test]
     fn a_log_sum_exp_of_huge_biases_excuses_no_other_row() {

@@ -43,7 +43,11 @@ pub struct Tile {
 impl Tile {
     /// How many tiles cover `query_len x key_len`, along each side.
     pub const fn count(self, query_len: usize, key_len: usize) -> (usize, usize) {
-        (query_len.div_ceil(self.bq), key_len.div_ceil(self.bk))
+        // Without rows or keys, a tile is as one of a single row or key.
+        const fn tiles(len: usize, size: usize) -> usize {
+            len.div_ceil(if size == 0 { 1 } else { size })
+        }
+        (tiles(query_len, self.bq), tiles(key_len, self.bk))
     }
 }
 

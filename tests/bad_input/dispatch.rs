@@ -188,7 +188,7 @@ fn prefill() -> Vec<Row> {
             c.params.ql = 10
         }),
         raw("a great many keys", &["buffer 1"], |_, c| {
-            c.params.kl = i32::MAX
+            c.params.kl = i32::MAX - 1023
         }),
         raw("a great many batches", &["buffer 0"], |_, c| {
             c.params.b = i32::MAX;

@@ -93,15 +93,21 @@ fn defect_07_sizes_that_overflow_and_scales_that_are_no_numbers_are_refused() {
                 },
             ];
             for params in signs {
-                refused(call(params), "2147483647");
+                refused(call(params), "a size from");
             }
             // Sums that just fit, of buffers that do not exist.
             let large = FlashAttnPrefillParams {
-                seq_len_q: i32::MAX as u32,
-                seq_len_k: i32::MAX as u32,
+                seq_len_q: (1 << 31) - 1024,
+                seq_len_k: (1 << 31) - 1024,
                 ..base
             };
             refused(call(large), "at least");
+            // Kernels count on to the end of a tile, in 31 bits.
+            let past = FlashAttnPrefillParams {
+                seq_len_k: (1 << 31) - 1023,
+                ..base
+            };
+            refused(call(past), "2147482624");
         }
         encoder.commit_and_wait().unwrap();
 
