@@ -16,6 +16,8 @@ pub(crate) struct Verdict {
     comparison: Comparison,
     /// Largest error of the log-sum-exp, and what it may be.
     lse: Option<(f64, f64)>,
+    /// A row of the reference that holds NaN or infinities, which no result can be held against.
+    not_finite: Option<usize>,
 }
 
 impl Verdict {
@@ -42,6 +44,10 @@ impl Verdict {
         Ok(Self {
             comparison: tolerance::compare(problem, &got, &exact, &naive),
             lse: lse.map(|lse| tolerance::compare_lse(lse, &exact)),
+            not_finite: exact
+                .o
+                .chunks_exact(problem.shape().head_dim)
+                .position(|row| row.iter().any(|x| !x.is_finite())),
         })
     }
 
@@ -56,8 +62,11 @@ impl Verdict {
     pub(crate) fn line(&self) -> CheckLine {
         CheckLine {
             rel_fro: self.comparison.rel_fro,
+            rel_tolerance: self.comparison.rel_tolerance,
             max_abs: self.comparison.max_abs,
             tolerance: self.comparison.tolerance,
+            lse_error: self.lse.map(|(error, _)| error),
+            lse_tolerance: self.lse.map(|(_, bound)| bound),
             ok: self.ok(),
         }
     }
@@ -76,6 +85,15 @@ impl Verdict {
             fields.add(
                 "lse error",
                 format_args!("{error:.2e}  (tolerance {bound:.2e})"),
+            );
+        }
+        if let Some(row) = self.not_finite {
+            fields.add(
+                "reference",
+                format_args!(
+                    "not finite in row {row} of [B, H, L]: it sees a NaN or an infinity in q, k, v or the \
+                     mask (rows of a cache that are not filled: --key-len)"
+                ),
             );
         }
         fields.add("check", if self.ok() { "passed" } else { "FAILED" });

@@ -17,8 +17,12 @@ pub(crate) struct RunLine {
 #[derive(Debug, Serialize)]
 pub(crate) struct CheckLine {
     pub(crate) rel_fro: f64,
+    pub(crate) rel_tolerance: f64,
     pub(crate) max_abs: f64,
     pub(crate) tolerance: f64,
+    /// Of the log-sum-exp; null where there is none.
+    pub(crate) lse_error: Option<f64>,
+    pub(crate) lse_tolerance: Option<f64>,
     pub(crate) ok: bool,
 }
 
