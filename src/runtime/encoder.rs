@@ -136,7 +136,8 @@ impl CommandEncoder {
         self.op_kind = kind;
     }
 
-    /// From now on, writes dispatches down instead of recording them for a commit.
+    /// From now on, writes dispatches down instead of recording them for a commit. A capture that was under
+    /// way is dropped. What is written down holds no buffer until it is replayed.
     pub fn start_capture(&mut self) {
         self.captured = Some(Vec::new());
         self.capture_hazards = Hazards::default();
@@ -153,7 +154,7 @@ impl CommandEncoder {
     }
 
     /// Encodes captured nodes, as often as wanted. Hazards with what is already recorded are found
-    /// anew.
+    /// anew. A node reads what its operands hold when the commit runs it.
     pub fn replay(&mut self, nodes: &[CapturedNode]) -> Result<()> {
         // All checks first: an error must leave the encoder as it was.
         for node in nodes {
@@ -342,8 +343,8 @@ impl CommandEncoder {
         }
     }
 
-    /// Starts running what was recorded; [`CommandEncoder::wait_until_completed`] reports how it
-    /// ended. The encoder can record again at once.
+    /// Starts running what was recorded. Errors are told by [`CommandEncoder::wait_until_completed`] alone; an
+    /// encoder that is dropped before tells none. The encoder can record again at once.
     ///
     /// On the CPU and the emulator the command runs before this returns. Where a command of another
     /// thread writes bytes that this one touches, or touches bytes that this one writes, the two run one

@@ -162,7 +162,8 @@ impl KernelRegistry {
         );
     }
 
-    /// As [`KernelRegistry::register_source`], for a text of the caller's own.
+    /// As [`KernelRegistry::register_source`], for a text of the caller's own: Metal's language on Metal and
+    /// the emulator. The CPU and CUDA run no other texts than this crate's.
     ///
     /// # Safety
     /// In every dispatch that is encoded with a pipeline of this text, whatever it binds and over

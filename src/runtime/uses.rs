@@ -57,10 +57,10 @@ impl Holder {
     fn describe(self) -> &'static str {
         match self {
             Self::EncodedWrite | Self::RunningWrite => {
-                "a command that writes it is encoded but has not finished; commit it and wait first"
+                "a command that writes it is encoded and has not been waited for; commit it and wait first"
             }
             Self::RunningRead => {
-                "a command that reads it is committed but has not finished; wait for it first"
+                "a command that reads it is committed and has not been waited for; wait first"
             }
             Self::LentRead => "a read guard lends it to the host; drop the guard first",
             Self::LentWrite => "a write guard lends it to the host; drop the guard first",
