@@ -67,7 +67,7 @@ impl ProblemBuilder {
         self
     }
 
-    /// Caps scores: `s = c * tanh(s / c)`, after the scale and before any mask.
+    /// Caps scores: `s = c * tanh(s / c)` for a normal number `c` above 0, after the scale and before any mask.
     pub fn softcap(mut self, c: f32) -> Self {
         self.softcap = Some(c);
         self
@@ -209,8 +209,9 @@ impl ProblemBuilder {
         if !scale.is_finite() {
             return Err(MlxError::expected("scale", "a finite number", scale));
         }
-        if let Some(c) = self.softcap.filter(|c| !(c.is_finite() && *c > 0.0)) {
-            return Err(MlxError::expected("softcap", "a finite number above 0", c));
+        // Scores are divided by it: a subnormal one would make that infinite.
+        if let Some(c) = self.softcap.filter(|c| !(c.is_normal() && *c > 0.0)) {
+            return Err(MlxError::expected("softcap", "a normal number above 0", c));
         }
         if let Some(w) = self
             .window

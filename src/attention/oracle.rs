@@ -64,7 +64,7 @@ impl<'a> Values<'a> {
     }
 }
 
-/// A problem's inputs on the host.
+/// A problem's inputs on the host, each as the problem's strides say: what the device's buffer holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a> {
     /// Q.

@@ -46,6 +46,31 @@ fn most_rounded(dtype: DType, largest: f64) -> f64 {
 }
 
 /// Compares `got` (in the reference's order) with `exact`, given the naive computation.
+///
+/// ```
+/// use mlx_flash_attn::DType;
+/// use mlx_flash_attn::attention::oracle::{self, Inputs, Precision, Values};
+/// use mlx_flash_attn::attention::{Problem, Shape, tolerance};
+///
+/// # fn main() -> mlx_flash_attn::Result<()> {
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, query_len: 2, key_len: 3, head_dim: 32 };
+/// let problem = Problem::builder(DType::F32, shape).build()?;
+/// let (q, k, v) = (vec![0.5; 64], vec![0.25; 96], vec![1.0; 96]);
+/// let inputs = Inputs {
+///     q: Values::F32(&q),
+///     k: Values::F32(&k),
+///     v: Values::F32(&v),
+///     mask: None,
+///     sinks: None,
+///     alibi_slopes: None,
+/// };
+/// let exact = oracle::attention(&problem, &inputs, Precision::Exact)?;
+/// let naive = oracle::attention(&problem, &inputs, Precision::Naive)?;
+/// let got = vec![1.0; 64]; // from a device
+/// assert!(tolerance::compare(&problem, &got, &exact, &naive).ok);
+/// # Ok(())
+/// # }
+/// ```
 pub fn compare(problem: &Problem, got: &[f64], exact: &Reference, naive: &Reference) -> Comparison {
     let dtype = problem.dtype();
     let dim = problem.shape().head_dim;

@@ -251,6 +251,11 @@ pub(crate) fn builder_rows() -> Vec<Row> {
         refused("a softcap of 0", &["softcap", "above 0"], || {
             builder().softcap(0.0)
         }),
+        refused(
+            "a softcap whose inverse is infinite",
+            &["softcap", "normal"],
+            || builder().softcap(1e-39),
+        ),
         refused("a negative softcap", &["softcap", "-3"], || {
             builder().softcap(-3.0)
         }),

@@ -102,7 +102,8 @@ pub(crate) struct RunArgs {
     /// Compare with the float64 reference (slow); exit with 1 if over the tolerance
     #[arg(long)]
     pub(crate) check: bool,
-    /// Print one JSON object: device, ms, check {rel_fro, max_abs, tolerance, ok}
+    /// Print one JSON object: device, ms, check {rel_fro, rel_tolerance, max_abs, tolerance, lse_error,
+    /// lse_tolerance, ok}
     #[arg(long)]
     pub(crate) json: bool,
 }

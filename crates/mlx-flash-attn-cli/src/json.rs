@@ -20,7 +20,7 @@ pub(crate) struct CheckLine {
     pub(crate) rel_tolerance: f64,
     pub(crate) max_abs: f64,
     pub(crate) tolerance: f64,
-    /// Of the log-sum-exp; null where there is none.
+    /// Of the log-sum-exp; null where there is none, and where it is not finite.
     pub(crate) lse_error: Option<f64>,
     pub(crate) lse_tolerance: Option<f64>,
     pub(crate) ok: bool,

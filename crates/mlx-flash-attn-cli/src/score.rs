@@ -62,8 +62,8 @@ pub(crate) fn offset(
     match (asked, lengths.into_iter().find(differ)) {
         (Some(offset), _) => Ok(offset),
         (None, Some((queries, keys))) if positions_count => bail!(
-            "--q-offset: expected with {queries} queries and {keys} keys, as positions count here: \
-             `--q-offset bottom-right` lets the last query see the last key, `--q-offset 0` puts \
+            "--q-offset: expected a choice, as {queries} queries stand among {keys} keys and positions \
+             count: `--q-offset bottom-right` lets the last query see the last key, `--q-offset 0` puts \
              the first query at the first key"
         ),
         _ => Ok(QueryOffset::default()),

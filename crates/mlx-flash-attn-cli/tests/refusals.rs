@@ -67,7 +67,7 @@ fn wrong_command_lines() {
         ("bench --shape 1,8,2,128,99999999999999999999,64", "SK"),
         ("bench --shape 1,8,2,128,128,65", "head_dim"),
         (
-            "bench --shape 2147483647,2147483647,1,2147483647,1,64",
+            "bench --shape 2147483647,2147483647,1,2147482624,1,64",
             "overflow",
         ),
         ("bench --shape 1,1,1,8,8,64 --dtype int8", "--dtype"),
@@ -177,7 +177,7 @@ fn devices_that_are_not_here() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_benchmark_too_large_for_memory_is_refused() {
-    let line = "bench --shape 1,1,1,2147483647,2147483647,512 --dtype f32";
+    let line = "bench --shape 1,1,1,2147482624,2147482624,512 --dtype f32";
     assert_refused(&words(line), "memory", line);
 }
 

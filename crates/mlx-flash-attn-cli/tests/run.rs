@@ -110,7 +110,16 @@ fn every_option_passes_the_check() {
         assert_eq!(lines.len(), 1);
         assert_keys(&lines[0], &["device", "ms", "check"]);
         let check = lines[0]["check"].as_object().unwrap();
-        assert_keys(check, &["rel_fro", "max_abs", "tolerance", "ok"]);
+        let keys = [
+            "rel_fro",
+            "rel_tolerance",
+            "max_abs",
+            "tolerance",
+            "lse_error",
+            "lse_tolerance",
+            "ok",
+        ];
+        assert_keys(check, &keys);
         assert_eq!(check["ok"], true);
         assert_eq!(tensor(&output, "o").1, q);
     }

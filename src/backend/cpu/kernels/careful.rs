@@ -194,12 +194,13 @@ pub(super) unsafe fn is_shown(call: &Call<'_>, row: &Row, key_len: usize, key: u
     })
 }
 
-/// Whether a mask leaves a row any of `keys`, whatever tile classes say.
+/// Whether mask and tile classes may leave a row any of `keys`: not where the mask alone hides all.
 ///
 /// # Safety
 /// The job's promises hold, and the keys are below `key_len`.
-pub(super) unsafe fn mask_shows_any(call: &Call<'_>, row: &Row, keys: Range<usize>) -> bool {
-    let Some(cells) = call.cells else {
+pub(super) unsafe fn may_show(call: &Call<'_>, row: &Row, keys: Range<usize>) -> bool {
+    // A class of 2 shows what the mask hides.
+    let Some(cells) = call.cells.filter(|_| call.at.tile_classes.is_null()) else {
         return true;
     };
     // SAFETY: the mask has these cells, of its type.

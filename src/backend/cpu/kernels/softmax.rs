@@ -110,7 +110,7 @@ pub(super) unsafe fn largest_of_none(
     let keys =
         (place.start + span.start).max(row.keys.start)..(place.start + span.end).min(row.keys.end);
     // SAFETY: the keys are the row's own; the mask has them.
-    if keys.is_empty() || !unsafe { careful::mask_shows_any(call, row, keys.clone()) } {
+    if keys.is_empty() || !unsafe { careful::may_show(call, row, keys.clone()) } {
         return f32::NEG_INFINITY;
     }
     let mut largest = f32::NEG_INFINITY;
@@ -320,7 +320,9 @@ unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
                 // In integers before f32, which is exact up to 2^24 keys of distance.
                 let nearest = (column as i64 - row.diagonal) as f32;
                 let distance = s.abs(s.add(s.iota(), s.splat(nearest)));
-                x = s.fma(s.splat(-row.slope), distance, x);
+                let biased = s.fma(s.splat(-row.slope), distance, x);
+                // A bias that overflows leaves what is hidden hidden.
+                x = s.pick_ne(x, hidden, biased, hidden);
             }
             s.store(at.add(vector * lanes), x);
         }
