@@ -269,7 +269,7 @@ mod tests {
                 .contains("not in the manifest")
         );
         let mut listed = compiled.clone();
-        listed.resources.registers = 2;
+        listed.resources.registers = 20;
         assert!(difference(Some(&listed), &compiled).is_some());
         listed.resources.spills = 8;
         let manifest = Manifest {

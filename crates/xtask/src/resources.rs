@@ -35,10 +35,12 @@ impl Resources {
         faults
     }
 
-    /// Whether both stand for the same figures; complaints are compared by whether there are any.
+    /// Whether both stand for the same figures; complaints are compared by whether there are any. A
+    /// few registers apart are the same: how many one text takes depends on what the compiler's process
+    /// compiled before it.
     pub(crate) fn same(&self, other: &Self) -> bool {
-        let figures = |r: &Self| (r.registers, r.stack, r.spills, r.complaints.is_empty());
-        figures(self) == figures(other)
+        let figures = |r: &Self| (r.stack, r.spills, r.complaints.is_empty());
+        figures(self) == figures(other) && self.registers.abs_diff(other.registers) <= 8
     }
 }
 
