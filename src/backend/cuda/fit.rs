@@ -206,11 +206,13 @@ mod tests {
                 .unwrap()
         };
         assert!(chosen(&built(|b| b), gpu).maps());
+        assert!(chosen(&built(|b| b.softcap(256.0)), gpu).maps());
         assert!(!chosen(&built(|b| b), Capability(8, 9)).maps());
         for odd in [
             built(|b| b.scale(-0.1)),
             built(|b| b.scale(2.0)),
             built(|b| b.scale(1e-9)),
+            built(|b| b.softcap(257.0)),
             built(|b| b.causal(true).query_offset(QueryOffset::At(1 << 30))),
             built(|b| {
                 let strides = Strides {
