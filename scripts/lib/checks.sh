@@ -184,7 +184,8 @@ miri() {
     # Rayon's pool outlives main, casts integers to pointers, and is sound by Tree Borrows only.
     # Property tests read the clock and the folder they run in, and are slow when interpreted.
     local flags="-Zmiri-tree-borrows -Zmiri-permissive-provenance -Zmiri-ignore-leaks -Zmiri-disable-isolation"
-    MIRIFLAGS="${MIRIFLAGS-$flags}" PROPTEST_CASES="${PROPTEST_CASES-4}" \
+    # Panics that tests expect would each be traced by an interpreted unwinder.
+    RUST_BACKTRACE=0 MIRIFLAGS="${MIRIFLAGS-$flags}" PROPTEST_CASES="${PROPTEST_CASES-4}" \
         rustup run nightly cargo miri test --locked -p mlx-flash-attn --lib -- "$@"
 }
 

@@ -132,7 +132,7 @@ struct Conversions;
 impl Task for Conversions {
     fn run<S: Simd>(&self, s: S) {
         // All of them; interpreted, which takes minutes, some of every exponent.
-        let apart = if cfg!(miri) { 13 } else { 1 };
+        let apart = if cfg!(miri) { 97 } else { 1 };
         for start in (0..=u16::MAX).step_by(S::LANES).step_by(apart) {
             let bits: Vec<u16> = (0..S::LANES as u16).map(|i| start + i).collect();
             let (b, h): (Vec<bf16>, Vec<f16>) = bits
