@@ -73,7 +73,7 @@ const PREFIX: &str = "flash_attn_prefill_";
 const BOOL: &str = "_boolmask";
 
 /// The stem that a line instantiates.
-fn stem_of(line: &str) -> Option<&str> {
+pub(crate) fn stem_of(line: &str) -> Option<&str> {
     line.strip_prefix(INSTANTIATES)?.split('"').next()
 }
 

@@ -91,8 +91,8 @@ impl Verdict {
             fields.add(
                 "reference",
                 format_args!(
-                    "not finite in row {row} of [B, H, L], or of [H, L] if packed: it sees a NaN or an infinity in q, k, v or the \
-                     mask (rows of a cache that are not filled: --key-len)"
+                    "not finite in row {row} of [B, H, L], or of [H, L] if packed: it sees a NaN or an \
+                     infinity in q, k, v or the mask (rows of a cache that are not filled: --key-len)"
                 ),
             );
         }

@@ -359,12 +359,7 @@ fn removals(text: &str) -> Vec<(usize, String, String)> {
 
 /// The prefill text with these instantiations alone, so that it compiles in little time.
 fn only(stems: &[&str]) -> String {
-    let kept = |line: &&str| {
-        let stem = line
-            .strip_prefix("MASKS(\"")
-            .and_then(|rest| rest.split('"').next());
-        stem.is_none_or(|stem| stems.contains(&stem))
-    };
+    let kept = |line: &&str| sources::stem_of(line).is_none_or(|stem| stems.contains(&stem));
     sources::PREFILL_TEXT
         .lines()
         .filter(kept)
