@@ -437,7 +437,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     for (int j = 0; j < PARKED; j++) o[j] = parked[j * 128 * WGS];
 #endif
                     rescale();
-                    settle(soft, score_unit(later));
                     first = false;
                 }
             } else {
@@ -462,7 +461,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 done_k();
                 modify<BN>(s, p, rows(), tile0, true, PLAIN, cells);
                 softmax<BN>(s, soft, sc, tile_unit(p, true), true, true, PLAIN);
-                soft.scaled = false;
                 pack(s);
                 stored();
 
@@ -497,7 +495,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     done_v();
                     pack(s);
                     rescale();
-                    settle(soft, sc);
                 };
 #if CLASSES
                 // Runs of one kind, each in a loop of its own.
@@ -557,11 +554,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             wgmma_wait<0>();
             pin(o);
             done_v();
-            // What grew by a factor after the last weights.
-            if (soft.scaled) {
-                inv[0] *= soft.alpha[0];
-                inv[1] *= soft.alpha[1];
-            }
 #if CLASSES
             skip(sh->list_len[rq.slot()] - sh->list_to[rq.slot()][wg]);
 #else
@@ -629,9 +621,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         stored();
     };
     tiles(Yes(), PLAIN);
-    if (tid == 0) {
-        sh->v_at = rv.at;
-    }
+    if (tid == 0) sh->v_at = rv.at;
     named_arrive(BAR_PARKED, 128 * WGS + 32);
     for (int run = PLAIN;;) {
         named_sync(8 + wg, 128);

@@ -341,7 +341,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             pin(s);
             release_k();
             scores(0);
-            soft.scaled = false;
             pack();
             hand_over(0);
 #pragma unroll 1
@@ -363,7 +362,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                 pack();
                 hand_over(i);
                 rescale(soft.alpha[0], soft.alpha[1]);
-                soft.scaled = false;
             }
             bar_arrive(p_full + 8 * ((before + n - 1) & (PBUF - 1)));
             issue_pv(n - 1);

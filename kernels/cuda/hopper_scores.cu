@@ -24,7 +24,6 @@ DEV float add_mask(float x, MaskElement v, const Params& p) {
 #endif
 }
 
-
 // What classes hidden and free of mask say of two neighbours.
 DEV MaskPair pair_of(bool hidden) {
 #if MASK == 1
@@ -106,6 +105,15 @@ DEV void select_mask(float (&s)[N / 2], const Params& p, const Rows& r, int c0, 
 }
 #endif
 
+// The first and last key that the bounds show to a row.
+DEV int first_key(const Params& p, const Rows& r, int half) {
+    return LEFT ? max(0, r.pos + 8 * half - p.left) : 0;
+}
+
+DEV int last_key(const Params& p, const Rows& r, int half) {
+    return RIGHT ? min(r.sk - 1, r.pos + 8 * half + p.right) : r.sk - 1;
+}
+
 // What happens to scores before the softmax, for key tile `tile`.
 template <int N>
 DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, bool masked, int run,
@@ -173,11 +181,7 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
     // Most warps see all of a tile from one side or from both.
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int last = r.sk - 1;
-#if RIGHT
-        last = min(last, r.pos + 8 * half + p.right);
-#endif
-        last -= c0;
+        const int last = last_key(p, r, half) - c0;
         if (__any_sync(~0u, last < N - 1)) {
 #pragma unroll
             for (int j = 0; j < N / 8; j++) {
@@ -187,7 +191,7 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
             }
         }
 #if LEFT
-        const int first = r.pos + 8 * half - p.left - c0;
+        const int first = first_key(p, r, half) - c0;
         if (__any_sync(~0u, first > 0)) {
 #pragma unroll
             for (int j = 0; j < N / 8; j++) {

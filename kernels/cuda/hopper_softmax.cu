@@ -4,13 +4,12 @@
 // maximum, but no more than that. Weights and their sum `l` are relative to it.
 struct Soft {
     float ref[2], l[2];
-    float alpha[2]; // what O is multiplied by before the next product is added, if `scaled`
-    float part[2];  // this tile's sums, if `grown`
-    bool scaled, grown;
+    float alpha[2]; // what O is multiplied by before this tile's product is added, if `scaled`
+    bool scaled;
 };
 
 DEV Soft soft_start() {
-    return Soft{{NEG_INF, NEG_INF}, {0.0f, 0.0f}, {1.0f, 1.0f}, {0.0f, 0.0f}, false, false};
+    return Soft{{NEG_INF, NEG_INF}, {0.0f, 0.0f}, {1.0f, 1.0f}, false};
 }
 
 // Whether differences of huge scores are taken before they are multiplied: with an additive mask in
@@ -30,8 +29,7 @@ DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit, bo
             s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], a, -b) * c;
             s[4 * j + 2 * half + 1] = __fmaf_rn(s[4 * j + 2 * half + 1], a, -b) * c;
         }
-    } else
-    {
+    } else {
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
             s[4 * j + 2 * half] = __fmaf_rn(s[4 * j + 2 * half], by, -off);
@@ -49,26 +47,61 @@ DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit, bo
     return x + y;
 }
 
-// Scores above `ref` give weights above 1, in f16 up to its largest number. A tile whose weights sum up
-// to more than this is done again. A reference above the maximum would leave more room, but f16 flushes
-// weights under 2^-25, which many keys together make up for.
-#define POISON (F16 ? 65504.0f : 1.8446744e19f)
+// In units of the reference. Around the approximate division ptxas schedules the loops of head dims under 128
+// up to 3 % faster, and those of 128 up to 1 % slower.
+#define GROWTH(by, sc) (D < 128 ? __fdividef(by, sc) : (by) / (sc))
+
+// From this weight of a thread on, a row's weights are measured anew, against their sum: f16 holds no
+// more than 2^16. A reference above the maximum would leave more room, but f16 flushes weights under 2^-25,
+// which many keys together make up for. From LEAPT on, the factor would be subnormal.
+#define GROWN 4096.0f
+#define LEAPT 4.2535296e37f
+
+// Measures a tile's weights anew in rows where they have grown much: the reference follows, and weights, the
+// sum and O shrink by as much. `part` are the thread's sums of the tile. Each row decides for itself.
+template <int N> DEV void follow(float (&s)[N / 2], Soft& f, const float (&part)[2], float sc) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sum = part[half], most = sum;
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        float factor = 1.0f;
+        if (!(sum < LEAPT)) {
+            f.l[half] = sum * __int_as_float(0x7f800000); // infinite, or NaN
+        } else if (most >= GROWN) {
+            const float by = log2_fast(sum);
+            f.ref[half] += GROWTH(by, sc);
+            factor = exp2_fast(-by);
+        }
+        f.l[half] *= factor;
+        f.alpha[half] = f.scaled ? f.alpha[half] * factor : factor;
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+            s[4 * j + 2 * half] *= factor;
+            s[4 * j + 2 * half + 1] *= factor;
+        }
+    }
+    f.scaled = true;
+}
 
 // Scores to weights. Usually without a look at their maximum: they are taken against the reference
-// that there is, and where their sum then shows that they have grown much, the reference follows
-// for the tiles to come. Weights too large for that (a leap by 2^64, in f16 by 2^16) make the sum
-// infinite; such rows are done again in the run EXACT. The maximum comes first in a row's first tile
-// and while its reference is very low. No row's bits depend on the rows beside it.
+// that there is, and where their sum then shows that they have grown much, they are measured anew. Weights too
+// large for that (a leap by 2^125) poison the sum, and such rows are done again in the run EXACT. The
+// maximum comes first in a row's first tile and while its reference is very low. No row's bits depend on the
+// rows beside it.
 template <int N>
 DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool masked, bool first, int run) {
+    f.scaled = false;
     if (run >= UPWARD) {
 #pragma unroll
         for (int j = 0; j < N / 2; j++) s[j] = presence(s[j]);
         f.alpha[0] = f.alpha[1] = 1.0f;
-        f.scaled = f.grown = false;
         return;
     }
     first = first || !SPECULATE || run == EXACT;
+    float part[2]; // what weights against an older reference sum up to
     if (first || __any_sync(~0u, !(f.ref[0] * sc > -16384.0f) || !(f.ref[1] * sc > -16384.0f))) {
         bool some = false;
 #pragma unroll
@@ -90,67 +123,25 @@ DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool masked, 
             f.ref[half] = now;
             // Where no key was visible yet: weights are 0, not 2^(-inf + inf).
             const float ref = now == NEG_INF ? 0.0f : now;
-            const float shrunk = exp2_fast((old - ref) * sc);
-            f.alpha[half] = (f.scaled ? f.alpha[half] : 1.0f) * shrunk;
+            f.alpha[half] = exp2_fast((old - ref) * sc);
             const float sum = weigh<N>(s, half, ref, sc, unit, masked, run == EXACT);
-            f.l[half] = f.l[half] * shrunk + sum;
-            f.part[half] = leads ? 0.0f : sum;
+            f.l[half] = f.l[half] * f.alpha[half] + sum;
+            part[half] = leads ? 0.0f : sum;
             some |= f.alpha[half] != 1.0f;
         }
         f.scaled = __any_sync(~0u, some);
-        f.grown = __any_sync(~0u, !(f.part[0] + f.part[1] < 4096.0f));
-        return;
+    } else {
+        part[0] = weigh<N>(s, 0, f.ref[0], sc, unit, masked);
+        part[1] = weigh<N>(s, 1, f.ref[1], sc, unit, masked);
+        f.l[0] += part[0];
+        f.l[1] += part[1];
     }
-    f.part[0] = weigh<N>(s, 0, f.ref[0], sc, unit, masked);
-    f.part[1] = weigh<N>(s, 1, f.ref[1], sc, unit, masked);
-    f.l[0] += f.part[0];
-    f.l[1] += f.part[1];
-    f.grown = __any_sync(~0u, !(f.part[0] + f.part[1] < 4096.0f));
-}
-
-// In units of the reference. Around the approximate division ptxas schedules the loop of head dim 64
-// without bounds and masks 1.3 % faster, and others slower.
-#define GROWTH(by, sc) (D == 64 && !RIGHT && !MASK ? __fdividef(by, sc) : (by) / (sc))
-
-// After O took this tile's factor: where weights have grown much, the reference follows, and O and
-// the sum shrink by as much.
-DEV void settle(Soft& f, float sc) {
-    f.scaled = f.grown;
-    if (!f.grown) return;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float sum = f.part[half], most = sum;
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-        f.alpha[half] = 1.0f;
-        if (!(sum < POISON)) {
-            f.l[half] = sum * __int_as_float(0x7f800000); // infinite, or NaN
-        } else if (most >= 4096.0f) { // enough to set `grown` by itself
-            const float by = log2_fast(sum);
-            f.ref[half] += GROWTH(by, sc);
-            f.alpha[half] = exp2_fast(-by);
-            f.l[half] *= f.alpha[half];
-        }
-    }
+    if (__any_sync(~0u, !(part[0] + part[1] < GROWN))) follow<N>(s, f, part, sc);
 }
 
 // Above this many powers of two a fused difference is too coarse.
 #define FAR_REFERENCE 16384.0f
 #define LARGEST 3.4028235e38f
-
-// Whether a row sees a key, by its bounds.
-DEV bool sees_keys(const Params& p, const Rows& r, int half) {
-    int first = 0, last = r.sk - 1;
-#if RIGHT
-    last = min(last, r.pos + 8 * half + p.right);
-#endif
-#if LEFT
-    first = max(first, r.pos + 8 * half - p.left);
-#endif
-    return first <= last;
-}
 
 // What O is multiplied by in the end, for scores of `sc` a unit; writes the rows' log-sum-exp. `over`: the speculation failed, and
 // the run EXACT is to do the row again, which finds NaN in all of it then.
@@ -173,7 +164,7 @@ DEV void finish(float (&inv)[2], bool (&over)[2], const Soft& f, const Params& p
         const bool far = (SCORE_MOD || !MASKS_EXACTLY || CLASSES) && f.ref[half] != NEG_INF &&
                          !(fabsf(f.ref[half] * sc) <= (SCORE_MOD ? LARGEST : FAR_REFERENCE));
         // Every score overflowed to -infinity: the run EXACT holds them at the largest number.
-        const bool unseen = !MASK && sum == 0.0f && sees_keys(p, r, half);
+        const bool unseen = !MASK && sum == 0.0f && first_key(p, r, half) <= last_key(p, r, half);
         over[half] = run < EXACT && (sum >= 1.0e38f || f.ref[half] == infinity || far || unseen);
         float part = 1.0f;
         if (p.sinks && sum != 0.0f) {
