@@ -9,7 +9,7 @@
 use half::bf16;
 use mlx_flash_attn::attention::{Problem, QueryOffset, Shape};
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{DType, KernelRegistry, MlxDevice, Result};
+use mlx_flash_attn::{DType, MlxDevice, Result};
 
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
@@ -30,7 +30,6 @@ fn shape(query_len: usize, key_len: usize) -> Shape {
 
 fn main() -> Result<()> {
     let device = MlxDevice::new()?;
-    let mut registry = KernelRegistry::new();
     let data = |heads: usize, phase: f32| -> Vec<bf16> {
         let value = |i: usize| bf16::from_f32((i as f32 * 0.47 + phase).sin());
         (0..heads * LEN * DIM).map(value).collect()
@@ -43,12 +42,12 @@ fn main() -> Result<()> {
     let k = buffer(&data(KV_HEADS, 1.0), KV_HEADS, LEN)?;
     let v = buffer(&data(KV_HEADS, 2.0), KV_HEADS, LEN)?;
 
-    let mut attend = |problem: &Problem, q: &[bf16], len: usize| -> Result<Vec<bf16>> {
+    let attend = |problem: &Problem, q: &[bf16], len: usize| -> Result<Vec<bf16>> {
         let q = buffer(q, HEADS, len)?;
         let out = device.alloc_buffer(q.byte_len(), DType::BF16, q.shape().to_vec())?;
         let mut encoder = device.command_encoder()?;
         let operands = Operands::new(&q, &k, &v, &out);
-        ops::attention(&mut encoder, &device, &mut registry, problem, &operands)?;
+        ops::attention(&mut encoder, problem, &operands)?;
         encoder.commit_and_wait()?;
         Ok(out.as_slice::<bf16>()?.to_vec())
     };

@@ -9,7 +9,7 @@
 use mlx_flash_attn::attention::variant::{self, Family, HEAD_DIMS, MaskKind};
 use mlx_flash_attn::attention::{Problem, ProblemBuilder, Shape};
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{DType, EmulatorCounters, EmulatorOptions, KernelRegistry, MlxDevice, Result};
+use mlx_flash_attn::{DType, EmulatorCounters, EmulatorOptions, MlxDevice, Result};
 
 /// Query rows and keys: whole tiles of every kernel.
 const LEN: usize = 512;
@@ -99,8 +99,7 @@ fn count(
     let (q, k, v, out) = (buffer()?, buffer()?, buffer()?, buffer()?);
     let mut encoder = device.command_encoder()?;
     let operands = Operands::new(&q, &k, &v, &out);
-    let mut registry = KernelRegistry::new();
-    ops::attention(&mut encoder, device, &mut registry, &problem, &operands)?;
+    ops::attention(&mut encoder, &problem, &operands)?;
     device.take_emulator_counters();
     encoder.commit_and_wait()?;
     Ok(device.take_emulator_counters().unwrap_or_default())

@@ -8,7 +8,7 @@
 use half::bf16;
 use mlx_flash_attn::attention::{Problem, Shape};
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{DType, KernelRegistry, MlxDevice};
+use mlx_flash_attn::{DType, MlxDevice};
 
 fn main() -> mlx_flash_attn::Result<()> {
     // What is asked, checked once: 8 query heads share 2 key/value heads.
@@ -38,13 +38,12 @@ fn main() -> mlx_flash_attn::Result<()> {
     let out = device.alloc_buffer(q.byte_len(), DType::BF16, vec![1, 8, 256, 64])?;
     let lse = device.alloc_buffer(8 * 256 * 4, DType::F32, vec![1, 8, 256])?;
 
-    let mut registry = KernelRegistry::new();
     let mut encoder = device.command_encoder()?;
     let operands = Operands {
         lse: Some(&lse),
         ..Operands::new(&q, &k, &v, &out)
     };
-    ops::attention(&mut encoder, &device, &mut registry, &problem, &operands)?;
+    ops::attention(&mut encoder, &problem, &operands)?;
     let (start, end) = encoder.commit_wait_with_gpu_time()?;
 
     println!("{}: {:.2} ms", device.name(), (end - start) * 1e3);

@@ -9,7 +9,7 @@ use half::f16;
 use mlx_flash_attn::attention::variant::class_tile;
 use mlx_flash_attn::attention::{Problem, Shape, TileClass};
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{DType, KernelRegistry, MlxDevice, Result};
+use mlx_flash_attn::{DType, MlxDevice, Result};
 
 const LEN: usize = 512;
 const DIM: usize = 64;
@@ -20,10 +20,9 @@ fn attend(problem: &Problem, q: &[f16], k: &[f16], v: &[f16]) -> Result<Vec<f16>
     let buffer = |data: &[f16]| device.buffer_from_slice(data, DType::F16, vec![1, 1, LEN, DIM]);
     let (q, k, v) = (buffer(q)?, buffer(k)?, buffer(v)?);
     let out = device.alloc_buffer(q.byte_len(), DType::F16, q.shape().to_vec())?;
-    let mut registry = KernelRegistry::new();
     let mut encoder = device.command_encoder()?;
     let operands = Operands::new(&q, &k, &v, &out);
-    ops::attention(&mut encoder, &device, &mut registry, problem, &operands)?;
+    ops::attention(&mut encoder, problem, &operands)?;
     encoder.commit_and_wait()?;
     Ok(out.as_slice::<f16>()?.to_vec())
 }

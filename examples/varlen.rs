@@ -8,7 +8,7 @@
 use half::bf16;
 use mlx_flash_attn::attention::{Layout, Problem, Shape};
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{DType, KernelRegistry, MlxBuffer, MlxDevice, Result};
+use mlx_flash_attn::{DType, MlxBuffer, MlxDevice, Result};
 
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
@@ -16,33 +16,25 @@ const DIM: usize = 64;
 
 struct Engine {
     device: MlxDevice,
-    registry: KernelRegistry,
 }
 
 impl Engine {
-    fn attend(
-        &mut self,
-        problem: &Problem,
-        q: &[bf16],
-        k: &[bf16],
-        v: &[bf16],
-    ) -> Result<MlxBuffer> {
+    fn attend(&self, problem: &Problem, q: &[bf16], k: &[bf16], v: &[bf16]) -> Result<MlxBuffer> {
         let device = &self.device;
         let buffer = |data: &[bf16]| device.buffer_from_slice(data, DType::BF16, vec![data.len()]);
         let (q, k, v) = (buffer(q)?, buffer(k)?, buffer(v)?);
         let out = device.alloc_buffer(q.byte_len(), DType::BF16, q.shape().to_vec())?;
         let mut encoder = device.command_encoder()?;
         let operands = Operands::new(&q, &k, &v, &out);
-        ops::attention(&mut encoder, device, &mut self.registry, problem, &operands)?;
+        ops::attention(&mut encoder, problem, &operands)?;
         encoder.commit_and_wait()?;
         Ok(out)
     }
 }
 
 fn main() -> Result<()> {
-    let mut engine = Engine {
+    let engine = Engine {
         device: MlxDevice::new()?,
-        registry: KernelRegistry::new(),
     };
     let lengths = [37, 5, 120];
     // Sequence b owns rows cu[b]..cu[b + 1] of the packed tensors [total, heads, D].

@@ -24,7 +24,7 @@
 //!
 //! let mut registry = KernelRegistry::new();
 //! let mut encoder = device.command_encoder()?;
-//! ops::attention(&mut encoder, &device, &mut registry, &problem, &Operands::new(&q, &k, &v, &out))?;
+//! ops::attention(&mut encoder, &problem, &Operands::new(&q, &k, &v, &out))?;
 //! encoder.commit_and_wait()?;
 //!
 //! let o: &[bf16] = out.as_slice()?;
@@ -41,6 +41,7 @@
 
 pub mod attention;
 mod backend;
+mod compat;
 mod dtype;
 pub mod error;
 pub mod ops;

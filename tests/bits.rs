@@ -12,7 +12,7 @@ use common::{
 };
 use mlx_flash_attn::attention::{Layout, MaskSpec, Problem, QueryOffset};
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{CpuOptions, DType, DeviceKind, Isa, KernelRegistry, MlxBuffer, MlxDevice};
+use mlx_flash_attn::{CpuOptions, DType, DeviceKind, Isa, MlxBuffer, MlxDevice};
 
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 const DIMS: [usize; 4] = [64, 80, 256, 512];
@@ -38,10 +38,8 @@ fn all_devices() -> Vec<MlxDevice> {
 fn each(test: impl Fn(&MlxDevice, &str, DType, usize)) {
     for device in all_devices() {
         for (dtype, dim) in DTYPES.into_iter().flat_map(|t| DIMS.map(|d| (t, d))) {
-            let kind = mlx_flash_attn::attention::variant::MaskKind::Additive;
-            let served =
-                mlx_flash_attn::attention::variant::select(device.family(), dtype, dim, kind);
-            if served.is_ok() {
+            let problem = Problem::builder(dtype, shape([1, 1, 1], (1, 1), dim)).build();
+            if device.supports(&problem.unwrap()).is_ok() {
                 test(
                     &device,
                     &format!("{} {dtype} d{dim}", device.name()),
@@ -152,14 +150,11 @@ fn what_was_asked_before_changes_no_bit() {
             let alone = data.run(device, &problem).0;
             (data, problem, alone)
         });
-        let mut registry = KernelRegistry::new();
         for n in [0, 0, 1, 2, 0, 1, 1] {
             let (data, problem, alone) = &asked[n];
             let [q, k, v, out] = data.buffers(device);
             let operands = Operands::new(&q, &k, &v, &out);
-            commit(device, |e| {
-                ops::attention(e, device, &mut registry, problem, &operands)
-            });
+            commit(device, |e| ops::attention(e, problem, &operands));
             assert!(*alone == bytes(&out), "{what}: problem {n}");
         }
     });
@@ -202,12 +197,9 @@ fn views_and_copies_give_the_same_bits() {
         let data = Qkv::new(34, dtype, shape([1, 2, 2], (37, 75), dim));
         let problem = data.builder().causal(true).build().unwrap();
         // One kernel for all: what it keeps of one call must not be taken for one at other addresses.
-        let mut registry = KernelRegistry::new();
-        let mut run = |[q, k, v]: &[MlxBuffer; 3], out: &MlxBuffer| {
+        let run = |[q, k, v]: &[MlxBuffer; 3], out: &MlxBuffer| {
             let operands = Operands::new(q, k, v, out);
-            commit(device, |e| {
-                ops::attention(e, device, &mut registry, &problem, &operands)
-            });
+            commit(device, |e| ops::attention(e, &problem, &operands));
         };
         let copies = [&data.q, &data.k, &data.v].map(|x| upload(device, x, dtype, &[x.len()]));
         let out = output(device, data.q.len(), dtype);
@@ -394,14 +386,7 @@ fn a_replayed_capture_gives_the_bits_of_the_call() {
         let [q, k, v, out] = data.buffers(&device);
         let mut encoder = device.command_encoder().unwrap();
         encoder.start_capture();
-        ops::attention(
-            &mut encoder,
-            &device,
-            &mut KernelRegistry::new(),
-            &problem,
-            &Operands::new(&q, &k, &v, &out),
-        )
-        .unwrap();
+        ops::attention(&mut encoder, &problem, &Operands::new(&q, &k, &v, &out)).unwrap();
         let nodes = encoder.take_capture().unwrap();
         encoder.replay(&nodes).unwrap();
         encoder.commit_and_wait().unwrap();

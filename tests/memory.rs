@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use half::bf16;
 use mlx_flash_attn::attention::{Problem, Shape};
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{CpuOptions, DType, KernelRegistry, MlxDevice};
+use mlx_flash_attn::{CpuOptions, DType, MlxDevice};
 
 /// Peak resident memory of this process so far, in bytes.
 fn peak() -> usize {
@@ -61,10 +61,9 @@ fn extra(len: usize) -> usize {
         buffer
     };
     let (q, k, v, out) = (buffer(1.0), buffer(0.7), buffer(1.3), buffer(f32::NAN));
-    let mut registry = KernelRegistry::new();
     let mut encoder = device.command_encoder().unwrap();
     let operands = Operands::new(&q, &k, &v, &out);
-    ops::attention(&mut encoder, &device, &mut registry, &problem, &operands).unwrap();
+    ops::attention(&mut encoder, &problem, &operands).unwrap();
     // Forgets the peak so far.
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     let before = peak();

@@ -101,7 +101,7 @@ fn committed(device: &MlxDevice) -> Vec<f16> {
     let [q, k, v] = operands(device);
     let mut encoder = device.command_encoder().unwrap();
     let operands = Operands::new(&q, &k, &v, &out);
-    ops::attention(&mut encoder, device, &mut registry, &problem(), &operands).unwrap();
+    ops::attention(&mut encoder, &problem(), &operands).unwrap();
     let (start, end) = encoder.commit_wait_with_gpu_time().unwrap();
     assert!(end >= start);
     out.as_slice().unwrap().to_vec()
@@ -159,7 +159,7 @@ fn an_engines_encoder_and_buffers_give_the_same_bits() {
     let mut encoder = device.command_encoder().unwrap();
     let [q, k, v] = operands(&device);
     let operands = Operands::new(&q, &k, &v, &out);
-    ops::attention(&mut encoder, &device, &mut registry, &problem(), &operands).unwrap();
+    ops::attention(&mut encoder, &problem(), &operands).unwrap();
 
     let queue = raw.newCommandQueue().unwrap();
     let command = queue.commandBuffer().unwrap();

@@ -8,8 +8,8 @@ mod common;
 mod wild;
 
 use common::{devices, shape};
+use mlx_flash_attn::DType;
 use mlx_flash_attn::attention::{Layout, MaskSpec, QueryOffset, Strides};
-use mlx_flash_attn::{DType, KernelRegistry};
 use wild::{Reached, Wild, check};
 
 fn plain(dtype: DType, [batch, heads, kv_heads]: [usize; 3], lengths: (usize, usize)) -> Wild {
@@ -38,9 +38,8 @@ fn plain(dtype: DType, [batch, heads, kv_heads]: [usize; 3], lengths: (usize, us
 
 fn hold(problems: &[Wild]) {
     for device in devices() {
-        let mut registry = KernelRegistry::new();
         for problem in problems {
-            let reached = check(problem, &device, &mut registry, 1 << 26);
+            let reached = check(problem, &device, 1 << 26);
             assert_eq!(reached, Reached::Compared, "{} {problem:#?}", device.kind());
         }
     }

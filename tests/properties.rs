@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 use common::{bytes, to_bytes};
 use mlx_flash_attn::attention::{TileClass, Visibility};
-use mlx_flash_attn::{DeviceKind, KernelRegistry, MlxDevice};
+use mlx_flash_attn::{DeviceKind, MlxDevice};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, FileFailurePersistence, TestRunner};
 use wild::{Reached, Source, Wild, check};
@@ -38,13 +38,12 @@ fn runner(cases: u32) -> TestRunner {
 
 fn run_all(cases: u32, wild: bool) -> BTreeMap<String, usize> {
     let device = MlxDevice::open(DeviceKind::Cpu).unwrap();
-    let registry = RefCell::new(KernelRegistry::new());
     let counts = RefCell::new(BTreeMap::new());
     let mut test = runner(cases);
     let input = prop::collection::vec(any::<u8>(), 0..400);
     let result = test.run(&input, |input| {
         let problem = Wild::read(&mut Source(&input), wild);
-        let reached = check(&problem, &device, &mut registry.borrow_mut(), 1_000_000);
+        let reached = check(&problem, &device, 1_000_000);
         *counts
             .borrow_mut()
             .entry(format!("{reached:?}"))

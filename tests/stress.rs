@@ -16,7 +16,7 @@ use mlx_flash_attn::attention::Problem;
 use mlx_flash_attn::encoder::{CapturedNode, CommandEncoder};
 use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::verify::Random;
-use mlx_flash_attn::{CpuOptions, DType, DeviceKind, KernelRegistry, MlxBuffer, MlxDevice};
+use mlx_flash_attn::{CpuOptions, DType, DeviceKind, MlxBuffer, MlxDevice};
 
 const THREADS: u64 = 8;
 const ROWS: usize = 6;
@@ -86,31 +86,23 @@ impl World {
             devices,
             buffers,
         };
-        let mut registry = KernelRegistry::new();
         for i in 0..3 {
             let mut encoder = device.command_encoder().unwrap();
             encoder.start_capture();
-            world.attend(&mut encoder, &mut registry, [i, i + 1, i + 2, i + 3]);
-            world.attend(&mut encoder, &mut registry, [i + 3, i, i + 1, i + 2]);
+            world.attend(&mut encoder, [i, i + 1, i + 2, i + 3]);
+            world.attend(&mut encoder, [i + 3, i, i + 1, i + 2]);
             world.captures.push(encoder.take_capture().unwrap());
         }
         world
     }
 
-    fn attend(
-        &self,
-        encoder: &mut CommandEncoder,
-        registry: &mut KernelRegistry,
-        at: [usize; 4],
-    ) -> bool {
+    fn attend(&self, encoder: &mut CommandEncoder, at: [usize; 4]) -> bool {
         let [q, k, v, out] = at.map(|i| &self.buffers[i]);
         let operands = Operands::new(q, k, v, out);
-        // Pipelines of one device of a kind are not another's; the encoder's own is asked for by kind.
-        let device = &self.devices[0];
-        ops::attention(encoder, device, registry, &self.problem, &operands).is_ok()
+        ops::attention(encoder, &self.problem, &operands).is_ok()
     }
 
-    fn act(&self, random: &mut Random, registry: &mut KernelRegistry, mine: &mut Vec<MlxBuffer>) {
+    fn act(&self, random: &mut Random, mine: &mut Vec<MlxBuffer>) {
         let mut pick = |n: usize| random.below(n);
         let action = pick(ACTIONS.len());
         let buffer = &self.buffers[pick(self.buffers.len())];
@@ -119,7 +111,7 @@ impl World {
         let ok = match ACTIONS[action] {
             "attend" => {
                 let at = std::array::from_fn(|_| pick(self.buffers.len()));
-                self.attend(&mut encoder(), registry, at)
+                self.attend(&mut encoder(), at)
             }
             "commit" => {
                 encoder().commit();
@@ -192,10 +184,9 @@ fn stress(device: &MlxDevice, seconds: f64) {
             let world = &world;
             scope.spawn(move || {
                 let mut random = Random::new(900 + seed);
-                let mut registry = KernelRegistry::new();
                 let mut mine = Vec::new();
                 while Instant::now() < end {
-                    world.act(&mut random, &mut registry, &mut mine);
+                    world.act(&mut random, &mut mine);
                 }
             });
         }

@@ -1,10 +1,8 @@
 //! Problems from arbitrary bytes: building never panics, and what runs agrees with the oracle.
 #![no_main]
 
-use std::cell::RefCell;
-
 use libfuzzer_sys::fuzz_target;
-use mlx_flash_attn::{CpuOptions, KernelRegistry, MlxDevice};
+use mlx_flash_attn::{CpuOptions, MlxDevice};
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -16,14 +14,11 @@ thread_local! {
         let options = CpuOptions::from_env().expect("a known instruction set");
         MlxDevice::cpu(CpuOptions { threads: Some(1), ..options }).expect("a CPU")
     };
-    static REGISTRY: RefCell<KernelRegistry> = RefCell::new(KernelRegistry::new());
 }
 
 fuzz_target!(|data: &[u8]| {
     let mut source = wild::Source(data);
     let is_wild = source.flag();
     let problem = wild::Wild::read(&mut source, is_wild);
-    CPU.with(|cpu| {
-        REGISTRY.with_borrow_mut(|registry| wild::check(&problem, cpu, registry, 50_000))
-    });
+    CPU.with(|cpu| wild::check(&problem, cpu, 50_000));
 });

@@ -177,6 +177,11 @@ pub fn accesses(kernel: &str) -> Accesses {
     Accesses { written }
 }
 
+/// Whether a kernel of this crate has that name.
+pub fn is_own(kernel: &str) -> bool {
+    !accesses(kernel).written.is_empty()
+}
+
 /// Code of an operand's element type for [`constant::MASK_DTYPE`] and [`constant::KV_DTYPE`].
 pub const fn dtype_code(operand: crate::DType, query: crate::DType) -> i32 {
     use crate::DType;

@@ -112,7 +112,8 @@ impl Plan {
     }
 }
 
-fn simdgroups(variant: &Variant, nsg: Option<u32>) -> Result<usize> {
+/// The simdgroups of a kernel, as the table or a caller's choice has them.
+pub(crate) fn simdgroups(variant: &Variant, nsg: Option<u32>) -> Result<usize> {
     match nsg {
         None => Ok(variant.simdgroups),
         Some(n @ (4 | 8)) if variant.head_dim == 512 => Ok(n as usize),

@@ -1,20 +1,23 @@
 //! The Metal kernels, run on this machine's processors from the text that a Mac compiles: the same
 //! plan, names, constants, params, bindings and grid.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use msl_emulator::{Binding, CompileOptions, Constant, Counters, DispatchOptions, Library};
 
-use super::checked::launch;
+use super::command::Work;
 use super::host_memory::HostMemory;
+use super::metal::launch::{self, Kernels, Launch, Prepared};
 use super::metal::split;
 use super::{
     Arg, Backend, DeviceKind, Dispatch, Done, Kernel, Limits, Memory, Pending, Step, Timing,
 };
+use crate::attention::Problem;
 use crate::attention::bindings::{Constants, constant};
-use crate::attention::variant::{self, APPLE_THREADGROUP_BYTES, Family};
+use crate::attention::variant::{self, APPLE_THREADGROUP_BYTES};
 use crate::error::{MlxError, Result};
 use crate::sources;
 
@@ -35,6 +38,7 @@ pub(crate) struct Emulator {
     /// By the contents of the source text, then by kernel: a library holds few kernels, as the whole
     /// text takes long to compile.
     libraries: Mutex<HashMap<String, HashMap<String, Arc<Library>>>>,
+    kernels: Kernels,
     counters: Mutex<Counters>,
     /// Operations of one part of a dispatch, which the Metal device runs as a command of its own.
     part_flops: f64,
@@ -57,6 +61,7 @@ impl Emulator {
         Ok(Self {
             options,
             libraries: Mutex::default(),
+            kernels: Kernels::default(),
             counters: Mutex::default(),
             part_flops: split::COMMAND_FLOPS,
         })
@@ -92,13 +97,45 @@ impl Emulator {
         Ok(library)
     }
 
+    fn compile(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Kernel> {
+        let library = self.library(kernel, source)?;
+        let info = library.kernel(kernel).map_err(|e| failed(kernel, &e))?;
+        let row = variant::by_name(kernel);
+        let own = sources::is_own(kernel, source);
+        let values = library
+            .constants()
+            .iter()
+            .map(|info| {
+                let index = info.index as usize;
+                let value = if info.type_name == "bool" {
+                    Constant::Bool(constants.bool(index))
+                } else {
+                    let default = row.filter(|_| index == constant::NSG);
+                    let default = default.map_or(0, |v| v.simdgroups as i32);
+                    Constant::Int(constants.int(index).unwrap_or(default))
+                };
+                (info.index, value)
+            })
+            .collect();
+        let limits = Limits {
+            thread_execution_width: 32,
+            max_threads: info.max_threads.map_or(1024, u64::from),
+            static_threadgroup_bytes: u64::from(info.threadgroup_bytes),
+        };
+        let built = Built {
+            library: Arc::clone(&library),
+            constants: values,
+            own,
+        };
+        Ok(Kernel::new(kernel, constants, limits, built))
+    }
+
     fn run(&self, dispatch: &Dispatch) -> Result<()> {
         let name = &dispatch.kernel.name;
         let fail = |message: String| MlxError::CommandBufferError(format!("{name}: {message}"));
         let Some(built) = dispatch.kernel.state.downcast_ref::<Built>() else {
             return Err(fail("was built for another device".into()));
         };
-        launch::check(dispatch, Family::Apple)?;
         if !built.own {
             return self.run_part(dispatch, built);
         }
@@ -148,8 +185,8 @@ impl Emulator {
         options.check = self.options.check || !built.own;
         options.shuffle_seed = self.options.shuffle_seed;
         // SAFETY: bindings lie inside live memory that nobody else uses while commands run. This
-        // crate's own text stays inside them, as `launch::check` has held params, constants and grid
-        // against them; any other text runs with every access watched.
+        // crate's own text stays inside them, as params, constants and grid follow from a checked problem;
+        // any other text runs with every access watched.
         let counters = unsafe { built.library.dispatch(&mut call, &options) };
         let counters = counters.map_err(|e| fail(e.to_string()))?;
         add(
@@ -196,10 +233,6 @@ impl Backend for Emulator {
         DeviceKind::Emulator
     }
 
-    fn family(&self) -> Family {
-        Family::Apple
-    }
-
     fn name(&self) -> String {
         "Metal emulator".into()
     }
@@ -218,44 +251,31 @@ impl Backend for Emulator {
         Ok(Arc::new(HostMemory::zeroed(bytes)?))
     }
 
-    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Kernel> {
-        let library = self.library(kernel, source)?;
-        let info = library.kernel(kernel).map_err(|e| failed(kernel, &e))?;
-        let row = variant::by_name(kernel);
-        let own = sources::all().any(|(name, text)| name == kernel && text == source);
-        let values = library
-            .constants()
-            .iter()
-            .map(|info| {
-                let index = info.index as usize;
-                let value = if info.type_name == "bool" {
-                    Constant::Bool(constants.bool(index))
-                } else {
-                    let default = row.filter(|_| index == constant::NSG);
-                    let default = default.map_or(0, |v| v.simdgroups as i32);
-                    Constant::Int(constants.int(index).unwrap_or(default))
-                };
-                (info.index, value)
-            })
-            .collect();
-        let limits = Limits {
-            thread_execution_width: 32,
-            max_threads: info.max_threads.map_or(1024, u64::from),
-            static_threadgroup_bytes: u64::from(info.threadgroup_bytes),
-        };
-        let built = Built {
-            library: Arc::clone(&library),
-            constants: values,
-            own,
-        };
-        Ok(Kernel::new(kernel, constants, limits, built))
+    fn supports(&self, problem: &Problem) -> Result<()> {
+        launch::supports(problem)
+    }
+
+    fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
+        let launch = Launch::of(work)?;
+        let kernel = self.build(launch.kernel, launch.source, &launch.constants)?;
+        Ok(Box::new(Prepared { launch, kernel }))
+    }
+
+    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Arc<Kernel>> {
+        let build = || self.compile(kernel, source, constants);
+        if sources::is_own(kernel, source) {
+            self.kernels.get(kernel, constants, build)
+        } else {
+            build().map(|kernel| Arc::new(kernel.into_foreign()))
+        }
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {
         let begun = Instant::now();
         let result = steps.iter().try_for_each(|step| match step {
             Step::Barrier => Ok(()),
-            Step::Dispatch(dispatch) => self.run(dispatch),
+            Step::Foreign(dispatch) => self.run(dispatch),
+            Step::Task(task) => self.run(&launch::dispatch(task)?),
         });
         let timing = Timing {
             start: 0.0,

@@ -5,12 +5,13 @@ use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
+use self::command::{Span, Task, Work};
+use crate::attention::Problem;
 use crate::attention::bindings::{self, Access, Accesses, Constants};
-use crate::attention::variant::Family;
 use crate::dtype::DType;
 use crate::error::Result;
 
-pub(crate) mod checked;
+pub(crate) mod command;
 #[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
 pub(crate) mod constants;
 pub(crate) mod cpu;
@@ -25,6 +26,13 @@ pub(crate) mod host_memory;
     all(feature = "metal", target_vendor = "apple")
 ))]
 pub(crate) mod metal;
+#[cfg(any(
+    test,
+    feature = "cuda",
+    feature = "emulator",
+    all(feature = "metal", target_vendor = "apple")
+))]
+mod params;
 
 /// Kinds of device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -100,6 +108,11 @@ pub(crate) struct Limits {
 }
 
 /// A kernel with its constants, built for one device.
+// Devices that run texts read it.
+#[cfg_attr(
+    not(any(feature = "emulator", all(feature = "metal", target_vendor = "apple"))),
+    allow(dead_code)
+)]
 pub(crate) struct Kernel {
     pub(crate) name: String,
     pub(crate) constants: Constants,
@@ -107,7 +120,6 @@ pub(crate) struct Kernel {
     pub(crate) accesses: Accesses,
     /// Whether the text is not this crate's: nothing is known of what it does with what is bound.
     pub(crate) foreign: bool,
-    stated: checked::Stated,
     /// The backend's own.
     pub(crate) state: Box<dyn Any + Send + Sync>,
 }
@@ -125,12 +137,12 @@ impl Kernel {
             limits,
             accesses: bindings::accesses(name),
             foreign: false,
-            stated: checked::Stated::default(),
             state: Box::new(state),
         }
     }
 
     /// A kernel of a text that is not this crate's.
+    #[allow(dead_code)] // Not every device runs texts.
     pub(crate) fn into_foreign(mut self) -> Self {
         self.foreign = true;
         self.accesses = Accesses::UNKNOWN;
@@ -150,6 +162,11 @@ impl fmt::Debug for Kernel {
 
 /// What is bound at an index.
 #[derive(Debug, Clone)]
+// Devices that run texts read it.
+#[cfg_attr(
+    not(any(feature = "emulator", all(feature = "metal", target_vendor = "apple"))),
+    allow(dead_code)
+)]
 pub(crate) enum Arg {
     /// Part of a device's memory, inside its bounds.
     Memory {
@@ -161,21 +178,28 @@ pub(crate) enum Arg {
     Bytes(Arc<[u8]>),
 }
 
-/// One kernel over one grid.
+/// One kernel over one grid: a caller's own text, or what the Metal family makes of a task.
 #[derive(Debug, Clone)]
+// Devices that run texts read it.
+#[cfg_attr(
+    not(any(feature = "emulator", all(feature = "metal", target_vendor = "apple"))),
+    allow(dead_code)
+)]
 pub(crate) struct Dispatch {
     pub(crate) kernel: Arc<Kernel>,
     pub(crate) args: Vec<(usize, Arg)>,
-    #[allow(dead_code)] // The CPU derives its work from the params.
     pub(crate) grid: [u64; 3],
-    #[allow(dead_code)]
     pub(crate) threadgroup: [u64; 3],
+    /// The attention that it computes, if that is what it does.
+    pub(crate) problem: Option<Arc<Problem>>,
 }
 
-/// One step of a command: dispatches between two barriers do not depend on each other.
+/// One step of a command: tasks between two barriers do not depend on each other.
 #[derive(Debug, Clone)]
 pub(crate) enum Step {
-    Dispatch(Dispatch),
+    Task(Task<Span>),
+    /// A kernel of a caller's own text, on devices that run texts.
+    Foreign(Dispatch),
     Barrier,
 }
 
@@ -204,7 +228,6 @@ impl Pending for Done {
 /// A device.
 pub(crate) trait Backend: Any + Send + Sync {
     fn kind(&self) -> DeviceKind;
-    fn family(&self) -> Family;
     fn name(&self) -> String;
     /// What it can do, a line each.
     fn details(&self) -> Vec<(&'static str, String)>;
@@ -214,7 +237,12 @@ pub(crate) trait Backend: Any + Send + Sync {
     }
     /// Zeroed memory of at least 1 byte.
     fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>>;
-    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Kernel>;
+    /// Whether it can do what the problem asks; the error says what it cannot.
+    fn supports(&self, problem: &Problem) -> Result<()>;
+    /// Prepares work that it supports, for any operands.
+    fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>>;
+    /// The kernel of this name in a text, which a caller asked for.
+    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Arc<Kernel>>;
     /// Whether its kernels can use `memory` of a device of its kind: for a GPU, memory of that very
     /// GPU. Host memory serves every device of a kind.
     fn owns_memory(&self, _memory: &dyn Memory) -> bool {
@@ -226,21 +254,4 @@ pub(crate) trait Backend: Any + Send + Sync {
         true
     }
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending>;
-}
-
-/// The first written binding of a dispatch that overlaps another, with that other. A binding is its
-/// index, memory, bytes of that, and use.
-pub(crate) fn overlap(
-    bindings: impl Iterator<Item = (usize, *const (), std::ops::Range<usize>, Access)> + Clone,
-) -> Option<(usize, usize)> {
-    bindings
-        .clone()
-        .filter(|(.., access)| *access == Access::Write)
-        .find_map(|(a, memory, range, _)| {
-            let mut others = bindings.clone();
-            let clash = others.find(|(b, other, r, _)| {
-                a != *b && memory == *other && r.start < range.end && range.start < r.end
-            });
-            clash.map(|(b, ..)| (a, b))
-        })
 }

@@ -19,7 +19,7 @@
 //! without a mask or of another tile. Nothing is encoded then.
 
 pub use crate::attention::params::{AttnMaskParamsGpu, AttnParamsGpu};
-use crate::attention::plan::PlanOptions;
+use crate::attention::plan::{self, PlanOptions};
 use crate::attention::variant::{self, MaskKind, Variant};
 use crate::attention::{Layout, MaskSpec, Problem, QueryOffset, Shape};
 use crate::error::{MlxError, Result};
@@ -120,6 +120,7 @@ impl SeedCall<'_> {
     ) -> Result<()> {
         let variant = variant::by_name(self.kernel)
             .ok_or_else(|| MlxError::KernelNotFound(self.kernel.into()))?;
+        plan::simdgroups(variant, self.nsg)?;
         let problem = self.problem(variant)?;
         let operands = Operands {
             mask: self.mask,
@@ -142,7 +143,10 @@ impl SeedCall<'_> {
             nsg: self.nsg,
             variant: Some(variant),
         };
-        super::encode(encoder, device, registry, &problem, &operands, options)
+        match super::encode(encoder, &problem, &operands, options)? {
+            Some(planned) => registry.note(device.metal_device(), &planned),
+            None => Ok(()),
+        }
     }
 
     fn problem(&self, variant: &Variant) -> Result<Problem> {

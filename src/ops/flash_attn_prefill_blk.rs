@@ -3,14 +3,16 @@
 //! and lower count as masked. Prefill gives the same bits with and without classes where all masked
 //! cells are -inf: without classes a finite cell leaves its key visible.
 
-use crate::attention::bindings::{constant, names, other};
-use crate::attention::params::BlkParamsGpu;
+use crate::attention::Role;
+use crate::attention::bindings::{constant, names};
+use crate::attention::variant::Tile;
+use crate::backend::command::{ClassifyTiles, Slot, Task, Work};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::ops::check_buffer;
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
-use crate::runtime::encoder::{CommandEncoder, KernelArg, MTLSize, as_bytes};
+use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
 use crate::runtime::registry::KernelRegistry;
 use crate::sources;
 
@@ -115,24 +117,24 @@ pub fn dispatch_flash_attn_prefill_blk(
             format!("shape {:?}", mask.shape()),
         ));
     }
-    let args = BlkParamsGpu {
-        seq_len_q: params.seq_len_q,
-        seq_len_k: params.seq_len_k,
-        nq,
-        nk,
-        row_stride: i64::from(params.seq_len_k),
-    };
     let sides = [(FC_IDX_BQ, params.bq as i32), (FC_IDX_BK, params.bk as i32)];
-    let pipeline =
-        registry.get_pipeline_with_constants(K_BLK_BF16, device.metal_device(), &[], &sides)?;
-    encoder.try_encode(
-        pipeline,
-        &[
-            (other::BLK_MASK as u64, KernelArg::Buffer(mask)),
-            (other::BLK_OUT as u64, KernelArg::Buffer(blk_out)),
-            (other::BLK_PARAMS as u64, KernelArg::Bytes(as_bytes(&args))),
+    // Counts among the built kernels, as a caller of the kernel's name expects.
+    registry.get_pipeline_with_constants(K_BLK_BF16, device.metal_device(), &[], &sides)?;
+    let classify = ClassifyTiles {
+        query_len: params.seq_len_q,
+        key_len: params.seq_len_k,
+        row_stride: params.seq_len_k as usize,
+        tile: Tile {
+            bq: params.bq as usize,
+            bk: params.bk as usize,
+        },
+    };
+    let task = Task {
+        planned: encoder.device().plan(Work::ClassifyTiles(classify))?,
+        operands: vec![
+            (Slot::Operand(Role::Mask), mask.clone()),
+            (Slot::Operand(Role::TileClasses), blk_out.clone()),
         ],
-        MTLSize::new(u64::from(nk), u64::from(nq), 1),
-        MTLSize::new(32, 1, 1),
-    )
+    };
+    encoder.task(task, CapturedOpKind::Other)
 }

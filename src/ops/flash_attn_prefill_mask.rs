@@ -1,20 +1,18 @@
 //! Builds the bf16 mask of a causal or sliding-window layer on the device.
 
-use crate::attention::bindings::{names, other};
-use crate::attention::params::MaskFillParamsGpu;
+use crate::attention::bindings::names;
+use crate::attention::{Role, Visibility};
+use crate::backend::command::{FillMask, Slot, Task, Work};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
-use crate::runtime::encoder::{CommandEncoder, KernelArg, MTLSize, as_bytes};
+use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
 use crate::runtime::registry::KernelRegistry;
 use crate::sources;
 
 /// The kernel.
 pub const K_FILL_BF16: &str = names::MASK_FILL;
-
-/// Threads of a threadgroup; each fills one row.
-const THREADS: u64 = 256;
 
 /// Registers the kernel. A new registry knows it already.
 pub fn register(registry: &mut KernelRegistry) {
@@ -65,22 +63,22 @@ pub fn build_sdpa_mask_bf16(
             MlxError::InvalidArgument(format!("mask: {rows} x {keys} cells overflow"))
         })?;
     let mask = device.alloc_buffer(bytes, DType::BF16, vec![rows, keys])?;
-    let args = MaskFillParamsGpu {
-        seq_len_q: params.seq_len_q,
-        seq_len_k: params.seq_len_k,
-        window: params.window_size.unwrap_or(0),
-        causal: u32::from(params.causal),
-        q_abs_offset: params.q_abs_offset,
+    // Counts among the built kernels, as a caller of the kernel's name expects.
+    registry.get_pipeline(K_FILL_BF16, device.metal_device())?;
+    let fill = FillMask {
+        query_len: params.seq_len_q,
+        key_len: params.seq_len_k,
+        visibility: Visibility {
+            q_offset: i64::from(params.q_abs_offset),
+            causal: params.causal,
+            window: params.window_size,
+            window_right: None,
+        },
     };
-    let pipeline = registry.get_pipeline(K_FILL_BF16, device.metal_device())?;
-    encoder.try_encode(
-        pipeline,
-        &[
-            (other::FILL_OUT as u64, KernelArg::Buffer(&mask)),
-            (other::FILL_PARAMS as u64, KernelArg::Bytes(as_bytes(&args))),
-        ],
-        MTLSize::new(u64::from(params.seq_len_q), 1, 1),
-        MTLSize::new(THREADS, 1, 1),
-    )?;
+    let task = Task {
+        planned: encoder.device().plan(Work::FillMask(fill))?,
+        operands: vec![(Slot::Operand(Role::Mask), mask.clone())],
+    };
+    encoder.task(task, CapturedOpKind::Other)?;
     Ok(mask)
 }

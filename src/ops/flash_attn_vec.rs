@@ -1,14 +1,19 @@
 //! Decode: one query at the last position, over a key/value cache.
 
-use crate::attention::bindings::{names, other};
+use std::sync::Arc;
+
+use crate::attention::Role;
+use crate::attention::bindings::names;
 use crate::attention::params::VecParamsGpu;
 use crate::attention::variant::HEAD_DIMS;
+use crate::backend::command::{DecodePartials, JoinPartials, Slot, Task, Work};
+use crate::compat::decode_problem;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::ops::check_buffer;
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
-use crate::runtime::encoder::{CapturedOpKind, CommandEncoder, KernelArg, MTLSize, as_bytes};
+use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
 use crate::runtime::registry::KernelRegistry;
 use crate::sources;
 
@@ -183,45 +188,35 @@ pub fn flash_attn_vec(
         splits: SPLITS,
         _pad: 0,
     };
-    // Both dispatches' checks first: an error must leave the encoder as it was.
-    for (name, buffer) in [
-        ("Q", q),
-        ("K", k),
-        ("V", v),
-        ("output", output),
-        ("tmp", tmp),
-    ] {
-        encoder.check_buffer(|| name.into(), buffer)?;
-    }
+    // Count among the built kernels, as a caller of the kernels' names expects.
     registry.get_pipeline(names::VEC_REDUCE, device.metal_device())?;
-    let pipeline = registry.get_pipeline(kernel, device.metal_device())?;
-    let heads = u64::from(params.num_heads);
-    encoder.set_op_kind(CapturedOpKind::Sdpa);
-    encoder.try_encode(
-        pipeline,
-        &[
-            (other::VEC_Q as u64, KernelArg::Buffer(q)),
-            (other::VEC_K as u64, KernelArg::Buffer(k)),
-            (other::VEC_V as u64, KernelArg::Buffer(v)),
-            (other::VEC_TMP as u64, KernelArg::Buffer(tmp)),
-            (other::VEC_PARAMS as u64, KernelArg::Bytes(as_bytes(&args))),
+    registry.get_pipeline(kernel, device.metal_device())?;
+    let problem = decode_problem(&args, kv_dtype)?;
+    let first = Work::DecodePartials(DecodePartials {
+        problem: Arc::new(problem),
+        splits: SPLITS,
+    });
+    let second = Work::JoinPartials(JoinPartials {
+        heads: params.num_heads,
+        head_dim: params.head_dim,
+        splits: SPLITS,
+    });
+    let operand = |role, buffer: &MlxBuffer| (Slot::Operand(role), buffer.clone());
+    let partials = Task {
+        planned: encoder.device().plan(first)?,
+        operands: vec![
+            operand(Role::Query, q),
+            operand(Role::Key, k),
+            operand(Role::Value, v),
+            (Slot::Partials, tmp.clone()),
         ],
-        MTLSize::new(u64::from(SPLITS), heads, 1),
-        MTLSize::new(32, 1, 1),
-    )?;
-    let reduce = registry.get_pipeline(names::VEC_REDUCE, device.metal_device())?;
-    encoder.set_op_kind(CapturedOpKind::Sdpa);
-    encoder.try_encode(
-        reduce,
-        &[
-            (other::REDUCE_TMP as u64, KernelArg::Buffer(tmp)),
-            (other::REDUCE_OUT as u64, KernelArg::Buffer(output)),
-            (
-                other::REDUCE_PARAMS as u64,
-                KernelArg::Bytes(as_bytes(&args)),
-            ),
-        ],
-        MTLSize::new(heads, 1, 1),
-        MTLSize::new(32, 1, 1),
-    )
+    };
+    let join = Task {
+        planned: encoder.device().plan(second)?,
+        operands: vec![(Slot::Partials, tmp.clone()), operand(Role::Output, output)],
+    };
+    // Both checks first: an error must leave the encoder as it was.
+    encoder.check_task(&join)?;
+    encoder.task(partials, CapturedOpKind::Sdpa)?;
+    encoder.task(join, CapturedOpKind::Sdpa)
 }

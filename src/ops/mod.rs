@@ -7,14 +7,15 @@ pub mod flash_attn_prefill_d512;
 pub mod flash_attn_prefill_mask;
 pub mod flash_attn_vec;
 
-use crate::attention::plan::{PlanArg, PlanOptions};
+use std::sync::Arc;
+
+use crate::attention::plan::PlanOptions;
 use crate::attention::variant;
 use crate::attention::{Problem, Role};
+use crate::backend::command::{Planned, Slot, Task};
 use crate::error::{MlxError, Result};
 use crate::runtime::buffer::MlxBuffer;
-use crate::runtime::device::MlxDevice;
-use crate::runtime::encoder::{CapturedOpKind, CommandEncoder, KernelArg};
-use crate::runtime::registry::KernelRegistry;
+use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
 
 /// The buffers of one attention call.
 #[derive(Debug, Clone, Copy)]
@@ -80,33 +81,22 @@ impl<'a> Operands<'a> {
 /// of an output) or the device has no kernel for it. Nothing is encoded then.
 pub fn attention(
     encoder: &mut CommandEncoder,
-    device: &MlxDevice,
-    registry: &mut KernelRegistry,
     problem: &Problem,
     operands: &Operands<'_>,
 ) -> Result<()> {
-    encode(
-        encoder,
-        device,
-        registry,
-        problem,
-        operands,
-        PlanOptions::default(),
-    )
+    encode(encoder, problem, operands, PlanOptions::default()).map(|_| ())
 }
 
-/// Plans, checks and encodes.
+/// Checks, plans and encodes. Gives the plan where there was work to do.
 pub(crate) fn encode(
     encoder: &mut CommandEncoder,
-    device: &MlxDevice,
-    registry: &mut KernelRegistry,
     problem: &Problem,
     operands: &Operands<'_>,
     options: PlanOptions,
-) -> Result<()> {
+) -> Result<Option<Arc<Planned>>> {
     check_operands(problem, operands)?;
     if problem.has_no_rows() {
-        return Ok(());
+        return Ok(None);
     }
     // No device binds empty memory or launches over no keys: it gets a key that no row sees, for which
     // Q's memory stands in.
@@ -115,34 +105,29 @@ pub(crate) fn encode(
             lse: operands.lse,
             ..Operands::new(operands.q, operands.q, operands.q, operands.out)
         };
-        return dispatch(encoder, device, registry, &problem, &stand_in, options);
+        return record(encoder, &problem, &stand_in, options).map(Some);
     }
-    dispatch(encoder, device, registry, problem, operands, options)
+    record(encoder, problem, operands, options).map(Some)
 }
 
 /// Encodes a checked problem that has rows and keys.
-fn dispatch(
+fn record(
     encoder: &mut CommandEncoder,
-    device: &MlxDevice,
-    registry: &mut KernelRegistry,
     problem: &Problem,
     operands: &Operands<'_>,
     options: PlanOptions,
-) -> Result<()> {
-    let (plan, pipeline) = registry.plan(device.metal_device(), problem, options)?;
-    let mut args = Vec::with_capacity(plan.args.len());
-    for (index, arg) in &plan.args {
-        let arg = match arg {
-            PlanArg::Bytes(bytes) => KernelArg::Bytes(bytes),
-            PlanArg::Operand(role) => match operands.get(*role) {
-                Some(buffer) => KernelArg::Buffer(buffer),
-                None => return Err(MlxError::expected(role.name(), "a buffer", "none")),
-            },
-        };
-        args.push((*index as u64, arg));
-    }
-    encoder.set_op_kind(CapturedOpKind::Sdpa);
-    encoder.try_encode(&pipeline, &args, plan.grid.into(), plan.threadgroup.into())
+) -> Result<Arc<Planned>> {
+    let planned = encoder.device().plan_attention(problem, options)?;
+    let taken = Role::ALL
+        .into_iter()
+        .filter(|role| problem.operand(*role).is_some());
+    let given = taken.filter_map(|role| Some((Slot::Operand(role), operands.get(role)?.clone())));
+    let task = Task {
+        planned: Arc::clone(&planned),
+        operands: given.collect(),
+    };
+    encoder.task(task, CapturedOpKind::Sdpa)?;
+    Ok(planned)
 }
 
 fn check_operands(problem: &Problem, operands: &Operands<'_>) -> Result<()> {

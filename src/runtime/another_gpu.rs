@@ -1,12 +1,14 @@
 //! Memory and pipelines of another device of the same kind, as a machine with two GPUs has them.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use super::device::MlxDevice;
 use super::encoder::{KernelArg, MTLSize};
 use super::registry::KernelRegistry;
+use crate::attention::Problem;
 use crate::attention::bindings::{Access, Constants, names};
-use crate::attention::variant::Family;
+use crate::backend::command::Work;
 use crate::backend::cpu::{Cpu, CpuOptions};
 use crate::backend::host_memory::HostMemory;
 use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
@@ -34,10 +36,6 @@ impl Backend for Numbered {
         DeviceKind::Cuda
     }
 
-    fn family(&self) -> Family {
-        self.0.family()
-    }
-
     fn name(&self) -> String {
         self.0.name()
     }
@@ -50,9 +48,17 @@ impl Backend for Numbered {
         Ok(Arc::new(OfNumber(HostMemory::zeroed(bytes)?, self.1)))
     }
 
-    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Kernel> {
+    fn supports(&self, problem: &Problem) -> Result<()> {
+        self.0.supports(problem)
+    }
+
+    fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
+        self.0.prepare(work)
+    }
+
+    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Arc<Kernel>> {
         let limits = self.0.build(kernel, source, constants)?.limits;
-        Ok(Kernel::new(kernel, constants, limits, self.1))
+        Ok(Arc::new(Kernel::new(kernel, constants, limits, self.1)))
     }
 
     fn owns_memory(&self, memory: &dyn Memory) -> bool {

@@ -1,11 +1,14 @@
-//! What a capturing encoder writes down instead of running it.
+//! What an encoder writes down: work over buffers, dispatches of a caller's own text, barriers.
 
 use std::sync::Arc;
 
 use super::buffer::MlxBuffer;
+use super::device::DeviceHandle;
 use super::encoder::MTLSize;
 use crate::attention::bindings::{Access, Constants};
 use crate::backend::Kernel;
+use crate::backend::command::{Slot, Task};
+use crate::error::Result;
 
 /// What a dispatch computes, for whoever rearranges a capture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -35,19 +38,16 @@ pub enum CapturedBinding {
     Bytes(Arc<[u8]>),
 }
 
-/// One dispatch.
+/// A dispatch as a caller put it together.
 #[derive(Debug, Clone)]
-pub struct CapturedDispatch {
+pub struct RawDispatch {
     pub(crate) kernel: Arc<Kernel>,
-    pub(crate) op_kind: CapturedOpKind,
     pub(crate) bindings: Vec<(usize, CapturedBinding)>,
     pub(crate) grid: MTLSize,
     pub(crate) threadgroup: MTLSize,
-    /// Whether sizes, bindings and grid are known to be right: made of a checked problem, or checked.
-    pub(crate) checked: bool,
 }
 
-impl CapturedDispatch {
+impl RawDispatch {
     /// The kernel's name.
     pub fn kernel(&self) -> &str {
         &self.kernel.name
@@ -56,11 +56,6 @@ impl CapturedDispatch {
     /// Its function constants.
     pub fn constants(&self) -> &Constants {
         &self.kernel.constants
-    }
-
-    /// What it computes.
-    pub fn op_kind(&self) -> CapturedOpKind {
-        self.op_kind
     }
 
     /// What is bound, in the order it was given.
@@ -76,6 +71,96 @@ impl CapturedDispatch {
     /// Threads of a threadgroup.
     pub fn threadgroup(&self) -> MTLSize {
         self.threadgroup
+    }
+
+    pub(crate) fn name(&self, index: usize) -> Name<'_> {
+        Name::Bound(self.kernel(), index)
+    }
+
+    /// The buffers that are bound.
+    pub(crate) fn buffers(&self) -> impl Iterator<Item = (usize, &MlxBuffer, Access)> + Clone {
+        self.bindings
+            .iter()
+            .filter_map(|(index, binding)| match binding {
+                CapturedBinding::Buffer(buffer, access) => Some((*index, buffer, *access)),
+                CapturedBinding::Bytes(_) => None,
+            })
+    }
+}
+
+/// What messages call a buffer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Name<'a> {
+    Operand(Slot),
+    /// By the kernel it is bound to, and the index.
+    Bound(&'a str, usize),
+}
+
+impl std::fmt::Display for Name<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Operand(slot) => f.write_str(slot.name()),
+            Self::Bound(kernel, index) => write!(f, "{kernel}: buffer {index}"),
+        }
+    }
+}
+
+/// Reads a dispatch whose params lie in a buffer, once what precedes it has run.
+pub(crate) type ReadLate = fn(&DeviceHandle, &RawDispatch) -> Result<Task<MlxBuffer>>;
+
+/// What one node runs.
+#[derive(Debug, Clone)]
+pub(crate) enum Run {
+    /// Checked work over checked operands.
+    Task(Task<MlxBuffer>),
+    /// A dispatch of this crate's kernels whose params lie in buffers, at the indices given.
+    Late(Arc<RawDispatch>, Vec<usize>, ReadLate),
+    /// A kernel of the caller's own text.
+    Foreign(Arc<RawDispatch>),
+}
+
+/// One dispatch.
+#[derive(Debug, Clone)]
+pub struct CapturedDispatch {
+    pub(crate) run: Run,
+    pub(crate) op_kind: CapturedOpKind,
+    /// The dispatch that a caller put together, if one did.
+    pub(crate) raw: Option<Arc<RawDispatch>>,
+}
+
+impl CapturedDispatch {
+    /// The name of the kernel that a caller asked for, else of the work.
+    pub fn kernel(&self) -> &str {
+        match (&self.raw, &self.run) {
+            (Some(raw), _) | (None, Run::Late(raw, ..) | Run::Foreign(raw)) => raw.kernel(),
+            (None, Run::Task(task)) => task.work().name(),
+        }
+    }
+
+    /// What it computes.
+    pub fn op_kind(&self) -> CapturedOpKind {
+        self.op_kind
+    }
+
+    /// The dispatch as a caller put it together; `None` for work that was asked for as such.
+    pub fn raw(&self) -> Option<&RawDispatch> {
+        self.raw.as_deref()
+    }
+
+    /// The buffers that it uses, and how.
+    pub fn buffers(&self) -> impl Iterator<Item = (&MlxBuffer, Access)> {
+        let (task, raw) = match &self.run {
+            Run::Task(task) => (Some(task), None),
+            Run::Late(raw, ..) | Run::Foreign(raw) => (None, Some(raw)),
+        };
+        let of_task = task.into_iter().flat_map(|task| {
+            let operands = task.operands.iter();
+            operands.map(|(slot, buffer)| (buffer, task.work().access(*slot)))
+        });
+        let of_raw = raw
+            .into_iter()
+            .flat_map(|raw| raw.buffers().map(|(_, buffer, access)| (buffer, access)));
+        of_task.chain(of_raw)
     }
 }
 

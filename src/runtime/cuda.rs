@@ -19,9 +19,8 @@ use super::encoder::CommandEncoder;
 use super::submit::params_are_written;
 use super::uses::Hold;
 use crate::attention::Problem;
-use crate::attention::plan::{Plan, PlanOptions};
+use crate::backend::DeviceKind;
 use crate::backend::cuda::{self, Cuda, CudaMemory, Enqueued, Images, Key, Nvrtc, Spec};
-use crate::backend::{Backend, DeviceKind};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
@@ -96,15 +95,11 @@ impl MlxDevice {
     /// kernel reports.
     pub fn cuda_warm_up<'a>(&self, problems: impl IntoIterator<Item = &'a Problem>) -> Result<()> {
         let cuda = backend(self.metal_device())?;
-        let plans = problems
+        let problems: Vec<&Problem> = problems
             .into_iter()
             .filter(|problem| !problem.has_no_rows() && problem.shape().key_len > 0)
-            .map(|problem| {
-                let plan = Plan::new(problem, cuda.family(), PlanOptions::default())?;
-                Ok((problem, plan.variant.kernel, plan.constants))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        cuda.warm_up(&plans)
+            .collect();
+        cuda.warm_up(&problems)
     }
 
     /// The caller's device memory as an operand, without a copy; [`MlxBuffer::slice_view`] gives its

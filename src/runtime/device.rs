@@ -1,14 +1,17 @@
 //! Devices: found, opened by name, and asked for buffers and encoders.
 
+use std::collections::VecDeque;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
 
 use super::buffer::MlxBuffer;
 use super::encoder::CommandEncoder;
-use crate::attention::variant::Family;
+use crate::attention::Problem;
+use crate::attention::plan::PlanOptions;
+use crate::backend::command::{Planned, Work};
 use crate::backend::cpu::{Cpu, CpuOptions};
 #[cfg(feature = "emulator")]
 use crate::backend::emulator::{Emulator, EmulatorOptions};
@@ -22,6 +25,46 @@ pub struct DeviceHandle {
     pub(crate) backend: Arc<dyn Backend>,
     /// Tells devices apart in pipeline caches.
     pub(crate) id: u64,
+    /// The last few attentions that were planned, the latest first: those that follow are mostly among
+    /// them.
+    planned: Arc<Mutex<VecDeque<Arc<Planned>>>>,
+}
+
+/// Most attentions that are remembered: the kinds of layer of a few models.
+const REMEMBERED: usize = 16;
+
+impl DeviceHandle {
+    /// Has the device prepare some work.
+    pub(crate) fn plan(&self, work: Work) -> Result<Arc<Planned>> {
+        let state = self.backend.prepare(&work)?;
+        Ok(Arc::new(Planned {
+            device: self.id,
+            work,
+            state,
+        }))
+    }
+
+    /// As [`Self::plan`] for attention, or what an earlier call for the same problem gave.
+    pub(crate) fn plan_attention(
+        &self,
+        problem: &Problem,
+        options: PlanOptions,
+    ) -> Result<Arc<Planned>> {
+        let remembered = || self.planned.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |planned: &&Arc<Planned>| match &planned.work {
+            Work::Attention(p, o) => *o == options && **p == *problem,
+            _ => false,
+        };
+        if let Some(found) = remembered().iter().find(same) {
+            return Ok(Arc::clone(found));
+        }
+        // The lock is not held meanwhile: the device may compile a kernel.
+        let planned = self.plan(Work::Attention(Arc::new(problem.clone()), options))?;
+        let mut remembered = remembered();
+        remembered.truncate(REMEMBERED - 1);
+        remembered.push_front(Arc::clone(&planned));
+        Ok(planned)
+    }
 }
 
 impl fmt::Debug for DeviceHandle {
@@ -101,17 +144,25 @@ impl MlxDevice {
         Self(DeviceHandle {
             backend,
             id: NEXT.fetch_add(1, Ordering::Relaxed),
+            planned: Arc::default(),
         })
+    }
+
+    pub(crate) fn from_handle(handle: DeviceHandle) -> Self {
+        Self(handle)
+    }
+
+    /// Whether the device can do what a problem asks.
+    ///
+    /// # Errors
+    /// `InvalidArgument` says what it cannot do, in the words in which a call would.
+    pub fn supports(&self, problem: &Problem) -> Result<()> {
+        self.0.backend.supports(problem)
     }
 
     /// What kind of device this is.
     pub fn kind(&self) -> DeviceKind {
         self.0.backend.kind()
-    }
-
-    /// Which rows of the variant table it runs.
-    pub fn family(&self) -> Family {
-        self.0.backend.family()
     }
 
     /// Name for people.

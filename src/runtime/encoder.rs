@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytemuck::Pod;
 
 use super::buffer::MlxBuffer;
-use super::capture::{CapturedBinding, CapturedDispatch};
+use super::capture::{CapturedDispatch, Name, RawDispatch, Run};
 pub use super::capture::{CapturedNode, CapturedOpKind};
 use super::device::DeviceHandle;
 use super::hazards::{Hazards, Use};
-use super::registry::Pipeline;
-use super::submit::lower;
 use super::uses::Hold;
-use crate::backend::{self, Done, Pending, Timing, checked};
+use crate::attention::bindings::Access;
+use crate::backend::command::{Task, Work};
+use crate::backend::{Done, Pending, Timing};
 use crate::error::{MlxError, Result};
 
 /// Sizes along x, y and z.
@@ -36,7 +36,7 @@ impl MTLSize {
         }
     }
 
-    pub(super) const fn to_array(self) -> [u64; 3] {
+    pub(crate) const fn to_array(self) -> [u64; 3] {
         [self.width, self.height, self.depth]
     }
 }
@@ -61,9 +61,6 @@ pub enum KernelArg<'a> {
     /// Bytes copied into the command.
     Bytes(&'a [u8]),
 }
-
-/// Most bytes that are copied into a command; what is larger is bound as a buffer.
-const MOST_BYTES: usize = 1 << 30;
 
 /// The bytes of a params struct.
 pub fn as_bytes<T: Pod>(value: &T) -> &[u8] {
@@ -157,18 +154,38 @@ impl CommandEncoder {
     /// anew. A node reads what its operands hold when the commit runs it.
     pub fn replay(&mut self, nodes: &[CapturedNode]) -> Result<()> {
         // All checks first: an error must leave the encoder as it was.
+        let mut replayed = Vec::with_capacity(nodes.len());
         for node in nodes {
             if let CapturedNode::Dispatch(dispatch) = node {
                 self.check(dispatch)?;
+                replayed.push(Some(self.adopt(dispatch)?));
+            } else {
+                replayed.push(None);
             }
         }
-        for node in nodes {
-            match node {
-                CapturedNode::Barrier => self.memory_barrier(),
-                CapturedNode::Dispatch(dispatch) => self.record(dispatch.clone()),
+        for dispatch in replayed {
+            match dispatch {
+                None => self.memory_barrier(),
+                Some(dispatch) => self.record(dispatch),
             }
         }
         Ok(())
+    }
+
+    /// The dispatch as this encoder's device runs it: work that another device prepared is prepared again.
+    fn adopt(&self, dispatch: &CapturedDispatch) -> Result<CapturedDispatch> {
+        let mut dispatch = dispatch.clone();
+        if let Run::Task(task) = &mut dispatch.run
+            && task.planned.device != self.device.id
+        {
+            task.planned = match task.work() {
+                Work::Attention(problem, options) => {
+                    self.device.plan_attention(problem, *options)?
+                }
+                work => self.device.plan(work.clone())?,
+            };
+        }
+        Ok(dispatch)
     }
 
     /// Makes what follows wait for what came before. Never needed for correctness: hazards are
@@ -188,93 +205,50 @@ impl CommandEncoder {
         }
     }
 
-    /// Records one dispatch of `pipeline` over `grid` threadgroups. What cannot be recorded (a view
-    /// out of bounds, a buffer of another device, an output that overlaps another binding, params that
-    /// say more than what is bound holds) is reported by the commit, which then runs nothing.
-    ///
-    /// Params may lie in a buffer. The commit reads them once, after it has run what was encoded before
-    /// them, and checks them then.
-    pub fn encode_threadgroups_with_args(
-        &mut self,
-        pipeline: &Pipeline,
-        args: &[(u64, KernelArg<'_>)],
-        grid: MTLSize,
-        threadgroup: MTLSize,
-    ) {
-        if let Err(error) = self.encode(pipeline, args, grid, threadgroup, false) {
-            self.fault.get_or_insert(error);
-        }
-    }
-
-    /// Records a dispatch that was made of a checked problem, over buffers that were checked for it.
-    pub(crate) fn try_encode(
-        &mut self,
-        pipeline: &Pipeline,
-        args: &[(u64, KernelArg<'_>)],
-        grid: MTLSize,
-        threadgroup: MTLSize,
-    ) -> Result<()> {
-        self.encode(pipeline, args, grid, threadgroup, true)
-    }
-
-    fn encode(
-        &mut self,
-        pipeline: &Pipeline,
-        args: &[(u64, KernelArg<'_>)],
-        grid: MTLSize,
-        threadgroup: MTLSize,
-        checked: bool,
-    ) -> Result<()> {
-        let op_kind = std::mem::take(&mut self.op_kind);
-        let kernel = Arc::clone(pipeline.kernel());
-        let mut bindings = Vec::with_capacity(args.len());
-        for (index, arg) in args {
-            let index = usize::try_from(*index)
-                .map_err(|_| MlxError::expected(&kernel.name, "a buffer index", index))?;
-            let buffer =
-                |buffer: MlxBuffer| CapturedBinding::Buffer(buffer, kernel.accesses.of(index));
-            let binding = match arg {
-                KernelArg::Buffer(b) => buffer((*b).clone()),
-                KernelArg::BufferWithOffset(b, offset) => buffer(from_offset(b, *offset)?),
-                KernelArg::Bytes(bytes) if bytes.len() > MOST_BYTES => {
-                    return Err(MlxError::expected(
-                        &format!("{}: bytes {index}", kernel.name),
-                        format!("at most {MOST_BYTES}"),
-                        bytes.len(),
-                    ));
-                }
-                KernelArg::Bytes(bytes) => CapturedBinding::Bytes((*bytes).into()),
-            };
-            bindings.push((index, binding));
-        }
-        let mut dispatch = CapturedDispatch {
-            kernel,
-            op_kind,
-            bindings,
-            grid,
-            threadgroup,
-            checked,
+    /// Records work over operands that were checked for it.
+    pub(crate) fn task(&mut self, task: Task<MlxBuffer>, op_kind: CapturedOpKind) -> Result<()> {
+        let named = std::mem::take(&mut self.op_kind);
+        let dispatch = CapturedDispatch {
+            run: Run::Task(task),
+            op_kind: match named {
+                CapturedOpKind::Other => op_kind,
+                named => named,
+            },
+            raw: None,
         };
         self.check(&dispatch)?;
-        // Params in a buffer are not known yet.
-        if !checked && !dispatch.has_bound_params() {
-            checked::check(&lower(&dispatch), self.device.backend.family())?;
-            dispatch.checked = true;
-        }
         self.record(dispatch);
         Ok(())
     }
 
+    /// Records what a dispatch, which [`Self::check_raw`] has passed, was found to run.
+    pub(crate) fn record_raw(&mut self, run: Run, raw: Arc<RawDispatch>) -> Result<()> {
+        let dispatch = CapturedDispatch {
+            run,
+            op_kind: std::mem::take(&mut self.op_kind),
+            raw: Some(raw),
+        };
+        self.check(&dispatch)?;
+        self.record(dispatch);
+        Ok(())
+    }
+
+    /// Makes the commit report an error and run nothing.
+    pub(crate) fn spoil(&mut self, error: MlxError) {
+        self.op_kind = CapturedOpKind::default();
+        self.fault.get_or_insert(error);
+    }
+
     /// Records a dispatch that [`Self::check`] has passed.
     fn record(&mut self, dispatch: CapturedDispatch) {
-        let mut uses = Vec::with_capacity(dispatch.bindings.len());
-        for (_, buffer, access) in dispatch.buffers() {
+        let mut uses = Vec::new();
+        for (buffer, access) in dispatch.buffers() {
             uses.push(Use {
                 memory: Arc::as_ptr(buffer.storage()).addr(),
                 range: buffer.range(),
                 writes: access.writes(),
             });
-            if access.writes() && !self.is_capturing() {
+            if access.writes() && self.captured.is_none() {
                 let hold = Hold::encoded_write(buffer.storage(), buffer.range());
                 self.encoded_writes.push(hold);
             }
@@ -311,36 +285,65 @@ impl CommandEncoder {
         Ok(())
     }
 
-    fn check(&self, dispatch: &CapturedDispatch) -> Result<()> {
-        let name = &dispatch.kernel.name;
-        if !self.device.backend.owns_kernel(&dispatch.kernel) {
+    /// Refuses a pipeline of another device and two bindings of one index.
+    pub(crate) fn check_raw(&self, raw: &RawDispatch) -> Result<()> {
+        let name = raw.kernel();
+        if !self.device.backend.owns_kernel(&raw.kernel) {
             return Err(MlxError::expected(
                 name,
                 "a pipeline of this device",
                 "one of another device",
             ));
         }
-        for (n, (index, binding)) in dispatch.bindings.iter().enumerate() {
-            if dispatch.bindings[..n].iter().any(|(i, _)| i == index) {
+        for (n, (index, _)) in raw.bindings.iter().enumerate() {
+            if raw.bindings[..n].iter().any(|(i, _)| i == index) {
                 let operand = format!("{name}: buffer {index}");
                 return Err(MlxError::expected(&operand, "one binding", "two"));
             }
-            if let CapturedBinding::Buffer(buffer, _) = binding {
-                self.check_buffer(|| format!("{name}: buffer {index}"), buffer)?;
+        }
+        let buffers = || {
+            raw.buffers()
+                .map(|(i, buffer, access)| (raw.name(i), buffer, access))
+        };
+        self.check_buffers(buffers)
+    }
+
+    pub(crate) fn check_task(&self, task: &Task<MlxBuffer>) -> Result<()> {
+        self.check_buffers(|| {
+            let operands = task.operands.iter();
+            operands.map(|(slot, b)| (Name::Operand(*slot), b, task.work().access(*slot)))
+        })
+    }
+
+    fn check(&self, dispatch: &CapturedDispatch) -> Result<()> {
+        match &dispatch.run {
+            Run::Task(task) => self.check_task(task),
+            Run::Late(raw, ..) | Run::Foreign(raw) => self.check_raw(raw),
+        }
+    }
+
+    /// Refuses what lies out of bounds or on another device, and a written operand that overlaps another.
+    fn check_buffers<'b, I>(&self, buffers: impl Fn() -> I) -> Result<()>
+    where
+        I: Iterator<Item = (Name<'b>, &'b MlxBuffer, Access)>,
+    {
+        for (name, buffer, _) in buffers() {
+            self.check_buffer(|| name.to_string(), buffer)?;
+        }
+        for (n, (name, written, access)) in buffers().enumerate() {
+            if !access.writes() {
+                continue;
+            }
+            let mut others = buffers().enumerate().filter(|(m, _)| *m != n);
+            if let Some((_, (other, ..))) = others.find(|(_, (_, b, _))| b.overlaps(written)) {
+                return Err(MlxError::expected(
+                    &name.to_string(),
+                    "an output that overlaps nothing",
+                    format!("the memory of {other}"),
+                ));
             }
         }
-        let buffers = dispatch.buffers().map(|(index, buffer, access)| {
-            let memory = Arc::as_ptr(&buffer.storage().memory).cast();
-            (index, memory, buffer.range(), access)
-        });
-        match backend::overlap(buffers) {
-            None => Ok(()),
-            Some((a, b)) => Err(MlxError::expected(
-                &format!("{name}: buffer {a}"),
-                "an output that overlaps nothing",
-                format!("the memory of buffer {b}"),
-            )),
-        }
+        Ok(())
     }
 
     /// Starts running what was recorded. Errors are told by [`CommandEncoder::wait_until_completed`] alone; an
@@ -458,7 +461,7 @@ impl Pending for InParts {
     }
 }
 
-fn from_offset(buffer: &MlxBuffer, offset: u64) -> Result<MlxBuffer> {
+pub(crate) fn from_offset(buffer: &MlxBuffer, offset: u64) -> Result<MlxBuffer> {
     let size = buffer.dtype().size_of();
     let rest = usize::try_from(offset)
         .ok()

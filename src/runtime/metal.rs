@@ -39,6 +39,7 @@ use super::encoder::CommandEncoder;
 use super::submit::params_are_written;
 use super::uses::Hold;
 pub use crate::attention::bindings::Access;
+use crate::backend::metal::launch::dispatches;
 pub use crate::backend::metal::{ComputeTarget, DirectTarget};
 use crate::backend::metal::{Metal, MetalMemory, Temporary, encode_into};
 use crate::backend::{DeviceKind, Step};
@@ -142,7 +143,7 @@ impl CommandEncoder {
         let (encoded, holds) = self.submit_with(
             |_| Err(params_are_written("encode_into")),
             |steps| {
-                let temporaries = encode_into(metal.device(), &steps, target)?;
+                let temporaries = encode_into(metal.device(), &dispatches(&steps)?, target)?;
                 Ok((steps, temporaries))
             },
         );

@@ -6,11 +6,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::device::DeviceHandle;
-use crate::attention::Problem;
 use crate::attention::bindings::Constants;
-use crate::attention::plan::{Plan, PlanOptions};
+use crate::attention::plan::Plan;
 use crate::attention::variant::Family;
 use crate::backend::Kernel;
+use crate::backend::command::{Planned, Work};
 use crate::error::{MlxError, Result};
 use crate::sources;
 
@@ -83,22 +83,12 @@ pub struct KernelRegistry {
     local: HashMap<Key, Pipeline>,
     /// Pipelines that any clone has built.
     shared: Arc<Mutex<HashMap<Key, Pipeline>>>,
-    /// The last few problems, for those that follow are mostly among them.
-    planned: VecDeque<Planned>,
+    /// The last few attentions whose kernels are among the pipelines.
+    noted: VecDeque<Arc<Planned>>,
 }
 
 /// Most problems that are remembered: the kinds of layer of a model.
 const REMEMBERED: usize = 4;
-
-/// A problem with its plan and pipeline.
-#[derive(Debug, Clone)]
-struct Planned {
-    device: u64,
-    options: PlanOptions,
-    problem: Problem,
-    plan: Arc<Plan>,
-    pipeline: Pipeline,
-}
 
 impl Default for KernelRegistry {
     fn default() -> Self {
@@ -119,34 +109,24 @@ impl KernelRegistry {
             sources,
             local: HashMap::new(),
             shared: Arc::default(),
-            planned: VecDeque::new(),
+            noted: VecDeque::new(),
         }
     }
 
-    /// The plan of a problem on a device, and the pipeline that it dispatches.
-    pub(crate) fn plan(
-        &mut self,
-        device: &DeviceHandle,
-        problem: &Problem,
-        options: PlanOptions,
-    ) -> Result<(Arc<Plan>, Pipeline)> {
-        let same =
-            |p: &&Planned| (p.device, p.options) == (device.id, options) && p.problem == *problem;
-        if let Some(found) = self.planned.iter().find(same) {
-            return Ok((Arc::clone(&found.plan), found.pipeline.clone()));
+    /// Counts the kernel of a planned attention among the built ones, as a caller of the kernel's name
+    /// expects.
+    pub(crate) fn note(&mut self, device: &DeviceHandle, planned: &Arc<Planned>) -> Result<()> {
+        let Work::Attention(problem, options) = &planned.work else {
+            return Ok(());
+        };
+        if self.noted.iter().any(|noted| Arc::ptr_eq(noted, planned)) {
+            return Ok(());
         }
-        let plan = Arc::new(Plan::new(problem, device.backend.family(), options)?);
-        let pipeline = self.get(plan.variant.kernel, device, plan.constants.clone())?;
-        let pipeline = pipeline.clone();
-        self.planned.truncate(REMEMBERED - 1);
-        self.planned.push_front(Planned {
-            device: device.id,
-            options,
-            problem: problem.clone(),
-            plan: Arc::clone(&plan),
-            pipeline: pipeline.clone(),
-        });
-        Ok((plan, pipeline))
+        let plan = Plan::new(problem, Family::Apple, *options)?;
+        self.get(plan.variant.kernel, device, plan.constants)?;
+        self.noted.truncate(REMEMBERED - 1);
+        self.noted.push_front(Arc::clone(planned));
+        Ok(())
     }
 
     /// Makes a kernel known by name, or replaces its text; pipelines of an earlier text are dropped. A
@@ -189,7 +169,7 @@ impl KernelRegistry {
             return;
         }
         self.local.retain(|key, _| key.kernel != name);
-        self.planned.clear();
+        self.noted.clear();
         // Other clones keep what they built from the text they know.
         self.shared = Arc::new(Mutex::new(self.local.clone()));
         self.sources.insert(name, Source { text, from });
@@ -253,15 +233,7 @@ impl KernelRegistry {
             None => {
                 let constants = &slot.key().constants;
                 let kernel = device.backend.build(name, source.text, constants)?;
-                // The CPU and CUDA run their own function of that name, whatever the text.
-                let runs_text = device.backend.family() == Family::Apple;
-                let foreign = runs_text && source.from != Origin::Us;
-                let kernel = if foreign {
-                    kernel.into_foreign()
-                } else {
-                    kernel
-                };
-                let pipeline = Pipeline(Arc::new(kernel));
+                let pipeline = Pipeline(kernel);
                 shared.insert(slot.key().clone(), pipeline.clone());
                 pipeline
             }

@@ -5,14 +5,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::buffer::MlxBuffer;
-use super::capture::{CapturedBinding, CapturedDispatch, CapturedNode};
+use super::capture::{CapturedBinding, CapturedDispatch, CapturedNode, Name, RawDispatch, Run};
+use super::device::DeviceHandle;
 use super::encoder::CommandEncoder;
 use super::hazards::Use;
 use super::turns::{Touches, Turn};
 use super::uses::{Hold, overlap};
 use crate::attention::bindings::Access;
-use crate::attention::variant::Family;
-use crate::backend::{Arg, DeviceKind, Dispatch, Step, checked};
+use crate::backend::command::Span;
+use crate::backend::{Arg, DeviceKind, Dispatch, Step};
 use crate::error::{MlxError, Result};
 
 impl CommandEncoder {
@@ -26,14 +27,15 @@ impl CommandEncoder {
         submit: impl FnOnce(Vec<Step>) -> Result<R>,
     ) -> (Result<R>, Vec<Hold>) {
         let (nodes, mut holds) = self.take_recorded();
-        let (kind, family) = (self.device().backend.kind(), self.device().backend.family());
+        let device = self.device().clone();
+        let kind = device.backend.kind();
         let submitted = nodes.and_then(|nodes| {
             let touches = begin(kind, &nodes, &mut holds)?;
             // What a GPU's queue takes needs no thread of rayon's.
             let may_wait = matches!(kind, DeviceKind::Metal | DeviceKind::Cuda)
                 || rayon::current_thread_index().is_none();
             let _turn = Turn::take(touches, may_wait)?;
-            submit(steps(family, nodes, &mut flush)?)
+            submit(steps(&device, nodes, &mut flush)?)
         });
         (submitted, holds)
     }
@@ -42,25 +44,27 @@ impl CommandEncoder {
 /// Holds what a command touches; an error where a guard of the host's is in the way.
 fn begin(kind: DeviceKind, nodes: &[CapturedNode], holds: &mut Vec<Hold>) -> Result<Touches> {
     let dispatches = || nodes.iter().filter_map(CapturedNode::dispatch);
-    let bound = || dispatches().flat_map(|d| d.buffers().map(move |buffer| (d, buffer)));
     let mut storages = BTreeMap::new();
     let mut uses = Vec::new();
-    for (dispatch, (index, buffer, access)) in bound() {
+    for dispatch in dispatches() {
         // The other devices' memory shows what was queued before, once it is looked at.
-        if kind == DeviceKind::Metal
-            && dispatch.states_params(index)
-            && buffer.storage().is_being_written(&buffer.range())
-        {
-            let why = "a committed command writes these params; wait for it first";
-            return Err(refused(dispatch, index, buffer, why));
+        if let (DeviceKind::Metal, Run::Late(raw, late, _)) = (kind, &dispatch.run) {
+            let mut params = raw.buffers().filter(|(index, ..)| late.contains(index));
+            let written = params.find(|(_, b, _)| b.storage().is_being_written(&b.range()));
+            if let Some((index, buffer, _)) = written {
+                let why = "a committed command writes these params; wait for it first";
+                return Err(refused(raw.name(index), buffer, why));
+            }
         }
-        let memory = Arc::as_ptr(buffer.storage()).addr();
-        storages.insert(memory, buffer.storage());
-        uses.push(Use {
-            memory,
-            range: buffer.range(),
-            writes: access.writes(),
-        });
+        for (buffer, access) in dispatch.buffers() {
+            let memory = Arc::as_ptr(buffer.storage()).addr();
+            storages.insert(memory, buffer.storage());
+            uses.push(Use {
+                memory,
+                range: buffer.range(),
+                writes: access.writes(),
+            });
+        }
     }
     let touches = Touches::new(&uses);
     for (span, writes) in touches.spans() {
@@ -68,13 +72,13 @@ fn begin(kind: DeviceKind, nodes: &[CapturedNode], holds: &mut Vec<Hold>) -> Res
             continue;
         };
         let hold = Hold::running(storage, span.range.clone(), writes).map_err(|(lent, why)| {
-            let meets = |(_, (_, buffer, access)): &(_, (usize, &MlxBuffer, Access))| {
+            let meets = |(_, buffer, access): &(Name<'_>, &MlxBuffer, Access)| {
                 Arc::ptr_eq(buffer.storage(), storage)
                     && access.writes() == writes
                     && overlap(&buffer.range(), &lent)
             };
-            match bound().find(meets) {
-                Some((dispatch, (index, buffer, _))) => refused(dispatch, index, buffer, why),
+            match dispatches().flat_map(CapturedDispatch::named).find(meets) {
+                Some((name, buffer, _)) => refused(name, buffer, why),
                 None => MlxError::InvalidArgument(format!("buffer: {why}")),
             }
         })?;
@@ -83,10 +87,9 @@ fn begin(kind: DeviceKind, nodes: &[CapturedNode], holds: &mut Vec<Hold>) -> Res
     Ok(touches)
 }
 
-fn refused(dispatch: &CapturedDispatch, index: usize, buffer: &MlxBuffer, why: &str) -> MlxError {
-    let name = &dispatch.kernel.name;
+fn refused(name: Name<'_>, buffer: &MlxBuffer, why: &str) -> MlxError {
     let (dtype, shape) = (buffer.dtype(), buffer.shape());
-    MlxError::InvalidArgument(format!("{name}: buffer {index} ({dtype} {shape:?}): {why}"))
+    MlxError::InvalidArgument(format!("{name} ({dtype} {shape:?}): {why}"))
 }
 
 /// Why a dispatch cannot follow others into the caller's own queue: its params lie in a buffer and are
@@ -99,88 +102,67 @@ pub(super) fn params_are_written(entry: &str) -> MlxError {
     ))
 }
 
+/// What a backend runs: spans of memory for buffers. Params in buffers are read when what precedes them
+/// has run.
 fn steps(
-    family: Family,
+    device: &DeviceHandle,
     nodes: Vec<CapturedNode>,
     flush: &mut impl FnMut(Vec<Step>) -> Result<()>,
 ) -> Result<Vec<Step>> {
     let mut steps = Vec::with_capacity(nodes.len());
     for node in nodes {
-        let dispatch = match node {
-            CapturedNode::Barrier => {
-                steps.push(Step::Barrier);
-                continue;
-            }
-            CapturedNode::Dispatch(dispatch) if dispatch.checked => lower(&dispatch),
-            CapturedNode::Dispatch(mut dispatch) => {
-                let precede = steps.iter().any(|step| matches!(step, Step::Dispatch(_)));
-                if dispatch.has_bound_params() && precede {
+        let CapturedNode::Dispatch(dispatch) = node else {
+            steps.push(Step::Barrier);
+            continue;
+        };
+        let step = match dispatch.run {
+            Run::Task(task) => Step::Task(task.map(span)),
+            Run::Foreign(raw) => Step::Foreign(foreign(&raw)),
+            Run::Late(raw, _, read) => {
+                if steps.iter().any(|step| !matches!(step, Step::Barrier)) {
                     flush(std::mem::take(&mut steps))?;
                 }
-                read_params(family, &mut dispatch)?;
-                let lowered = lower(&dispatch);
-                checked::check(&lowered, family)?;
-                lowered
+                Step::Task(read(device, &raw)?.map(span))
             }
         };
-        steps.push(Step::Dispatch(dispatch));
+        steps.push(step);
     }
     Ok(steps)
 }
 
-/// Puts params that lie in buffers into the command, so that what is checked is what is used.
-fn read_params(family: Family, dispatch: &mut CapturedDispatch) -> Result<()> {
-    let name = dispatch.kernel.name.clone();
-    for param in checked::params(&dispatch.kernel) {
-        let stated = dispatch.bindings.iter().find_map(|(i, b)| match b {
-            CapturedBinding::Bytes(bytes) if *i == param.count_in? => Some(&**bytes),
-            _ => None,
-        });
-        let len = param.bytes(stated);
-        let bound = dispatch
-            .bindings
-            .iter_mut()
-            .find(|(index, _)| *index == param.index);
-        let Some((_, binding @ CapturedBinding::Buffer(..))) = bound else {
-            continue;
-        };
-        let CapturedBinding::Buffer(buffer, _) = &*binding else {
-            continue;
-        };
-        // The kernels' own text reads them where they lie, in words of this size.
-        if family == Family::Apple && !buffer.byte_offset().is_multiple_of(param.align) {
-            return Err(MlxError::CommandBufferError(format!(
-                "{name}: buffer {}: expected an address on {} bytes, got byte {}",
-                param.index,
-                param.align,
-                buffer.byte_offset()
-            )));
-        }
-        let range = buffer.range();
-        let range = range.start..range.start + range.len().min(len);
-        let bytes = buffer.storage().copy_for_command(range)?;
-        *binding = CapturedBinding::Bytes(bytes.into());
+fn span(buffer: &MlxBuffer) -> Span {
+    Span {
+        memory: Arc::clone(&buffer.storage().memory),
+        offset: buffer.range().start,
+        len: buffer.range().len(),
     }
-    Ok(())
 }
 
-pub(super) fn lower(dispatch: &CapturedDispatch) -> Dispatch {
-    let args = dispatch.bindings.iter().map(|(index, binding)| {
+fn foreign(raw: &RawDispatch) -> Dispatch {
+    let args = raw.bindings.iter().map(|(index, binding)| {
         let arg = match binding {
-            CapturedBinding::Buffer(buffer, _) => Arg::Memory {
-                memory: Arc::clone(&buffer.storage().memory),
-                offset: buffer.range().start,
-                len: buffer.range().len(),
-            },
+            CapturedBinding::Buffer(buffer, _) => {
+                let Span {
+                    memory,
+                    offset,
+                    len,
+                } = span(buffer);
+                Arg::Memory {
+                    memory,
+                    offset,
+                    len,
+                }
+            }
             CapturedBinding::Bytes(bytes) => Arg::Bytes(Arc::clone(bytes)),
         };
         (*index, arg)
     });
     Dispatch {
-        kernel: Arc::clone(&dispatch.kernel),
+        kernel: Arc::clone(&raw.kernel),
         args: args.collect(),
-        grid: dispatch.grid.to_array(),
-        threadgroup: dispatch.threadgroup.to_array(),
+        grid: raw.grid.to_array(),
+        threadgroup: raw.threadgroup.to_array(),
+        problem: None,
     }
 }
 
@@ -194,23 +176,21 @@ impl CapturedNode {
 }
 
 impl CapturedDispatch {
-    /// What is bound that is a buffer.
-    pub(super) fn buffers(&self) -> impl Iterator<Item = (usize, &MlxBuffer, Access)> + Clone {
-        self.bindings
-            .iter()
-            .filter_map(|(index, binding)| match binding {
-                CapturedBinding::Buffer(buffer, access) => Some((*index, buffer, *access)),
-                CapturedBinding::Bytes(_) => None,
-            })
-    }
-
-    /// Whether what is bound at `index` says what is asked, to a kernel of ours.
-    fn states_params(&self, index: usize) -> bool {
-        checked::params(&self.kernel).any(|param| param.index == index)
-    }
-
-    /// Whether params lie in a buffer.
-    pub(super) fn has_bound_params(&self) -> bool {
-        self.buffers().any(|(index, ..)| self.states_params(index))
+    /// Its buffers, with what messages call them.
+    fn named(&self) -> Vec<(Name<'_>, &MlxBuffer, Access)> {
+        match &self.run {
+            Run::Task(task) => {
+                let operands = task.operands.iter();
+                let named =
+                    operands.map(|(slot, b)| (Name::Operand(*slot), b, task.work().access(*slot)));
+                named.collect()
+            }
+            Run::Late(raw, ..) | Run::Foreign(raw) => {
+                let buffers = raw.buffers();
+                buffers
+                    .map(|(i, b, access)| (raw.name(i), b, access))
+                    .collect()
+            }
+        }
     }
 }

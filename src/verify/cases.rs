@@ -3,7 +3,8 @@
 use super::case::{Bounds, Case, Entry, MaskKind, Placement};
 use super::data::Random;
 use crate::attention::QueryOffset;
-use crate::attention::variant::{self, Family, HEAD_DIMS};
+use crate::attention::variant::HEAD_DIMS;
+use crate::attention::{Problem, Shape};
 use crate::dtype::DType;
 use crate::runtime::device::MlxDevice;
 
@@ -123,9 +124,9 @@ const BOUNDS: [Bounds; 14] = [
 
 /// The cases of `scope` that this device's row of the variant table serves.
 pub fn cases(scope: Scope, device: &MlxDevice) -> Vec<Case> {
-    let family = device.family();
+    let half_keys = takes_half_keys(device);
     let mut all = Vec::new();
-    grid(scope, family, &mut all);
+    grid(scope, half_keys, &mut all);
     let extra = [edges(), masks(), long(), decode(), wide(), empty()].concat();
     let step = match scope {
         // Prime to the lists' own periods.
@@ -133,24 +134,39 @@ pub fn cases(scope: Scope, device: &MlxDevice) -> Vec<Case> {
         Scope::Full => 1,
     };
     all.extend(extra.into_iter().step_by(step));
-    all.retain(|case| is_served(case, family));
+    all.retain(|case| is_served(case, device));
     all
 }
 
-fn is_served(case: &Case, family: Family) -> bool {
-    let kind = match case.mask_dtype {
-        DType::U8 if case.mask != MaskKind::None => variant::MaskKind::Bool,
-        _ => variant::MaskKind::Additive,
+/// Whether the device takes f16 keys and values under f32 queries.
+fn takes_half_keys(device: &MlxDevice) -> bool {
+    let shape = Shape {
+        batch: 1,
+        heads: 1,
+        kv_heads: 1,
+        query_len: 1,
+        key_len: 1,
+        head_dim: 64,
     };
+    let problem = Problem::builder(DType::F32, shape)
+        .kv_dtype(DType::F16)
+        .build();
+    problem.is_ok_and(|problem| device.supports(&problem).is_ok())
+}
+
+fn is_served(case: &Case, device: &MlxDevice) -> bool {
     match case.entry {
-        // The decode kernels take any head dim; the table is for prefill.
+        // The decode kernels take any head dim.
         Entry::Decode => true,
-        _ => variant::select(family, case.dtype, case.head_dim, kind).is_ok(),
+        // A case that is no problem is run, and fails.
+        _ => case
+            .problem()
+            .map_or(true, |problem| device.supports(&problem).is_ok()),
     }
 }
 
 /// Every head dim x dtype x mask kind x layout; the features are drawn for each.
-fn grid(scope: Scope, family: Family, all: &mut Vec<Case>) {
+fn grid(scope: Scope, half_keys: bool, all: &mut Vec<Case>) {
     let mut random = Random::new(1);
     for (d, head_dim) in HEAD_DIMS.into_iter().enumerate() {
         for (t, dtype) in DTYPES.into_iter().enumerate() {
@@ -161,11 +177,13 @@ fn grid(scope: Scope, family: Family, all: &mut Vec<Case>) {
                 for (l, placement) in PLACEMENTS.into_iter().enumerate() {
                     for round in 0..ROUNDS {
                         // Drawn in either scope, so that a case has the same features in both.
-                        let mut case = draw(&mut random, family, head_dim, dtype, mask, placement);
+                        let mut case =
+                            draw(&mut random, half_keys, head_dim, dtype, mask, placement);
                         // Some cases in which no row sees two keys are wanted, but few.
                         for _ in 0..2 {
                             if is_trivial(&case) {
-                                case = draw(&mut random, family, head_dim, dtype, mask, placement);
+                                case =
+                                    draw(&mut random, half_keys, head_dim, dtype, mask, placement);
                             }
                         }
                         let in_quick = round == 0 && l == (d + t + m) % PLACEMENTS.len();
@@ -181,7 +199,7 @@ fn grid(scope: Scope, family: Family, all: &mut Vec<Case>) {
 
 fn draw(
     random: &mut Random,
-    family: Family,
+    half_keys: bool,
     head_dim: usize,
     dtype: DType,
     mask: MaskKind,
@@ -202,7 +220,7 @@ fn draw(
             random.pick(&[dtype, DType::U8, DType::F32])
         }
     };
-    let half_keys = family != Family::Apple && dtype == DType::F32 && one_in(random, 6);
+    let half_keys = half_keys && dtype == DType::F32 && one_in(random, 6);
     Case {
         kv_dtype: if half_keys { DType::F16 } else { dtype },
         batch,

@@ -287,7 +287,7 @@ fn encode(
                 lse: buffers.lse.as_ref().map(|lse| &lse.view),
                 ..Operands::new(q, k, v, out)
             };
-            ops::attention(encoder, device, registry, &data.problem, &operands)?;
+            ops::attention(encoder, &data.problem, &operands)?;
         }
         Entry::Decode => decode(case, data, [q, k, v, out], encoder, device, registry)?,
         Entry::D512 { nsg } => {

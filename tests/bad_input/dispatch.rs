@@ -4,7 +4,7 @@
 use bytemuck::Zeroable;
 use mlx_flash_attn::attention::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
 use mlx_flash_attn::encoder::{KernelArg, as_bytes};
-use mlx_flash_attn::{DType, DeviceKind, MlxBuffer, MlxDevice, Result};
+use mlx_flash_attn::{DType, MlxBuffer, Result};
 
 use crate::world::{Row, World, row};
 
@@ -20,8 +20,6 @@ struct Raw {
     params: AttnParamsGpu,
     grid: [u64; 3],
     threads: [u64; 3],
-    /// Whether `buffers` has the params.
-    bound_params: bool,
 }
 
 impl Raw {
@@ -41,7 +39,6 @@ impl Raw {
             bytes: vec![],
             grid: [1, 1, 1],
             threads: [32, 4, 1],
-            bound_params: false,
             params: AttnParamsGpu {
                 b: 1,
                 h: 1,
@@ -68,7 +65,7 @@ impl Raw {
     }
 
     fn run(mut self, w: &mut World) -> Result<()> {
-        if !self.bound_params && !self.bytes.iter().any(|(index, _)| *index == 4) {
+        if !self.bytes.iter().any(|(index, _)| *index == 4) {
             self.bytes.push((4, as_bytes(&self.params).to_vec()));
         }
         let pipeline = w.registry.get_pipeline_with_constants(
@@ -106,15 +103,12 @@ fn raw(
     failed.gives("CommandBufferError")
 }
 
-pub(crate) fn rows(device: &MlxDevice) -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     let mut rows = anywhere();
     rows.extend(prefill());
     rows.extend(crate::dispatch_other::rows());
-    // The CPU's and CUDA's kernels work grids and tails out by themselves; Metal's text trusts them.
-    if matches!(device.kind(), DeviceKind::Metal | DeviceKind::Emulator) {
-        rows.extend(launches());
-        rows.extend(crate::dispatch_other::launch_rows());
-    }
+    rows.extend(launches());
+    rows.extend(crate::dispatch_other::launch_rows());
     rows
 }
 
@@ -365,36 +359,11 @@ fn launches() -> Vec<Row> {
         raw("other simdgroups by a constant", &["simdgroups"], |_, c| {
             c.ints.push((322, 8))
         }),
-        raw("more tiles in the params", &["NQ"], |_, c| c.params.nq = 2),
-        raw(
-            "whole query tiles that are not",
-            &["constant 200"],
-            |_, c| c.bools.push((200, true)),
-        ),
-        raw("whole key tiles that are not", &["constant 201"], |_, c| {
-            c.bools.push((201, true))
-        }),
         raw("a log-sum-exp without strides", &["buffer 8"], lse(None)),
         raw(
             "a log-sum-exp with wild strides",
             &["log-sum-exp"],
             lse(Some([1 << 40, 1 << 20])),
-        ),
-        raw(
-            "params off their alignment",
-            &["buffer 4", "8 bytes"],
-            |w, c| {
-                // Right params a byte into a buffer: offset 0 stands for none.
-                let mut bytes = vec![0u8];
-                bytes.extend_from_slice(as_bytes(&c.params));
-                let len = bytes.len();
-                let device = &w.device;
-                let buffer = device
-                    .buffer_from_slice(&bytes, DType::U8, vec![len])
-                    .unwrap();
-                c.buffers.push((4, buffer.slice_view(1, 160), 0));
-                c.bound_params = true;
-            },
         ),
     ]
 }

@@ -52,7 +52,7 @@ fn wrong_calls_are_refused_and_leave_no_trace() {
 fn wrong_dispatches_fail_when_they_are_committed_and_write_nothing() {
     for device in common::devices() {
         let mut wrong = Vec::new();
-        for row in dispatch::rows(&device) {
+        for row in dispatch::rows() {
             let mut world = World::new(&device);
             if let Err(why) = world.check_committed(&row) {
                 wrong.push(format!("{}: {why}", row.name));

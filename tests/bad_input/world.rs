@@ -368,13 +368,7 @@ impl Attention {
             ..Operands::new(&self.q, &self.k, &self.v, &self.out)
         };
         let problem = problem.build()?;
-        ops::attention(
-            &mut w.encoder,
-            &w.device,
-            &mut w.registry,
-            &problem,
-            &operands,
-        )
+        ops::attention(&mut w.encoder, &problem, &operands)
     }
 }
 

@@ -170,15 +170,7 @@ pub(crate) fn classify(device: &MlxDevice, mask: &MlxBuffer, tiles: &BlkParams) 
 
 /// Runs `problem` on its operands.
 pub(crate) fn attend(device: &MlxDevice, problem: &Problem, operands: &Operands<'_>) {
-    commit(device, |encoder| {
-        ops::attention(
-            encoder,
-            device,
-            &mut KernelRegistry::new(),
-            problem,
-            operands,
-        )
-    });
+    commit(device, |encoder| ops::attention(encoder, problem, operands));
 }
 
 /// Dense head-major operands of one dtype, on the host and on a device.

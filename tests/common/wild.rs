@@ -2,12 +2,11 @@
 //! target. Nothing here may panic but its own assertions.
 
 use mlx_flash_attn::attention::oracle::{self, Inputs, Precision, Values};
-use mlx_flash_attn::attention::plan::{Plan, PlanOptions};
 use mlx_flash_attn::attention::tolerance::compare;
 use mlx_flash_attn::attention::{Layout, MaskSpec, Problem, QueryOffset, Role, Shape, Strides};
 use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::verify::Random;
-use mlx_flash_attn::{DType, KernelRegistry, MlxBuffer, MlxDevice, Result};
+use mlx_flash_attn::{DType, MlxBuffer, MlxDevice, Result};
 
 /// Bytes read one after another; zeros when they run out.
 pub(crate) struct Source<'a>(pub(crate) &'a [u8]);
@@ -292,16 +291,11 @@ pub(crate) enum Reached {
 /// Builds, plans and, where it is small, runs a problem and compares it with the oracle.
 ///
 /// "Small" is at most `most` products of Q and K, and as many elements in all.
-pub(crate) fn check(
-    wild: &Wild,
-    device: &MlxDevice,
-    registry: &mut KernelRegistry,
-    most: usize,
-) -> Reached {
+pub(crate) fn check(wild: &Wild, device: &MlxDevice, most: usize) -> Reached {
     let Ok(problem) = wild.build() else {
         return Reached::Refused;
     };
-    let plan = Plan::new(&problem, device.family(), PlanOptions::default());
+    let served = device.supports(&problem);
     let shape = problem.shape();
     let sizes = [
         shape.batch,
@@ -318,7 +312,7 @@ pub(crate) fn check(
         .filter_map(|role| problem.operand(role))
         .try_fold(0usize, |n, spec| n.checked_add(spec.elements));
     let too_large = |n: Option<usize>| n.is_none_or(|n| n > most);
-    if plan.is_err() || too_large(work) || too_large(elements) {
+    if served.is_err() || too_large(work) || too_large(elements) {
         return Reached::TooLarge;
     }
     let mut random = Random::new(wild.seed);
@@ -359,7 +353,7 @@ pub(crate) fn check(
         ..Operands::new(q, k, v, out)
     };
     let mut encoder = device.command_encoder().unwrap();
-    ops::attention(&mut encoder, device, registry, &problem, &operands).unwrap();
+    ops::attention(&mut encoder, &problem, &operands).unwrap();
     encoder.commit_and_wait().unwrap();
 
     let plain = wild.gain.is_none_or(|g| g.abs() <= 4.0)

@@ -16,7 +16,7 @@ fn kernels_compiled_ahead_are_not_compiled_again_and_timing_is_the_gpus() {
     let mut encoder = device.command_encoder().unwrap();
     let mut last = 0.0;
     for _ in 0..3 {
-        record(&mut encoder, &device, &problem, &buffers);
+        record(&mut encoder, &problem, &buffers);
         let (start, end) = encoder.commit_wait_with_gpu_time().unwrap();
         assert!(
             start >= last && end > start && end - start < 0.1,

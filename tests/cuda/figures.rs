@@ -1,6 +1,5 @@
 //! Figures of start-up and dispatch. Run with `--ignored --nocapture`.
 
-use mlx_flash_attn::KernelRegistry;
 use mlx_flash_attn::ops::{self, Operands};
 
 use crate::common::{Qkv, shape};
@@ -30,14 +29,13 @@ fn host_time_of_a_dispatch() {
         let problem = data.builder().build().unwrap();
         let [q, k, v, out] = data.buffers(&device);
         let operands = Operands::new(&q, &k, &v, &out);
-        let mut registry = KernelRegistry::new();
         let mut encoder = device.command_encoder().unwrap();
         let (mut recorded, mut encoded) = (Vec::new(), Vec::new());
         let n = 100u32;
         for _ in 0..20 {
             let begin = std::time::Instant::now();
             for _ in 0..n {
-                ops::attention(&mut encoder, &device, &mut registry, &problem, &operands).unwrap();
+                ops::attention(&mut encoder, &problem, &operands).unwrap();
             }
             recorded.push(begin.elapsed() / n);
             // SAFETY: the default stream is always there.

@@ -18,7 +18,7 @@ mod streams;
 use mlx_flash_attn::attention::Problem;
 use mlx_flash_attn::encoder::CommandEncoder;
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{DType, DeviceKind, KernelRegistry, MlxBuffer, MlxDevice};
+use mlx_flash_attn::{DType, DeviceKind, MlxBuffer, MlxDevice};
 
 const BF16: DType = DType::BF16;
 
@@ -28,11 +28,10 @@ fn cuda() -> Option<MlxDevice> {
         .ok()
 }
 
-fn record(encoder: &mut CommandEncoder, device: &MlxDevice, problem: &Problem, b: &[MlxBuffer; 4]) {
+fn record(encoder: &mut CommandEncoder, problem: &Problem, b: &[MlxBuffer; 4]) {
     let [q, k, v, out] = b;
-    let mut registry = KernelRegistry::new();
     let operands = Operands::new(q, k, v, out);
-    ops::attention(encoder, device, &mut registry, problem, &operands).unwrap();
+    ops::attention(encoder, problem, &operands).unwrap();
 }
 
 /// Relative Frobenius distance.

@@ -62,7 +62,7 @@ fn splits_of_one_command_keep_to_themselves() {
         .collect();
     let mut encoder = device.command_encoder().unwrap();
     for (problem, buffers, _) in &runs {
-        record(&mut encoder, &device, problem, buffers);
+        record(&mut encoder, problem, buffers);
     }
     encoder.commit_and_wait().unwrap();
     for (i, (_, buffers, want)) in runs.iter().enumerate() {

@@ -47,7 +47,7 @@ fn a_callers_stream_and_memory_give_the_same_bits() {
     result::ctx::synchronize().unwrap();
     let mut encoder = device.command_encoder().unwrap();
     for raw in [stream.cast::<c_void>(), std::ptr::null_mut()] {
-        record(&mut encoder, &device, &problem, &buffers);
+        record(&mut encoder, &problem, &buffers);
         // SAFETY: the stream is the primary context's, and destroyed below.
         let in_flight = unsafe { encoder.encode_into_stream(raw) }.unwrap();
         assert!(buffers[3].as_slice::<u8>().is_err(), "it has not finished");
@@ -60,17 +60,12 @@ fn a_callers_stream_and_memory_give_the_same_bits() {
     unsafe { result::memset_d8_sync(own[3], 0, want.len()).unwrap() };
     assert!(bytes(&buffers[3]).iter().all(|x| *x == 0));
     // Commands of the device's own come after those on the stream, and the other way round.
-    record(&mut encoder, &device, &problem, &buffers);
+    record(&mut encoder, &problem, &buffers);
     // SAFETY: as above.
     let in_flight = unsafe { encoder.encode_into_stream(stream.cast()) }.unwrap();
     let second = output(&device, data.q.len(), BF16);
     let [_, k, v, out] = buffers.clone();
-    record(
-        &mut encoder,
-        &device,
-        &problem,
-        &[out, k, v, second.clone()],
-    );
+    record(&mut encoder, &problem, &[out, k, v, second.clone()]);
     encoder.commit_and_wait().unwrap();
     drop(in_flight);
     let [_, k, v, out] = &buffers;
@@ -113,7 +108,7 @@ fn kernels_in_a_chain_wait_for_each_other() {
     let mut encoder = device.command_encoder().unwrap();
     let want = [0, 1].map(|round| {
         let links = chain.iter().enumerate().map(|(i, out)| {
-            record(&mut encoder, &device, &problem, &link(round, i));
+            record(&mut encoder, &problem, &link(round, i));
             encoder.commit_and_wait().unwrap();
             bytes(out)
         });
@@ -135,7 +130,7 @@ fn kernels_in_a_chain_wait_for_each_other() {
         for round in 0..60 {
             let mut in_flight = Vec::new();
             for i in 0..chain.len() {
-                record(&mut encoder, &device, &problem, &link(round, i));
+                record(&mut encoder, &problem, &link(round, i));
                 match round % 3 {
                     // All on one stream, then all on the caller's, then by turns.
                     0 if i + 1 < chain.len() => {}
@@ -191,7 +186,7 @@ fn an_upload_on_a_callers_stream_is_waited_for_by_commands_of_other_threads() {
             scope.spawn(|| {
                 let mut encoder = device.command_encoder().unwrap();
                 let buffers = [q.clone(), k.clone(), v.clone(), theirs.clone()];
-                record(&mut encoder, &device, &problem, &buffers);
+                record(&mut encoder, &problem, &buffers);
                 start.wait();
                 // SAFETY: the stream is the primary context's, and destroyed below.
                 let in_flight = unsafe { encoder.encode_into_stream(raw as *mut c_void) };
@@ -202,7 +197,7 @@ fn an_upload_on_a_callers_stream_is_waited_for_by_commands_of_other_threads() {
                 .map(|out| {
                     let mut encoder = device.command_encoder().unwrap();
                     let buffers = [q.clone(), k.clone(), v.clone(), out.clone()];
-                    record(&mut encoder, &device, &problem, &buffers);
+                    record(&mut encoder, &problem, &buffers);
                     encoder
                 })
                 .collect();

@@ -191,7 +191,7 @@ fn defect_12_a_window_keeps_exactly_w_keys() {
                     mask: Some(&mask),
                     ..Operands::new(&q, &k, &v, &out)
                 };
-                ops::attention(e, &device, registry, &problem, &operands)?;
+                ops::attention(e, &problem, &operands)?;
                 Ok(mask)
             });
             let masked = download(&out);

@@ -203,10 +203,8 @@ fn defect_08_views_are_exact_and_never_alias() {
         // A view past the end does not panic and is refused by name.
         let past = whole.slice_view(at, 1);
         let mut encoder = device.command_encoder().unwrap();
-        let registry = &mut KernelRegistry::new();
-        let mut attention = |operands: &Operands<'_>| {
-            ops::attention(&mut encoder, &device, registry, &problem, operands)
-        };
+        let mut attention =
+            |operands: &Operands<'_>| ops::attention(&mut encoder, &problem, operands);
         refused(
             attention(&Operands {
                 k: &past,
@@ -381,15 +379,24 @@ fn defect_10_a_cache_that_is_too_small_is_refused() {
 
 fn run_with(device: &MlxDevice, registry: &mut KernelRegistry, data: &Qkv, causal: bool) {
     let [q, k, v, out] = data.buffers(device);
-    let problem = data.builder().causal(causal).build().unwrap();
+    let size = |n: usize| u32::try_from(n).unwrap();
+    let params = FlashAttnPrefillParams {
+        n_heads: size(data.shape.heads),
+        n_kv_heads: size(data.shape.kv_heads),
+        head_dim: size(data.shape.head_dim),
+        seq_len_q: size(data.shape.query_len),
+        seq_len_k: size(data.shape.key_len),
+        batch: size(data.shape.batch),
+        scale: 0.125,
+        do_causal: causal,
+    };
+    let layout = FlashAttnPrefillLayout::HeadMajor;
+    let dispatch = match data.dtype {
+        DType::F16 => mlx_flash_attn::ops::flash_attn_prefill::dispatch_flash_attn_prefill_f16_d64,
+        _ => mlx_flash_attn::ops::flash_attn_prefill::dispatch_flash_attn_prefill_bf16_d64,
+    };
     commit(device, |e| {
-        ops::attention(
-            e,
-            device,
-            registry,
-            &problem,
-            &Operands::new(&q, &k, &v, &out),
-        )
+        dispatch(e, device, registry, &q, &k, &v, None, &out, &params, layout)
     });
 }
 

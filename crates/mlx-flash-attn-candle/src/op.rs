@@ -1,20 +1,16 @@
 //! The operation that candle runs: one request on whatever device its tensors are.
 
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp3, DType, Layout, MetalStorage, Result, Shape, StorageRef,
     Tensor,
 };
-use mlx_flash_attn::KernelRegistry;
 use mlx_flash_attn::ops::{self, Operands};
 
 use crate::engine::{Cpu, Engine, Wrapped};
 use crate::request::{Request, failed, refused};
-
-/// Pipelines, shared by all calls.
-static REGISTRY: LazyLock<Mutex<KernelRegistry>> = LazyLock::new(Mutex::default);
 
 /// A request as an operation of candle's.
 #[derive(Debug)]
@@ -136,10 +132,7 @@ impl Attention {
             };
             let device = engine.device();
             let mut encoder = device.command_encoder().map_err(failed)?;
-            let mut registry = REGISTRY.lock().unwrap_or_else(PoisonError::into_inner);
-            ops::attention(&mut encoder, device, &mut registry, problem, &operands)
-                .map_err(failed)?;
-            drop(registry);
+            ops::attention(&mut encoder, problem, &operands).map_err(failed)?;
             // SAFETY: as above.
             unsafe { engine.run(encoder)? };
         }

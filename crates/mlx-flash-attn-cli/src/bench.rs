@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use indicatif::ProgressBar;
 use mlx_flash_attn::attention::{Problem, Role, Shape};
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{DType, DeviceKind, KernelRegistry, MlxBuffer, MlxDevice};
+use mlx_flash_attn::{DType, DeviceKind, MlxBuffer, MlxDevice};
 use serde_json::Value;
 
 use crate::asked;
@@ -114,19 +114,12 @@ fn time(device: &MlxDevice, problem: &Problem, bar: &ProgressBar) -> Result<Time
     let sets = (0..sets(problem))
         .map(|_| Set::new(device, problem, &mut random))
         .collect::<Result<Vec<_>>>()?;
-    let mut registry = KernelRegistry::new();
     let mut encoder = device.command_encoder()?;
     // `n` runs from set `i` on, in seconds each.
     let mut many = |i: usize, n: usize| {
         let start = Instant::now();
         for set in sets.iter().cycle().skip(i).take(n) {
-            ops::attention(
-                &mut encoder,
-                device,
-                &mut registry,
-                problem,
-                &set.operands(),
-            )?;
+            ops::attention(&mut encoder, problem, &set.operands())?;
             encoder.memory_barrier();
         }
         let (begin, end) = encoder.commit_wait_with_gpu_time()?;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use mlx_flash_attn::attention::oracle::{Inputs, Values};
 use mlx_flash_attn::attention::{Problem, Shape};
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{DType, KernelRegistry, MlxBuffer, MlxDevice};
+use mlx_flash_attn::{DType, MlxBuffer, MlxDevice};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 
 use crate::args::LayoutArg;
@@ -141,7 +141,6 @@ impl Job {
 
     /// Runs the problem once and gives the time it took on the device, in milliseconds.
     fn compute(&self, device: &MlxDevice) -> Result<f64> {
-        let mut registry = KernelRegistry::new();
         let mut encoder = device.command_encoder()?;
         let operands = Operands {
             mask: self.mask.as_ref(),
@@ -150,13 +149,7 @@ impl Job {
             lse: self.lse.as_ref(),
             ..Operands::new(&self.q, &self.k, &self.v, &self.out)
         };
-        ops::attention(
-            &mut encoder,
-            device,
-            &mut registry,
-            &self.problem,
-            &operands,
-        )?;
+        ops::attention(&mut encoder, &self.problem, &operands)?;
         let (start, end) = encoder.commit_wait_with_gpu_time()?;
         Ok((end - start) * 1e3)
     }

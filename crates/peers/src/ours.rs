@@ -6,7 +6,7 @@ use anyhow::Result;
 use half::{bf16, f16};
 use mlx_flash_attn::attention::{Problem, Role};
 use mlx_flash_attn::ops;
-use mlx_flash_attn::{CommandEncoder, DType, KernelRegistry, MlxBuffer, MlxDevice};
+use mlx_flash_attn::{CommandEncoder, DType, MlxBuffer, MlxDevice};
 
 use crate::inputs::Operands;
 
@@ -14,8 +14,6 @@ use crate::inputs::Operands;
 #[derive(Debug)]
 pub(crate) struct Ours {
     problem: Problem,
-    device: MlxDevice,
-    registry: KernelRegistry,
     encoder: CommandEncoder,
     q: MlxBuffer,
     k: MlxBuffer,
@@ -30,8 +28,6 @@ impl Ours {
         let n = problem.operand(Role::Output).map_or(0, |o| o.elements);
         let bytes = n * problem.dtype().size_of();
         Ok(Self {
-            device: device.clone(),
-            registry: KernelRegistry::new(),
             encoder: device.command_encoder()?,
             q: operands.q.buffer(device)?,
             k: operands.k.buffer(device)?,
@@ -57,8 +53,8 @@ impl Ours {
                 tile_classes: self.tile_classes.as_ref(),
                 ..ops::Operands::new(&self.q, &self.k, &self.v, &self.out)
             };
-            let (encoder, registry) = (&mut self.encoder, &mut self.registry);
-            ops::attention(encoder, &self.device, registry, &self.problem, &operands)?;
+            let encoder = &mut self.encoder;
+            ops::attention(encoder, &self.problem, &operands)?;
             encoder.commit_and_wait()?;
             Ok(start.elapsed().as_nanos() as u64)
         };

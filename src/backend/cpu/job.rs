@@ -1,7 +1,7 @@
 //! One attention call as the CPU kernels see it: a checked problem and where its operands lie.
 
 use crate::attention::Problem;
-pub(crate) use crate::backend::checked::Pointers;
+pub(crate) use crate::backend::command::Pointers;
 
 /// A problem with its operands.
 #[derive(Debug, Clone, Copy)]

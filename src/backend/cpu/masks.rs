@@ -4,61 +4,58 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::Cpu;
-use crate::attention::mask::{TileClass, Visibility};
-use crate::backend::Dispatch;
-use crate::backend::checked::{Classes, Fill};
+use crate::attention::Role;
+use crate::attention::mask::TileClass;
+use crate::backend::command::{ClassifyTiles, FillMask, Slot, Span, Task};
 use crate::error::Result;
 
 /// Writes 0 where a key is visible and `-inf` where it is not.
-pub(crate) fn fill(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
-    let Fill { params: p, mask } = Fill::read(dispatch)?;
-    // SAFETY: the CPU's memory is this process's own; written operands overlap nothing else, and
-    // nobody else uses them while the dispatch runs.
-    let mask = unsafe { mask.slice_mut() };
-    let keys = p.seq_len_k as usize;
-    let visibility = Visibility {
-        q_offset: i64::from(p.q_abs_offset),
-        causal: p.causal != 0,
-        window: (p.window != 0).then_some(p.window),
-        window_right: None,
-    };
-    let fill = |(q, row): (usize, &mut [bf16])| {
-        let visible = visibility.keys(q as i64, keys);
+pub(super) fn fill(cpu: &Cpu, fill: &FillMask, task: &Task<Span>) -> Result<()> {
+    let (rows, keys) = (fill.query_len as usize, fill.key_len as usize);
+    let mask = task.address(Slot::Operand(Role::Mask))?.cast::<bf16>();
+    // SAFETY: whoever made the task has checked that the operand holds so many elements; the CPU's memory
+    // is this process's own, and nobody else uses written operands while the task runs.
+    let mask = unsafe { std::slice::from_raw_parts_mut(mask, rows * keys) };
+    let row = |(q, row): (usize, &mut [bf16])| {
+        let visible = fill.visibility.keys(q as i64, keys);
         row.fill(bf16::NEG_INFINITY);
         row[visible].fill(bf16::ZERO);
     };
-    cpu.install(|| mask.par_chunks_mut(keys).enumerate().for_each(fill));
+    cpu.install(|| mask.par_chunks_mut(keys).enumerate().for_each(row));
     Ok(())
 }
 
 /// Writes the class of every tile of a mask.
-pub(crate) fn classify(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
-    let Classes {
-        params: p,
-        tile,
-        stride,
-        mask,
-        classes,
-    } = Classes::read(dispatch)?;
-    // SAFETY: the CPU's memory is this process's own; written operands overlap nothing else, and
-    // nobody else uses them while the dispatch runs.
-    let (mask, classes) = unsafe { (mask.slice(), classes.slice_mut()) };
-    let (rows, keys) = (p.seq_len_q as usize, p.seq_len_k as usize);
+pub(super) fn classify(cpu: &Cpu, classify: &ClassifyTiles, task: &Task<Span>) -> Result<()> {
+    let &ClassifyTiles {
+        tile, row_stride, ..
+    } = classify;
+    let (rows, keys) = (classify.query_len as usize, classify.key_len as usize);
+    let (tiles_down, tiles_across) = tile.count(rows, keys);
+    let mask = task.address(Slot::Operand(Role::Mask))?.cast::<bf16>();
+    let classes = task.address(Slot::Operand(Role::TileClasses))?;
+    // SAFETY: whoever made the task has checked that the operands hold so many elements; the CPU's memory
+    // is this process's own, and nobody else writes them while the task runs.
+    let (mask, classes) = unsafe {
+        (
+            std::slice::from_raw_parts(mask, (rows - 1) * row_stride + keys),
+            std::slice::from_raw_parts_mut(classes, tiles_down * tiles_across),
+        )
+    };
     let (bq, bk) = (tile.bq, tile.bk);
-    let columns = tile.count(rows, keys).1;
-    let classify = |(qt, row): (usize, &mut [u8])| {
+    let row = |(qt, row): (usize, &mut [u8])| {
         for (kt, class) in row.iter_mut().enumerate() {
             let (q, k) = (qt * bq, kt * bk);
             *class = TileClass::of_mask(q..q + bq, k..k + bk, rows, keys, |q, k| {
-                mask[q * stride + k].to_f32()
+                mask[q * row_stride + k].to_f32()
             }) as u8;
         }
     };
     cpu.install(|| {
         classes
-            .par_chunks_mut(columns)
+            .par_chunks_mut(tiles_across)
             .enumerate()
-            .for_each(classify);
+            .for_each(row);
     });
     Ok(())
 }

@@ -1,21 +1,24 @@
-//! The CPU device: every kernel of this crate as a native function under the kernel's own name.
+//! The CPU device: each kind of work as a native function.
 
+mod decode;
 mod isa;
 mod job;
 mod kernels;
 mod masks;
-mod prefill;
-mod vec;
 
+use std::any::Any;
 use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
 pub use isa::Isa;
+use job::Job;
 
+use super::command::{Span, Task, Work};
 use super::host_memory::HostMemory;
-use super::{Backend, DeviceKind, Dispatch, Done, Kernel, Limits, Memory, Pending, Step, Timing};
-use crate::attention::bindings::{Constants, names};
-use crate::attention::variant::{self, Family};
+use super::{Backend, DeviceKind, Done, Kernel, Limits, Memory, Pending, Step, Timing};
+use crate::attention::Problem;
+use crate::attention::bindings::{Constants, is_own};
+use crate::attention::variant::{self, HEAD_DIMS};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
@@ -60,9 +63,6 @@ pub(crate) struct Cpu {
     pool: Option<rayon::ThreadPool>,
 }
 
-/// A kernel's native function.
-type Native = fn(&Cpu, &Dispatch) -> Result<()>;
-
 impl Cpu {
     pub(crate) fn open(options: CpuOptions) -> Result<Self> {
         let isa = options.isa.unwrap_or_else(Isa::best);
@@ -88,10 +88,6 @@ impl Cpu {
         Ok(Self { isa, pool })
     }
 
-    pub(crate) fn isa(&self) -> Isa {
-        self.isa
-    }
-
     fn team(&self) -> kernels::Team<'_> {
         kernels::Team {
             pool: self.pool.as_ref(),
@@ -110,43 +106,39 @@ impl Cpu {
         }
     }
 
+    /// Runs steps one after another, each on all threads, so that barriers hold by themselves.
     fn run(&self, steps: &[Step]) -> Result<()> {
-        for step in steps {
-            // Dispatches run one after another, each on all threads, so barriers hold by themselves.
-            let Step::Dispatch(dispatch) = step else {
-                continue;
-            };
-            let Some(native) = dispatch.kernel.state.downcast_ref::<Native>() else {
-                return Err(MlxError::CommandBufferError(format!(
-                    "{}: was built for another device",
-                    dispatch.kernel.name
-                )));
-            };
-            native(self, dispatch)?;
+        steps.iter().try_for_each(|step| match step {
+            Step::Barrier => Ok(()),
+            Step::Task(task) => self.task(task),
+            Step::Foreign(dispatch) => Err(no_text(&dispatch.kernel.name)),
+        })
+    }
+
+    fn task(&self, task: &Task<Span>) -> Result<()> {
+        match task.work() {
+            Work::Attention(problem, _) => {
+                let at = task.pointers()?;
+                kernels::run(&Job { problem, at }, self.isa, self.team())
+            }
+            Work::FillMask(fill) => masks::fill(self, fill, task),
+            Work::ClassifyTiles(classify) => masks::classify(self, classify, task),
+            Work::DecodePartials(decode) => decode::partials(self, decode, task),
+            Work::JoinPartials(join) => decode::join(join, task),
         }
-        Ok(())
     }
 }
 
-/// The native function of a kernel.
-fn native(kernel: &str) -> Option<Native> {
-    Some(match kernel {
-        names::MASK_FILL => masks::fill,
-        names::BLK => masks::classify,
-        names::VEC_F32 | names::VEC_F16 => vec::partials,
-        names::VEC_REDUCE => vec::reduce,
-        _ if variant::by_name(kernel).is_some() => prefill::run,
-        _ => return None,
-    })
+fn no_text(kernel: &str) -> MlxError {
+    MlxError::ShaderCompilationError {
+        name: kernel.into(),
+        message: "the CPU device runs this crate's own kernels only".into(),
+    }
 }
 
 impl Backend for Cpu {
     fn kind(&self) -> DeviceKind {
         DeviceKind::Cpu
-    }
-
-    fn family(&self) -> Family {
-        Family::Cpu
     }
 
     fn name(&self) -> String {
@@ -173,18 +165,36 @@ impl Backend for Cpu {
         Ok(Arc::new(HostMemory::zeroed(bytes)?))
     }
 
-    fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Kernel> {
-        let native = native(kernel).ok_or_else(|| MlxError::ShaderCompilationError {
-            name: kernel.into(),
-            message: "the CPU device runs this crate's own kernels only".into(),
-        })?;
+    fn supports(&self, problem: &Problem) -> Result<()> {
+        let dim = problem.shape().head_dim;
+        if !HEAD_DIMS.contains(&dim) {
+            return Err(MlxError::expected(
+                "head_dim",
+                format!("one of {HEAD_DIMS:?}"),
+                dim,
+            ));
+        }
+        kernels::takes(problem)
+    }
+
+    fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
+        if let Work::Attention(problem, _) = work {
+            self.supports(problem)?;
+        }
+        Ok(Box::new(()))
+    }
+
+    fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Arc<Kernel>> {
+        if !is_own(kernel) {
+            return Err(no_text(kernel));
+        }
         let threads = variant::by_name(kernel).map_or(1024, |v| v.threads() as u64);
         let limits = Limits {
             thread_execution_width: 32,
             max_threads: threads.max(32),
             static_threadgroup_bytes: 0,
         };
-        Ok(Kernel::new(kernel, constants, limits, native))
+        Ok(Arc::new(Kernel::new(kernel, constants, limits, ())))
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {

@@ -131,8 +131,6 @@ fn parts(problem: &Problem, row: &Row, tiles: usize, machine: Machine) -> usize 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::plan::{Plan, PlanOptions};
-    use crate::attention::variant::Family;
     use crate::attention::{ProblemBuilder, Role, Shape, Strides};
     use crate::backend::cuda::table::{Capability, Needs, attention, every_row};
     use crate::dtype::DType;
@@ -145,8 +143,7 @@ mod tests {
     };
 
     fn chosen(problem: &Problem, gpu: Capability) -> &'static Row {
-        let plan = Plan::new(problem, Family::Nvidia, PlanOptions::default()).unwrap();
-        let needs = Needs::of(plan.variant, &plan.constants).unwrap();
+        let needs = Needs::of(problem);
         attention(needs, gpu)
             .find(|row| takes(row, problem, true, H200))
             .unwrap()

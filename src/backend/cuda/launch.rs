@@ -1,24 +1,22 @@
-//! Dispatches, read back and checked, as launches on a stream.
+//! Tasks as launches on a stream.
 
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use super::built::{Attention, Built, Kept, Pipeline, Ready};
 use super::driver::Stream;
 use super::gpu::Gpu;
 use super::maps;
 use super::memory::CudaMemory;
 use super::modules::Function;
 use super::params;
+use super::prepared::{Attention, Kept, Prefill, Prepared, Ready};
 use super::scratch::Scratch;
-use super::spec::{self, Spec};
-use crate::attention::Problem;
-use crate::attention::bindings::names;
 use crate::attention::params::CudaParams;
-use crate::attention::variant;
-use crate::backend::checked::{Classes, Fill, Partials, Pointers, Prefill, Reduce};
-use crate::backend::{Arg, Dispatch, Step};
-use crate::dtype::DType;
+use crate::attention::{Problem, Role};
+use crate::backend::Step;
+use crate::backend::command::{
+    ClassifyTiles, DecodePartials, FillMask, JoinPartials, Pointers, Slot, Span, Task, Work,
+};
 use crate::error::{MlxError, Result};
 
 /// What a command needs until it has run.
@@ -34,35 +32,40 @@ pub(super) fn encode(
     temporaries: &mut Vec<Temporary>,
 ) -> Result<()> {
     gpu.context.enter()?;
-    for step in steps {
-        if let Step::Dispatch(dispatch) = step {
+    steps.iter().try_for_each(|step| match step {
+        Step::Barrier => Ok(()),
+        Step::Foreign(dispatch) => Err(no_text(&dispatch.kernel.name)),
+        Step::Task(task) => {
             let mut launch = Launch {
                 gpu,
                 stream,
-                dispatch,
+                task,
                 temporaries,
             };
-            launch.run()?;
+            launch.run()
         }
-    }
-    Ok(())
+    })
 }
 
-/// Compiles what the steps run and no earlier dispatch has compiled, so that encoding, which one
+/// Why a caller's own text does not run here.
+pub(super) fn no_text(kernel: &str) -> MlxError {
+    MlxError::ShaderCompilationError {
+        name: kernel.into(),
+        message: "the CUDA device runs this crate's own kernels only".into(),
+    }
+}
+
+/// Compiles what the steps run and no earlier launch has compiled, so that encoding, which one
 /// thread does at a time, seldom waits for the compiler. What fails here fails there again and is
-/// reported there; params that lie in a buffer may not be written yet and are not read.
+/// reported there.
 pub(super) fn compile_first(gpu: &Arc<Gpu>, steps: &[Step]) {
     for step in steps {
-        if let Step::Dispatch(dispatch) = step
-            && let Some(built) = Pipeline::of(&dispatch.kernel, gpu)
-            && built.is_fresh()
-            && dispatch
-                .args
-                .iter()
-                .any(|(_, arg)| matches!(arg, Arg::Bytes(_)))
-            && let Ok(Prefill { problem, .. }) = Prefill::read(dispatch)
+        if let Step::Task(task) = step
+            && let Work::Attention(problem, _) = task.work()
+            && let Some(Prepared::Attention(prefill)) = task.planned.state.downcast_ref()
+            && prefill.is_fresh()
         {
-            let _ = built.warm_up(gpu, &problem);
+            let _ = prefill.warm_up(gpu, problem);
         }
     }
 }
@@ -75,62 +78,62 @@ fn arg<T>(value: &mut T) -> *mut c_void {
 struct Launch<'a> {
     gpu: &'a Arc<Gpu>,
     stream: &'a Stream,
-    dispatch: &'a Dispatch,
+    task: &'a Task<Span>,
     temporaries: &'a mut Vec<Temporary>,
 }
 
 impl Launch<'_> {
     fn fail(&self, what: impl std::fmt::Display) -> MlxError {
-        MlxError::CommandBufferError(format!("{}: {what}", self.dispatch.kernel.name))
+        MlxError::CommandBufferError(format!("{}: {what}", self.task.work().name()))
     }
 
     fn run(&mut self) -> Result<()> {
-        let Some(built) = Pipeline::of(&self.dispatch.kernel, self.gpu) else {
-            return Err(self.fail("was built for another device"));
+        let task = self.task;
+        let Some(prepared) = task.planned.state.downcast_ref::<Prepared>() else {
+            return Err(self.fail("was prepared for another device"));
         };
-        match built {
-            Built::Prefill(attention) => self.prefill(attention),
-            Built::Fill(function) => self.fill(function),
-            Built::Classes(any, wide) => self.classes(any, wide),
-            Built::Decode(kept) => match self.dispatch.kernel.name.as_str() {
-                names::VEC_REDUCE => self.reduce(kept),
-                _ => self.partials(kept),
-            },
+        match (task.work(), prepared) {
+            (Work::Attention(problem, _), Prepared::Attention(prefill)) => {
+                self.attention(problem, prefill)
+            }
+            (Work::FillMask(fill), Prepared::Fill(function)) => self.fill(fill, function),
+            (Work::ClassifyTiles(classify), Prepared::Classes(any, wide)) => {
+                self.classify(classify, any, wide)
+            }
+            (Work::DecodePartials(decode), Prepared::Partials(kept)) => self.partials(decode, kept),
+            (Work::JoinPartials(join), Prepared::Join(kept)) => self.join(join, kept),
+            _ => Err(self.fail("was prepared for other work")),
         }
     }
 
-    /// Brings what is bound up to date on the GPU. Called once the dispatch has been read and found
-    /// right.
-    fn prepare(&self) -> Result<()> {
-        let accesses = self.dispatch.kernel.accesses;
-        for (index, arg) in &self.dispatch.args {
-            if let Arg::Memory { memory, .. } = arg {
-                let memory = CudaMemory::of(&**memory, self.gpu)
-                    .ok_or_else(|| self.fail(format!("buffer {index}: is not this GPU's")))?;
-                memory.prepare(self.stream, accesses.of(*index))?;
-            }
+    /// Brings the operands up to date on the GPU.
+    fn bring(&self) -> Result<()> {
+        for (slot, span) in &self.task.operands {
+            let memory = CudaMemory::of(&*span.memory, self.gpu)
+                .ok_or_else(|| self.fail(format!("{}: is not this GPU's", slot.name())))?;
+            memory.prepare(self.stream, self.task.work().access(*slot))?;
         }
         Ok(())
+    }
+
+    /// The address of an operand as a kernel's argument.
+    fn pointer(&self, slot: Slot) -> Result<u64> {
+        Ok(self.task.address(slot)?.addr() as u64)
     }
 
     fn make_ready(
         &self,
         attention: &Attention,
-        problem: &Arc<Problem>,
+        problem: &Problem,
         at: &Pointers,
         round: bool,
     ) -> Result<Ready> {
-        let needs = attention.needs;
-        if (problem.dtype(), problem.kv_dtype()) != (needs.dtype, needs.kv_dtype) {
-            return Err(self.fail("params and constants disagree"));
-        }
         let form = attention
             .choose(problem, round, self.gpu)
             .ok_or_else(|| self.fail("no kernel takes a problem of this shape"))?;
         let row = attention.forms[form].0;
         let params = params::params(problem, row, self.gpu.machine());
         Ok(Ready {
-            problem: Arc::clone(problem),
             round,
             form,
             params: params.map_err(|e| self.fail(e))?,
@@ -142,10 +145,10 @@ impl Launch<'_> {
         })
     }
 
-    fn prefill(&mut self, attention: &Attention) -> Result<()> {
-        let Prefill { problem, at } = Prefill::read(self.dispatch)?;
-        let make = |round| self.make_ready(attention, &problem, &at, round);
-        let ready = attention.ready(&problem, &at, make)?;
+    fn attention(&mut self, problem: &Problem, prefill: &Prefill) -> Result<()> {
+        let attention = &*prefill.kernels;
+        let at = self.task.pointers()?;
+        let ready = prefill.ready(&at, |round| self.make_ready(attention, problem, &at, round))?;
         let (row, kernel) = &attention.forms[ready.form];
         let function = kernel.function(self.gpu)?;
         let (mut p, mut maps) = (ready.params, ready.maps);
@@ -153,7 +156,7 @@ impl Launch<'_> {
         if let Some(maps) = &mut maps {
             maps::point(maps, &at)?;
         }
-        self.prepare()?;
+        self.bring()?;
         let needs = attention.needs;
         let splits = p.splits.unsigned_abs() as usize;
         let rows = p.rows.unsigned_abs() as usize
@@ -206,38 +209,31 @@ impl Launch<'_> {
         unsafe { function.launch(self.stream, blocks, &mut [arg(&mut p)]) }
     }
 
-    fn fill(&self, function: &Function) -> Result<()> {
-        let Fill { mut params, mask } = Fill::read(self.dispatch)?;
-        self.prepare()?;
-        let mut mask = mask.ptr();
+    fn fill(&self, fill: &FillMask, function: &Function) -> Result<()> {
+        self.bring()?;
+        let mut params = fill.params();
+        let mut mask = self.pointer(Slot::Operand(Role::Mask))?;
         let args = &mut [arg(&mut mask), arg(&mut params)];
         // SAFETY: the kernel's parameters, and a mask of rows by keys cells.
-        unsafe { function.launch(self.stream, params.seq_len_q.into(), args) }
+        unsafe { function.launch(self.stream, fill.query_len.into(), args) }
     }
 
-    fn classes(&self, any: &Kept, for_wide: &Kept) -> Result<()> {
-        let Classes {
-            mut params,
-            tile,
-            mask,
-            classes,
-            ..
-        } = Classes::read(self.dispatch)?;
-        self.prepare()?;
-        let (mut mask, mut classes) = (mask.ptr(), classes.ptr());
+    fn classify(&self, classify: &ClassifyTiles, any: &Kept, for_wide: &Kept) -> Result<()> {
+        self.bring()?;
+        let mut params = classify.params()?;
+        let mut mask = self.pointer(Slot::Operand(Role::Mask))?;
+        let mut classes = self.pointer(Slot::Operand(Role::TileClasses))?;
+        let tile = classify.tile;
         let wide = [8, 16, 32, 64].contains(&tile.bk)
-            && params.row_stride % 8 == 0
-            && mask.addr().is_multiple_of(16);
-        let (nq, nk) = tile.count(params.seq_len_q as usize, params.seq_len_k as usize);
+            && classify.row_stride.is_multiple_of(8)
+            && mask.is_multiple_of(16);
         let across = if wide {
-            (params.seq_len_k as u64).div_ceil(1024)
+            u64::from(classify.key_len).div_ceil(1024)
         } else {
-            nk as u64
+            u64::from(params.nk)
         };
-        let blocks = (nq as u64).saturating_mul(across);
-        params.nk = u32::try_from(nk).map_err(|_| self.fail("too many tiles"))?;
-        let side = |n: usize| i32::try_from(n).map_err(|_| self.fail("a tile too large"));
-        let (mut bq, mut bk) = (side(tile.bq)?, side(tile.bk)?);
+        let blocks = u64::from(params.nq).saturating_mul(across);
+        let (mut bq, mut bk) = classify.sides()?;
         let args = &mut [
             arg(&mut mask),
             arg(&mut classes),
@@ -250,70 +246,42 @@ impl Launch<'_> {
         unsafe { function.launch(self.stream, blocks, args) }
     }
 
-    /// The kernel of `spec`, kept from one dispatch to the next.
-    fn kept(&self, kept: &Mutex<Option<Arc<Function>>>, spec: &Spec) -> Result<Arc<Function>> {
-        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*kept {
-            Some(function) if function.spec == *spec => Ok(Arc::clone(function)),
-            _ => {
-                let function = self.gpu.function(spec)?;
-                *kept = Some(Arc::clone(&function));
-                Ok(function)
-            }
-        }
-    }
-
-    fn partials(&self, kept: &Mutex<Option<Arc<Function>>>) -> Result<()> {
-        let Partials {
-            mut params,
-            q,
-            k,
-            v,
-            tmp,
-            ..
-        } = Partials::read(self.dispatch)?;
-        let kv = if self.dispatch.kernel.name == names::VEC_F16 {
-            DType::F16
-        } else {
-            DType::F32
-        };
-        let function = self.kept(kept, &spec::decode(params.head_dim as usize, kv))?;
-        self.prepare()?;
-        let (mut q, mut k, mut v, mut tmp) = (q, k, v, tmp.ptr());
+    fn partials(&self, decode: &DecodePartials, kept: &Kept) -> Result<()> {
+        let function = kept.function(self.gpu)?;
+        self.bring()?;
+        let mut params = decode.params()?;
+        let operand = |role| self.pointer(Slot::Operand(role));
+        let mut q = operand(Role::Query)?;
+        let mut k = operand(Role::Key)?;
+        let mut v = operand(Role::Value)?;
+        let mut partials = self.pointer(Slot::Partials)?;
         let blocks = u64::from(params.splits) * u64::from(params.num_heads);
         let args = &mut [
             arg(&mut q),
             arg(&mut k),
             arg(&mut v),
-            arg(&mut tmp),
+            arg(&mut partials),
             arg(&mut params),
         ];
         // SAFETY: the kernel's parameters; what they point to was checked against them.
         unsafe { function.launch(self.stream, blocks, args) }
     }
 
-    fn reduce(&self, kept: &Mutex<Option<Arc<Function>>>) -> Result<()> {
-        let Reduce {
-            params, tmp, out, ..
-        } = Reduce::read(self.dispatch)?;
-        let dim = params.head_dim as usize;
-        if !variant::HEAD_DIMS.contains(&dim) {
-            return Err(self.fail(format!("head_dim: {dim} is not served")));
-        }
-        let function = self.kept(kept, &spec::combine(dim, DType::F32))?;
-        self.prepare()?;
+    fn join(&self, join: &JoinPartials, kept: &Kept) -> Result<()> {
+        let function = kept.function(self.gpu)?;
+        self.bring()?;
         let size = |n: u32| i32::try_from(n).map_err(|_| self.fail("a size too large"));
         let p = CudaParams {
             batch: 1,
-            heads: size(params.num_heads)?,
-            o: out.ptr().addr() as u64,
-            o_strides: [0, i64::from(params.head_dim), 0],
-            partials: tmp.ptr().addr() as u64,
+            heads: size(join.heads)?,
+            o: self.pointer(Slot::Operand(Role::Output))?,
+            o_strides: [0, i64::from(join.head_dim), 0],
+            partials: self.pointer(Slot::Partials)?,
             rows: 1,
-            splits: size(params.splits)?,
+            splits: size(join.splits)?,
             result_batch: 1,
             ..bytemuck::Zeroable::zeroed()
         };
-        self.combine(&function, p, params.num_heads as usize)
+        self.combine(function, p, join.heads as usize)
     }
 }

@@ -8,7 +8,7 @@ use cudarc::driver::sys;
 use super::driver::failed;
 use super::table::Row;
 use crate::attention::{Problem, Role, Strides};
-use crate::backend::checked::Pointers;
+use crate::backend::command::Pointers;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 

@@ -2,9 +2,9 @@
 //! kernels' text is compiled at first use by NVRTC, which is looked for where pip and the CUDA toolkit
 //! put it, and the images are kept on disk; or they were compiled ahead and need no compiler.
 
-mod built;
 mod cache;
 mod compile;
+mod device;
 mod driver;
 mod fit;
 mod gpu;
@@ -15,6 +15,7 @@ mod memory;
 mod modules;
 mod nvrtc;
 mod params;
+mod prepared;
 mod scratch;
 mod search;
 mod sources;
@@ -23,7 +24,7 @@ mod submit;
 mod table;
 
 pub(crate) use compile::{compile, fingerprint, in_parallel, key, text_id};
-pub(crate) use gpu::Cuda;
+pub(crate) use device::Cuda;
 pub(crate) use images::{Images, Key, trust};
 pub(crate) use memory::CudaMemory;
 pub(crate) use nvrtc::Nvrtc;

@@ -6,7 +6,7 @@ use super::table::Row;
 use crate::attention::params::CudaParams;
 use crate::attention::variant::class_tile;
 use crate::attention::{Problem, QueryOffset, Role, Strides};
-use crate::backend::checked::Pointers;
+use crate::backend::command::Pointers;
 use crate::error::{MlxError, Result};
 
 // Every size here passed `Problem::build`, which keeps it within i32; strides within isize.

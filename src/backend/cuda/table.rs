@@ -5,8 +5,8 @@ use std::collections::HashSet;
 
 use super::sources;
 use super::spec::Spec;
-use crate::attention::bindings::{Constants, coded_dtype, constant};
-use crate::attention::variant::{HEAD_DIMS, MaskKind, Variant};
+use crate::attention::Problem;
+use crate::attention::variant::HEAD_DIMS;
 use crate::dtype::DType;
 
 /// A GPU's compute capability.
@@ -61,28 +61,23 @@ pub(super) struct Needs {
 }
 
 impl Needs {
-    /// What a kernel of the plan needs; `None` for constants that no plan has.
-    pub(super) fn of(variant: &Variant, constants: &Constants) -> Option<Self> {
-        let dtype = |index| coded_dtype(constants.int(index).unwrap_or(0), variant.dtype);
-        let mask = match variant.mask {
-            MaskKind::Bool => DType::U8,
-            MaskKind::Additive => dtype(constant::MASK_DTYPE)?,
-        };
-        let on = |index, feature| if constants.bool(index) { feature } else { 0 };
-        let features = on(constant::DO_CAUSAL, RIGHT)
-            | on(constant::HAS_WINDOW, LEFT | RIGHT)
-            | on(constant::HAS_MASK, MASK)
-            | on(constant::HAS_BLK, CLASSES)
-            | on(constant::HAS_SOFTCAP, SCORES)
-            | on(constant::HAS_ALIBI, SCORES)
-            | on(constant::IS_VARLEN, PACKED);
-        Some(Self {
-            dtype: variant.dtype,
-            kv_dtype: dtype(constant::KV_DTYPE)?,
-            head_dim: variant.head_dim,
-            mask: (features & MASK != 0).then_some(mask),
-            features,
-        })
+    pub(super) fn of(problem: &Problem) -> Self {
+        let shape = problem.shape();
+        let visibility = problem.visibility(shape.query_len, shape.key_len);
+        let windowed = visibility.window.is_some() || visibility.window_right.is_some();
+        let on = |condition, feature| if condition { feature } else { 0 };
+        Self {
+            dtype: problem.dtype(),
+            kv_dtype: problem.kv_dtype(),
+            head_dim: shape.head_dim,
+            mask: problem.mask().map(|mask| mask.dtype),
+            features: on(visibility.causal, RIGHT)
+                | on(windowed, LEFT | RIGHT)
+                | on(problem.mask().is_some(), MASK)
+                | on(problem.has_tile_classes(), CLASSES)
+                | on(problem.softcap().is_some() || problem.has_alibi(), SCORES)
+                | on(problem.cu_seqlens().is_some(), PACKED),
+        }
     }
 
     fn has(&self, features: u8) -> bool {

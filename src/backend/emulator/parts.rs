@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use super::{Emulator, EmulatorOptions};
 use crate::attention::{MaskSpec, Problem, QueryOffset, Shape};
 use crate::ops::{self, Operands};
-use crate::{DType, KernelRegistry, MlxBuffer, MlxDevice, Result, sources};
+use crate::{DType, MlxBuffer, MlxDevice, Result, sources};
 
 /// Emulators that run `flops` operations at a time, for each of these, with the kernels that the first
 /// of them has compiled.
@@ -62,8 +62,7 @@ fn run(device: &MlxDevice, problem: &Problem) -> Vec<u32> {
     operands.alibi_slopes = Some(&slopes);
     operands.lse = Some(&lse);
     let mut encoder = device.command_encoder().unwrap();
-    let mut registry = KernelRegistry::new();
-    ops::attention(&mut encoder, device, &mut registry, problem, &operands).unwrap();
+    ops::attention(&mut encoder, problem, &operands).unwrap();
     encoder.commit_and_wait().unwrap();
     let mut bits = out.as_slice::<u32>().unwrap().to_vec();
     bits.extend_from_slice(lse.as_slice().unwrap());

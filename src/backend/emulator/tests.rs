@@ -175,7 +175,7 @@ impl Prefill {
             variant: Some(variant),
         };
         let problem = builder.build()?;
-        ops::encode(&mut encoder, device, registry, &problem, &operands, options)?;
+        ops::encode(&mut encoder, &problem, &operands, options)?;
         encoder.commit_and_wait()?;
         let mut bits = out.as_slice::<u8>()?.to_vec();
         if full {

@@ -1,5 +1,6 @@
 //! The device: opened, described, asked for memory, kernels and work.
 
+use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use objc2::rc::{Retained, autoreleasepool};
@@ -8,14 +9,17 @@ use objc2_foundation::ns_string;
 use objc2_metal::{MTLCommandQueue, MTLCreateSystemDefaultDevice, MTLDevice, MTLGPUFamily};
 
 use super::encode;
+use super::launch::{self, Kernels, Launch, Prepared};
 use super::library::Libraries;
 use super::limits::Caps;
 use super::memory::MetalMemory;
 use super::submit;
+use crate::attention::Problem;
 use crate::attention::bindings::Constants;
-use crate::attention::variant::Family;
+use crate::backend::command::Work;
 use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
 use crate::error::{MlxError, Result};
+use crate::sources;
 
 // Without it a program that draws nothing is given no default device.
 #[link(name = "CoreGraphics", kind = "framework")]
@@ -26,6 +30,7 @@ pub(crate) struct Metal {
     device: Retained<ProtocolObject<dyn MTLDevice>>,
     queue: Retained<ProtocolObject<dyn MTLCommandQueue>>,
     libraries: Libraries,
+    kernels: Kernels,
 }
 
 fn unavailable(reason: impl Into<String>) -> MlxError {
@@ -55,6 +60,7 @@ impl Metal {
                 device,
                 queue,
                 libraries: Libraries::default(),
+                kernels: Kernels::default(),
             })
         })
     }
@@ -112,10 +118,6 @@ impl Backend for Metal {
         DeviceKind::Metal
     }
 
-    fn family(&self) -> Family {
-        Family::Apple
-    }
-
     fn name(&self) -> String {
         autoreleasepool(|_| self.device.name().to_string())
     }
@@ -141,11 +143,28 @@ impl Backend for Metal {
         Ok(Arc::new(MetalMemory::allocate(&self.device, bytes)?))
     }
 
-    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Kernel> {
-        autoreleasepool(|_| {
-            self.libraries
-                .build(&self.device, kernel, source, constants)
-        })
+    fn supports(&self, problem: &Problem) -> Result<()> {
+        launch::supports(problem)
+    }
+
+    fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
+        let launch = Launch::of(work)?;
+        let kernel = self.build(launch.kernel, launch.source, &launch.constants)?;
+        Ok(Box::new(Prepared { launch, kernel }))
+    }
+
+    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Arc<Kernel>> {
+        let build = || {
+            autoreleasepool(|_| {
+                self.libraries
+                    .build(&self.device, kernel, source, constants)
+            })
+        };
+        if sources::is_own(kernel, source) {
+            self.kernels.get(kernel, constants, build)
+        } else {
+            build().map(|kernel| Arc::new(kernel.into_foreign()))
+        }
     }
 
     fn owns_memory(&self, memory: &dyn Memory) -> bool {
@@ -157,6 +176,6 @@ impl Backend for Metal {
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {
-        submit::submit(self, steps)
+        submit::submit(self, &steps)
     }
 }

@@ -5,12 +5,13 @@ use std::any::Any;
 use objc2::runtime::ProtocolObject;
 use objc2_metal::{MTLBuffer, MTLComputePipelineState, MTLDevice, MTLResource, MTLSize};
 
+use super::launch::Step;
 use super::library::Built;
 use super::lowering::{self, Op};
 use super::memory::MetalMemory;
 use super::target::ComputeTarget;
 use crate::attention::bindings::Access;
-use crate::backend::{Kernel, Memory, Step};
+use crate::backend::{Kernel, Memory};
 use crate::error::{MlxError, Result};
 
 /// A buffer for bytes that are too many to go inline; it must live until the command has completed.

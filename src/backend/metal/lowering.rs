@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use super::launch::Step;
 use crate::attention::bindings::Access;
-use crate::backend::{Arg, Dispatch, Kernel, Memory, Step};
+use crate::backend::{Arg, Dispatch, Kernel, Memory};
 use crate::error::{MlxError, Result};
 
 /// Most bytes that a command holds inline; more go through a buffer.
@@ -172,6 +173,7 @@ mod tests {
             args,
             grid: [2, 3, 4],
             threadgroup,
+            problem: None,
         })
     }
 
@@ -270,6 +272,7 @@ mod tests {
             args: vec![],
             grid: [0, 1, 1],
             threadgroup: [32, 1, 1],
+            problem: None,
         });
         let error = lower(&[empty]).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("threadgroups"), "{error}");

@@ -9,6 +9,7 @@
 mod device;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 mod encode;
+pub(crate) mod launch;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 mod library;
 mod limits;

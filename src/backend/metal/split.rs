@@ -8,12 +8,12 @@
 
 use std::ops::Range;
 
+use super::launch::Step;
 use crate::attention::bindings::prefill;
 use crate::attention::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
 use crate::attention::variant::{self, Variant};
 use crate::attention::{Problem, Role};
-use crate::backend::checked::Prefill;
-use crate::backend::{Arg, Dispatch, Kernel, Step};
+use crate::backend::{Arg, Dispatch, Kernel};
 
 /// Floating-point operations of one command: a second of half a TFLOP/s, which is a fifth of what the
 /// smallest GPU that is served multiplies at best.
@@ -121,7 +121,7 @@ fn tile_flops(variant: &Variant, keys: usize) -> f64 {
     per_key as f64 * keys as f64 * if slow { 2.0 } else { 1.0 }
 }
 
-/// A dispatch that costs more than a command may, read back.
+/// A dispatch that costs more than a command may.
 struct Long<'a> {
     dispatch: &'a Dispatch,
     problem: &'a Problem,
@@ -241,8 +241,7 @@ pub(crate) fn parts(dispatch: &Dispatch, limit: f64) -> Vec<(Dispatch, f64)> {
     let Some(variant) = variant::by_name(&dispatch.kernel.name) else {
         return whole(0.0);
     };
-    // A dispatch that cannot be read is refused by whoever runs it.
-    let Ok(Prefill { problem, .. }) = Prefill::read(dispatch) else {
+    let Some(problem) = &dispatch.problem else {
         return whole(0.0);
     };
     let shape = problem.shape();
@@ -253,7 +252,7 @@ pub(crate) fn parts(dispatch: &Dispatch, limit: f64) -> Vec<(Dispatch, f64)> {
     }
     let long = Long {
         dispatch,
-        problem: &problem,
+        problem,
         variant,
     };
     let costs = long.costs();
@@ -379,6 +378,7 @@ mod tests {
             )),
             grid: plan.grid,
             threadgroup: plan.threadgroup,
+            problem: Some(Arc::new(problem.clone())),
         }
     }
 
@@ -421,6 +421,7 @@ mod tests {
         );
         let foreign = Dispatch {
             kernel: Arc::new(other),
+            problem: None,
             ..dispatch(&problem(64, 64))
         };
         assert_eq!(parts(&foreign, 1.0).len(), 1);

@@ -1,13 +1,15 @@
 //! Dispatches that a caller put together are checked before any device has them. The device here is
 //! one of Metal's kind that runs nothing and counts what it is given.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{device, fill_params, mask, u8s};
+use crate::attention::Problem;
 use crate::attention::bindings::{Constants, names};
 use crate::attention::params::{AttnParamsGpu, BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
-use crate::attention::variant::Family;
+use crate::backend::command::Work;
 use crate::backend::host_memory::HostMemory;
 use crate::backend::{Backend, DeviceKind, Done, Kernel, Limits, Memory, Pending, Step, Timing};
 use crate::runtime::encoder::{CommandEncoder, KernelArg, MTLSize, as_bytes};
@@ -19,10 +21,6 @@ struct Fake(Arc<AtomicUsize>);
 impl Backend for Fake {
     fn kind(&self) -> DeviceKind {
         DeviceKind::Metal
-    }
-
-    fn family(&self) -> Family {
-        Family::Apple
     }
 
     fn name(&self) -> String {
@@ -37,17 +35,30 @@ impl Backend for Fake {
         Ok(Arc::new(HostMemory::zeroed(bytes)?))
     }
 
-    fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Kernel> {
+    fn supports(&self, _problem: &Problem) -> Result<()> {
+        Ok(())
+    }
+
+    fn prepare(&self, _work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
+        Ok(Box::new(()))
+    }
+
+    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Arc<Kernel>> {
         let limits = Limits {
             thread_execution_width: 32,
             max_threads: 1024,
             static_threadgroup_bytes: 0,
         };
-        Ok(Kernel::new(kernel, constants, limits, ()))
+        let built = Kernel::new(kernel, constants, limits, ());
+        Ok(Arc::new(if crate::sources::is_own(kernel, source) {
+            built
+        } else {
+            built.into_foreign()
+        }))
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {
-        let dispatches = steps.iter().filter(|s| matches!(s, Step::Dispatch(_)));
+        let dispatches = steps.iter().filter(|s| !matches!(s, Step::Barrier));
         self.0.fetch_add(dispatches.count(), Ordering::Relaxed);
         let (start, end) = (1.0, 2.0);
         Arc::new(Done(Ok(Timing { start, end })))
@@ -305,8 +316,9 @@ fn params_in_a_buffer_are_read_after_what_was_encoded_before_them() {
             (0, KernelArg::Buffer(&out)),
             (1, KernelArg::Buffer(&params)),
         ];
-        let one = MTLSize::new(1, 1, 1);
-        encoder.encode_threadgroups_with_args(pipeline, &args, one, one);
+        // The good params say two rows.
+        let (grid, one) = (MTLSize::new(2, 1, 1), MTLSize::new(1, 1, 1));
+        encoder.encode_threadgroups_with_args(pipeline, &args, grid, one);
         let result = encoder.commit_wait_with_gpu_time();
         assert_eq!(result.is_ok(), ok, "{result:?}");
         if let Ok((start, end)) = result {

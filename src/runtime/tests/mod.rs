@@ -47,8 +47,8 @@ fn fill(encoder: &mut CommandEncoder, device: &MlxDevice, mask: &MlxBuffer, rows
         (0, KernelArg::Buffer(mask)),
         (1, KernelArg::Bytes(as_bytes(&params))),
     ];
-    let one = MTLSize::new(1, 1, 1);
-    encoder.encode_threadgroups_with_args(pipeline, &args, one, one);
+    let grid = MTLSize::new(rows.into(), 1, 1);
+    encoder.encode_threadgroups_with_args(pipeline, &args, grid, MTLSize::new(1, 1, 1));
 }
 
 /// Encodes the classes of a mask's cells, each a tile of its own.
@@ -77,8 +77,8 @@ fn classify(
         (1, KernelArg::Buffer(classes)),
         (2, KernelArg::Bytes(as_bytes(&params))),
     ];
-    let one = MTLSize::new(1, 1, 1);
-    encoder.encode_threadgroups_with_args(pipeline, &args, one, one);
+    let grid = MTLSize::new(keys.into(), rows.into(), 1);
+    encoder.encode_threadgroups_with_args(pipeline, &args, grid, MTLSize::new(32, 1, 1));
 }
 
 fn mask(device: &MlxDevice, cells: usize) -> MlxBuffer {
@@ -253,10 +253,12 @@ fn barriers_stand_where_one_dispatch_touches_what_another_wrote() {
     };
     assert_eq!(first.kernel(), names::MASK_FILL);
     assert_eq!(first.op_kind(), CapturedOpKind::Softmax);
-    assert_eq!(first.grid(), MTLSize::new(1, 1, 1));
-    assert_eq!(first.threadgroup(), MTLSize::new(1, 1, 1));
-    assert!(first.constants().bools().is_empty());
-    let (index, binding) = &first.bindings()[0];
+    let raw = first.raw().unwrap();
+    assert_eq!(raw.grid(), MTLSize::new(2, 1, 1));
+    assert_eq!(raw.threadgroup(), MTLSize::new(1, 1, 1));
+    assert!(raw.constants().bools().is_empty());
+    assert_eq!(first.buffers().count(), 1);
+    let (index, binding) = &raw.bindings()[0];
     assert_eq!(*index, 0);
     assert!(matches!(
         binding,

@@ -44,6 +44,7 @@ mod types;
 use super::isa::Isa;
 use super::job::Job;
 use crate::DType;
+use crate::attention::Problem;
 use crate::error::Result;
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 pub(crate) use amxbf16::available as tiles_available;
@@ -51,6 +52,12 @@ use mask_map::MaskMap;
 pub(crate) use scratch::room;
 pub(crate) use team::Team;
 use types::Float;
+
+/// Refuses a problem whose elements no kernel takes.
+pub(crate) fn takes(problem: &Problem) -> Result<()> {
+    Float::of(problem.dtype())?;
+    Float::of(problem.kv_dtype()).map(|_| ())
+}
 
 /// Computes O, and the log-sum-exp where it is asked for. The bits of the result depend on `isa` but
 /// not on the threads. Fails where there is no memory for it.

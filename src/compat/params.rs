@@ -10,19 +10,17 @@ use crate::backend::Kernel;
 
 /// Params at one index.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Param {
-    pub(crate) index: usize,
-    pub(crate) align: u64,
+pub(super) struct Param {
+    pub(super) index: usize,
     size: usize,
     /// Where the count of sequences stands, for boundaries: one more than the count of `size` bytes.
-    pub(crate) count_in: Option<usize>,
+    pub(super) count_in: Option<usize>,
 }
 
 impl Param {
-    const fn of<T>(index: usize, align: u64) -> Self {
+    const fn of<T>(index: usize) -> Self {
         Self {
             index,
-            align,
             size: size_of::<T>(),
             count_in: None,
         }
@@ -31,12 +29,12 @@ impl Param {
     const fn boundaries(index: usize) -> Self {
         Self {
             count_in: Some(prefill::PARAMS),
-            ..Self::of::<u32>(index, 4)
+            ..Self::of::<u32>(index)
         }
     }
 
     /// How many bytes the kernel reads, as the params that hold the count say.
-    pub(crate) fn bytes(&self, counted: Option<&[u8]>) -> usize {
+    pub(super) fn bytes(&self, counted: Option<&[u8]>) -> usize {
         let Some(params) = counted else {
             return self.size;
         };
@@ -48,15 +46,15 @@ impl Param {
 }
 
 /// The params of a kernel, those that count others first; none of a text that is not ours.
-pub(crate) fn params(kernel: &Kernel) -> impl Iterator<Item = Param> {
-    const FILL: &[Param] = &[Param::of::<MaskFillParamsGpu>(other::FILL_PARAMS, 4)];
-    const BLK: &[Param] = &[Param::of::<BlkParamsGpu>(other::BLK_PARAMS, 8)];
-    const VEC: &[Param] = &[Param::of::<VecParamsGpu>(other::VEC_PARAMS, 4)];
-    const REDUCE: &[Param] = &[Param::of::<VecParamsGpu>(other::REDUCE_PARAMS, 4)];
+pub(super) fn params(kernel: &Kernel) -> impl Iterator<Item = Param> {
+    const FILL: &[Param] = &[Param::of::<MaskFillParamsGpu>(other::FILL_PARAMS)];
+    const BLK: &[Param] = &[Param::of::<BlkParamsGpu>(other::BLK_PARAMS)];
+    const VEC: &[Param] = &[Param::of::<VecParamsGpu>(other::VEC_PARAMS)];
+    const REDUCE: &[Param] = &[Param::of::<VecParamsGpu>(other::REDUCE_PARAMS)];
     const PREFILL: &[Param] = &[
-        Param::of::<AttnParamsGpu>(prefill::PARAMS, 8),
-        Param::of::<AttnMaskParamsGpu>(prefill::MASK_PARAMS, 8),
-        Param::of::<AttnExtraParamsGpu>(prefill::EXTRA_PARAMS, 8),
+        Param::of::<AttnParamsGpu>(prefill::PARAMS),
+        Param::of::<AttnMaskParamsGpu>(prefill::MASK_PARAMS),
+        Param::of::<AttnExtraParamsGpu>(prefill::EXTRA_PARAMS),
         Param::boundaries(prefill::CU_SEQLENS_Q),
         Param::boundaries(prefill::CU_SEQLENS_K),
     ];

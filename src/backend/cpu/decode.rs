@@ -1,29 +1,23 @@
 //! Decode on the CPU. The attention kernels already split the keys over the threads, so the first
-//! of each head's partial results holds all keys and the others none; the reduce joins them as it
-//! joins a GPU's.
+//! of each head's partial results holds all keys and the others none; the join treats them as it treats
+//! a GPU's.
 
 use super::Cpu;
 use super::job::{Job, Pointers};
 use super::kernels;
-use crate::backend::Dispatch;
-use crate::backend::checked::{Partials, Reduce};
+use crate::attention::Role;
+use crate::backend::command::{DecodePartials, JoinPartials, Slot, Span, Task};
 use crate::error::Result;
 
 /// Writes each head's partial results.
-pub(crate) fn partials(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
-    let Partials {
-        params: p,
-        problem,
-        q,
-        k,
-        v,
-        tmp,
-        per_head,
-    } = Partials::read(dispatch)?;
-    // SAFETY: the CPU's memory is this process's own; written operands overlap nothing else, and
-    // nobody else uses them while the dispatch runs.
-    let tmp = unsafe { tmp.slice_mut() };
-    let (heads, dim) = (p.num_heads as usize, p.head_dim as usize);
+pub(super) fn partials(cpu: &Cpu, decode: &DecodePartials, task: &Task<Span>) -> Result<()> {
+    let problem = &*decode.problem;
+    let (heads, dim) = (problem.shape().heads, problem.shape().head_dim);
+    let per_head = decode.splits as usize * (dim + 2);
+    let partials = task.address(Slot::Partials)?.cast::<f32>();
+    // SAFETY: whoever made the task has checked that the operand holds so many elements; the CPU's memory
+    // is this process's own, and nobody else uses written operands while the task runs.
+    let partials = unsafe { std::slice::from_raw_parts_mut(partials, heads * per_head) };
     let zeros = |count: usize| {
         let mut zeros = kernels::room(count)?;
         zeros.resize(count, 0.0f32);
@@ -32,25 +26,12 @@ pub(crate) fn partials(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
     let mut o = zeros(heads.saturating_mul(dim))?;
     let mut lse = zeros(heads)?;
     let at = Pointers {
-        q,
-        k,
-        v,
         o: o.as_mut_ptr().cast(),
-        mask: std::ptr::null(),
-        tile_classes: std::ptr::null(),
-        sinks: std::ptr::null(),
-        alibi_slopes: std::ptr::null(),
         lse: lse.as_mut_ptr(),
+        ..task.pointers()?
     };
-    kernels::run(
-        &Job {
-            problem: &problem,
-            at,
-        },
-        cpu.isa(),
-        cpu.team(),
-    )?;
-    for (h, partials) in tmp.chunks_exact_mut(per_head).enumerate() {
+    kernels::run(&Job { problem, at }, cpu.isa, cpu.team())?;
+    for (h, partials) in partials.chunks_exact_mut(per_head).enumerate() {
         for split in partials.chunks_exact_mut(dim + 2) {
             split.fill(0.0);
             split[dim] = f32::NEG_INFINITY;
@@ -63,18 +44,20 @@ pub(crate) fn partials(cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
 }
 
 /// Joins each head's partial results: values are weighted by `exp(max) * sum`.
-pub(crate) fn reduce(_cpu: &Cpu, dispatch: &Dispatch) -> Result<()> {
-    let Reduce {
-        params: p,
-        tmp,
-        per_head,
-        out,
-    } = Reduce::read(dispatch)?;
-    // SAFETY: the CPU's memory is this process's own; written operands overlap nothing else, and
-    // nobody else uses them while the dispatch runs.
-    let (tmp, out) = unsafe { (tmp.slice(), out.slice_mut()) };
-    let dim = p.head_dim as usize;
-    for (partials, o) in tmp
+pub(super) fn join(join: &JoinPartials, task: &Task<Span>) -> Result<()> {
+    let (heads, dim) = (join.heads as usize, join.head_dim as usize);
+    let per_head = join.splits as usize * (dim + 2);
+    let partials = task.address(Slot::Partials)?.cast::<f32>();
+    let out = task.address(Slot::Operand(Role::Output))?.cast::<f32>();
+    // SAFETY: whoever made the task has checked that the operands hold so many elements; the CPU's memory
+    // is this process's own, and nobody else writes them while the task runs.
+    let (partials, out) = unsafe {
+        (
+            std::slice::from_raw_parts(partials, heads * per_head),
+            std::slice::from_raw_parts_mut(out, heads * dim),
+        )
+    };
+    for (partials, o) in partials
         .chunks_exact(per_head)
         .zip(out.chunks_exact_mut(dim.max(1)))
     {

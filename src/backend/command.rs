@@ -1,0 +1,227 @@
+//! What a device is asked to do: the work as it was asked for, where its operands lie, and what the device
+//! prepared for it. Kernel names, tiles, bindings and grids are the device's own.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use super::Memory;
+use crate::attention::bindings::Access;
+use crate::attention::mask::Visibility;
+use crate::attention::plan::PlanOptions;
+use crate::attention::variant::Tile;
+use crate::attention::{Problem, Role};
+use crate::error::{MlxError, Result};
+
+/// An operand of some work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Slot {
+    Operand(Role),
+    /// Partial results of decode: for each head and split D values, a maximum and a sum, in f32.
+    Partials,
+}
+
+impl Slot {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Operand(role) => role.name(),
+            Self::Partials => "tmp",
+        }
+    }
+}
+
+/// Fills a bf16 mask: 0 where a key is visible, -inf where it is hidden. Writes [`Role::Mask`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct FillMask {
+    pub(crate) query_len: u32,
+    pub(crate) key_len: u32,
+    /// With an offset of 0 to 2^32 - 1 and no right window.
+    pub(crate) visibility: Visibility,
+}
+
+/// Classifies the tiles of a bf16 mask. Reads [`Role::Mask`], writes [`Role::TileClasses`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ClassifyTiles {
+    pub(crate) query_len: u32,
+    pub(crate) key_len: u32,
+    /// Elements from one row of the mask to the next.
+    pub(crate) row_stride: usize,
+    pub(crate) tile: Tile,
+}
+
+/// The first pass of decode: partial results of one f32 query a head, for each of `splits` ranges of keys.
+/// Reads Q, K and V, writes [`Slot::Partials`].
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct DecodePartials {
+    /// One query at the last of the keys, over a head-major cache; its log-sum-exp is asked for.
+    pub(crate) problem: Arc<Problem>,
+    pub(crate) splits: u32,
+}
+
+/// The second pass of decode. Reads [`Slot::Partials`], writes [`Role::Output`], `[H, D]` in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct JoinPartials {
+    pub(crate) heads: u32,
+    pub(crate) head_dim: u32,
+    pub(crate) splits: u32,
+}
+
+/// One piece of work.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Work {
+    Attention(Arc<Problem>, PlanOptions),
+    FillMask(FillMask),
+    ClassifyTiles(ClassifyTiles),
+    DecodePartials(DecodePartials),
+    JoinPartials(JoinPartials),
+}
+
+impl Work {
+    /// The work's name, as messages and captures give it.
+    pub(crate) const fn name(&self) -> &'static str {
+        match self {
+            Self::Attention(..) => "attention",
+            Self::FillMask(_) => "mask fill",
+            Self::ClassifyTiles(_) => "tile classes",
+            Self::DecodePartials(_) => "decode",
+            Self::JoinPartials(_) => "decode's join",
+        }
+    }
+
+    /// How it uses an operand.
+    pub(crate) fn access(&self, slot: Slot) -> Access {
+        let written = match self {
+            Self::Attention(..) => match slot {
+                Slot::Operand(role) => role.is_output(),
+                Slot::Partials => false,
+            },
+            Self::FillMask(_) => slot == Slot::Operand(Role::Mask),
+            Self::ClassifyTiles(_) => slot == Slot::Operand(Role::TileClasses),
+            Self::DecodePartials(_) => slot == Slot::Partials,
+            Self::JoinPartials(_) => slot == Slot::Operand(Role::Output),
+        };
+        if written { Access::Write } else { Access::Read }
+    }
+}
+
+/// Work with what a device prepared for it: its kernel, its params, whatever does not depend on where the
+/// operands lie.
+pub(crate) struct Planned {
+    /// The device that prepared it.
+    pub(crate) device: u64,
+    pub(crate) work: Work,
+    /// The backend's own; the CPU's holds nothing.
+    #[cfg_attr(
+        not(any(
+            feature = "cuda",
+            feature = "emulator",
+            all(feature = "metal", target_vendor = "apple")
+        )),
+        allow(dead_code)
+    )]
+    pub(crate) state: Box<dyn Any + Send + Sync>,
+}
+
+impl std::fmt::Debug for Planned {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Planned")
+            .field("device", &self.device)
+            .field("work", &self.work)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Planned work over operands: the runtime's buffers, or the [`Span`]s that a backend gets.
+#[derive(Debug, Clone)]
+pub(crate) struct Task<B> {
+    pub(crate) planned: Arc<Planned>,
+    pub(crate) operands: Vec<(Slot, B)>,
+}
+
+impl<B> Task<B> {
+    pub(crate) fn work(&self) -> &Work {
+        &self.planned.work
+    }
+
+    pub(crate) fn get(&self, slot: Slot) -> Option<&B> {
+        let found = self.operands.iter().find(|(s, _)| *s == slot);
+        found.map(|(_, operand)| operand)
+    }
+
+    pub(crate) fn map<C>(&self, map: impl Fn(&B) -> C) -> Task<C> {
+        let operands = self.operands.iter();
+        Task {
+            planned: Arc::clone(&self.planned),
+            operands: operands.map(|(slot, b)| (*slot, map(b))).collect(),
+        }
+    }
+}
+
+/// Part of a device's memory, inside its bounds.
+#[derive(Debug, Clone)]
+pub(crate) struct Span {
+    pub(crate) memory: Arc<dyn Memory>,
+    pub(crate) offset: usize,
+    pub(crate) len: usize,
+}
+
+impl Task<Span> {
+    /// Where the device's kernels see an operand, which must be there.
+    pub(crate) fn address(&self, slot: Slot) -> Result<*mut u8> {
+        match self.get(slot) {
+            Some(span) => self.address_of(slot, span),
+            None => Err(MlxError::expected(slot.name(), "an operand", "none")),
+        }
+    }
+
+    fn address_of(&self, slot: Slot, span: &Span) -> Result<*mut u8> {
+        let base = span.memory.address(self.work().access(slot))?;
+        Ok(base.wrapping_add(span.offset))
+    }
+
+    /// Where the operands of an attention lie; null for those that it has not.
+    pub(crate) fn pointers(&self) -> Result<Pointers> {
+        let at = |role| {
+            let slot = Slot::Operand(role);
+            let span = self.get(slot);
+            span.map_or(Ok(std::ptr::null_mut()), |span| self.address_of(slot, span))
+        };
+        Ok(Pointers {
+            q: at(Role::Query)?,
+            k: at(Role::Key)?,
+            v: at(Role::Value)?,
+            o: at(Role::Output)?,
+            mask: at(Role::Mask)?,
+            tile_classes: at(Role::TileClasses)?,
+            sinks: at(Role::Sinks)?.cast(),
+            alibi_slopes: at(Role::AlibiSlopes)?.cast(),
+            lse: at(Role::Lse)?.cast(),
+        })
+    }
+}
+
+/// Addresses of a problem's operands. Whoever makes one promises that each pointer is valid for the
+/// elements that [`Problem::operand`] asks for, aligned for its dtype, that outputs overlap nothing
+/// else, and that nobody else writes any of it while the job runs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pointers {
+    pub(crate) q: *const u8,
+    pub(crate) k: *const u8,
+    pub(crate) v: *const u8,
+    pub(crate) o: *mut u8,
+    /// Null without a mask.
+    pub(crate) mask: *const u8,
+    /// Null without tile classes.
+    pub(crate) tile_classes: *const u8,
+    /// Null without sinks.
+    pub(crate) sinks: *const f32,
+    /// Null without ALiBi.
+    pub(crate) alibi_slopes: *const f32,
+    /// Null without a log-sum-exp output.
+    pub(crate) lse: *mut f32,
+}
+
+// SAFETY: the pointers are only addresses; the promise above makes their use from several threads
+// sound, since kernels write disjoint rows.
+unsafe impl Send for Pointers {}
+// SAFETY: as above.
+unsafe impl Sync for Pointers {}

@@ -1,0 +1,176 @@
+//! The device: opened, described, asked for memory, kernels and work.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::compile::in_parallel;
+use super::driver::{Stream, unavailable};
+use super::gpu::Gpu;
+use super::images::{self, Images};
+use super::launch::no_text;
+use super::memory::CudaMemory;
+use super::prepared::{Attention, Prefill, Prepared};
+use super::submit::{self, Enqueued};
+use super::table::Needs;
+use crate::attention::Problem;
+use crate::attention::bindings::{Constants, is_own};
+use crate::attention::variant;
+use crate::backend::command::Work;
+use crate::backend::{Backend, DeviceKind, Kernel, Limits, Memory, Pending, Step};
+use crate::error::Result;
+
+/// The variable that names the GPU, a number from 0.
+const VARIABLE: &str = "MLX_FLASH_CUDA_DEVICE";
+
+/// One NVIDIA GPU.
+pub(crate) struct Cuda {
+    gpu: Arc<Gpu>,
+    /// The attention kernels by what a problem needs of them.
+    attentions: Mutex<HashMap<Needs, Arc<Attention>>>,
+}
+
+impl Cuda {
+    /// The GPU that the environment names, else the first.
+    pub(crate) fn open() -> Result<Self> {
+        match std::env::var(VARIABLE) {
+            Ok(n) if !n.is_empty() => match n.parse() {
+                Ok(ordinal) => Self::open_ordinal(ordinal),
+                Err(_) => Err(unavailable(format!(
+                    "{VARIABLE}: expected the number of a GPU, got {n}"
+                ))),
+            },
+            _ => Self::open_ordinal(0),
+        }
+    }
+
+    /// A GPU by its number, with the images that the program trusts, if there are any.
+    pub(crate) fn open_ordinal(ordinal: usize) -> Result<Self> {
+        Self::open_with(ordinal, images::trusted())
+    }
+
+    /// A GPU by its number, with images compiled ahead.
+    pub(crate) fn open_with(ordinal: usize, images: Option<Arc<Images>>) -> Result<Self> {
+        let gpu = Gpu::open(ordinal, images)?;
+        // With images, a compiler is needed where one is missing, and looked for then.
+        if gpu.modules.images.is_none() {
+            gpu.modules.nvrtc(&gpu.context)?;
+        }
+        Ok(Self {
+            gpu: Arc::new(gpu),
+            attentions: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Compiles and loads, side by side, what these problems run.
+    pub(crate) fn warm_up(&self, problems: &[&Problem]) -> Result<()> {
+        in_parallel(problems, |problem| {
+            Prefill::new(self.attention(problem)?).warm_up(&self.gpu, problem)
+        })
+        .map(|_| ())
+    }
+
+    fn attention(&self, problem: &Problem) -> Result<Arc<Attention>> {
+        let needs = Needs::of(problem);
+        let mut attentions = self
+            .attentions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(attention) = attentions.get(&needs) {
+            return Ok(Arc::clone(attention));
+        }
+        // Its kernels are compiled when they are first launched.
+        let attention = Arc::new(Attention::new(needs, &self.gpu)?);
+        attentions.insert(needs, Arc::clone(&attention));
+        Ok(attention)
+    }
+
+    /// Puts steps on the caller's stream.
+    ///
+    /// # Safety
+    /// The stream is one of this GPU's primary context, and lives until the result is dropped.
+    pub(crate) unsafe fn enqueue(&self, steps: Vec<Step>, stream: *mut c_void) -> Result<Enqueued> {
+        // SAFETY: promised by the caller.
+        submit::enqueue(&self.gpu, steps, &unsafe { Stream::of_caller(stream) })
+    }
+}
+
+impl Backend for Cuda {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Cuda
+    }
+
+    fn name(&self) -> String {
+        self.gpu.context.name.clone()
+    }
+
+    fn details(&self) -> Vec<(&'static str, String)> {
+        let c = &self.gpu.context;
+        let images = self.gpu.modules.images.as_ref();
+        let compiler = match self.gpu.modules.nvrtc(c) {
+            Ok(nvrtc) => {
+                let (major, minor) = nvrtc.version();
+                format!("NVRTC {major}.{minor} ({})", nvrtc.path().display())
+            }
+            Err(error) => error.to_string(),
+        };
+        vec![
+            (
+                "compute capability",
+                format!("{}.{}", c.capability.0, c.capability.1),
+            ),
+            ("multiprocessors", c.processors.to_string()),
+            ("memory", format!("{} bytes", c.memory_bytes)),
+            ("second-level cache", format!("{} bytes", c.l2_bytes)),
+            (
+                "shared memory of a threadblock",
+                format!("{} bytes", c.shared_bytes),
+            ),
+            ("driver", format!("CUDA {}.{}", c.driver.0, c.driver.1)),
+            ("compiler", compiler),
+            (
+                "kernels compiled ahead",
+                images.map_or(0, |images| images.len()).to_string(),
+            ),
+        ]
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>> {
+        Ok(Arc::new(CudaMemory::zeroed(&self.gpu, bytes)?))
+    }
+
+    fn supports(&self, problem: &Problem) -> Result<()> {
+        self.attention(problem).map(|_| ())
+    }
+
+    fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
+        let prepared = Prepared::new(&self.gpu, work, |problem| self.attention(problem))?;
+        Ok(Box::new(prepared))
+    }
+
+    fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Arc<Kernel>> {
+        if !is_own(kernel) {
+            return Err(no_text(kernel));
+        }
+        let threads = variant::by_name(kernel).map_or(1024, |v| v.threads() as u64);
+        let limits = Limits {
+            thread_execution_width: 32,
+            max_threads: threads.max(32),
+            static_threadgroup_bytes: 0,
+        };
+        Ok(Arc::new(Kernel::new(kernel, constants, limits, ())))
+    }
+
+    fn owns_memory(&self, memory: &dyn Memory) -> bool {
+        CudaMemory::of(memory, &self.gpu).is_some()
+    }
+
+    fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {
+        submit::submit(&self.gpu, steps)
+    }
+}

@@ -1,0 +1,459 @@
+//! A dispatch that a caller put together, read back into work over buffers. Sizes, bindings and grid are
+//! checked against each other here, before any device has them.
+
+use std::sync::Arc;
+
+use super::args::Args;
+use super::params::params;
+use crate::attention::bindings::{Access, coded_dtype, constant, is_own, names, other, prefill};
+use crate::attention::layout::{Layout, Strides};
+use crate::attention::mask::{MaskSpec, Visibility};
+use crate::attention::params::{
+    AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu, BlkParamsGpu, MaskFillParamsGpu,
+    VecParamsGpu,
+};
+use crate::attention::plan::{self, PlanOptions};
+use crate::attention::variant::{self, MaskKind, Tile, Variant};
+use crate::attention::{Problem, QueryOffset, Role, Shape};
+use crate::backend::command::{
+    ClassifyTiles, DecodePartials, FillMask, JoinPartials, Slot, Task, Work,
+};
+use crate::dtype::DType;
+use crate::error::{MlxError, Result};
+use crate::runtime::buffer::MlxBuffer;
+use crate::runtime::capture::{CapturedBinding, RawDispatch, Run};
+use crate::runtime::device::DeviceHandle;
+use crate::runtime::encoder::{CommandEncoder, KernelArg, MTLSize, from_offset};
+use crate::runtime::registry::Pipeline;
+
+/// Most bytes that are copied into a command; what is larger is bound as a buffer.
+const MOST_BYTES: usize = 1 << 30;
+
+impl CommandEncoder {
+    /// Records one dispatch of `pipeline` over `grid` threadgroups. What cannot be recorded (a view
+    /// out of bounds, a buffer of another device, an output that overlaps another binding, params that
+    /// say more than what is bound holds) is reported by the commit, which then runs nothing.
+    ///
+    /// A dispatch of this crate's kernels is read back into the work that it states, and the device runs
+    /// that work by its own kernels and tiles. The grid must be the one that the named kernel takes; its
+    /// threadgroup may have as many simdgroups as any kernel of that name had.
+    ///
+    /// Params may lie in a buffer. The commit reads them once, after it has run what was encoded before
+    /// them, and checks them then.
+    pub fn encode_threadgroups_with_args(
+        &mut self,
+        pipeline: &Pipeline,
+        args: &[(u64, KernelArg<'_>)],
+        grid: MTLSize,
+        threadgroup: MTLSize,
+    ) {
+        let encoded = bind(pipeline, args, grid, threadgroup).and_then(|raw| self.raw(raw));
+        if let Err(error) = encoded {
+            self.spoil(error);
+        }
+    }
+
+    fn raw(&mut self, raw: RawDispatch) -> Result<()> {
+        self.check_raw(&raw)?;
+        let raw = Arc::new(raw);
+        let run = if raw.kernel.foreign {
+            Run::Foreign(Arc::clone(&raw))
+        } else {
+            let in_buffers = |index: &usize| raw.buffers().any(|(i, ..)| i == *index);
+            let stated = params(&raw.kernel).map(|param| param.index);
+            let late: Vec<usize> = stated.filter(in_buffers).collect();
+            if late.is_empty() {
+                Run::Task(read(self.device(), &raw)?)
+            } else {
+                Run::Late(Arc::clone(&raw), late, read_late)
+            }
+        };
+        self.record_raw(run, raw)
+    }
+}
+
+fn bind(
+    pipeline: &Pipeline,
+    args: &[(u64, KernelArg<'_>)],
+    grid: MTLSize,
+    threadgroup: MTLSize,
+) -> Result<RawDispatch> {
+    let kernel = Arc::clone(pipeline.kernel());
+    let mut bindings = Vec::with_capacity(args.len());
+    for (index, arg) in args {
+        let index = usize::try_from(*index)
+            .map_err(|_| MlxError::expected(&kernel.name, "a buffer index", index))?;
+        let buffer = |buffer| CapturedBinding::Buffer(buffer, kernel.accesses.of(index));
+        let binding = match arg {
+            KernelArg::Buffer(b) => buffer((*b).clone()),
+            KernelArg::BufferWithOffset(b, offset) => buffer(from_offset(b, *offset)?),
+            KernelArg::Bytes(bytes) if bytes.len() > MOST_BYTES => {
+                return Err(MlxError::expected(
+                    &format!("{}: bytes {index}", kernel.name),
+                    format!("at most {MOST_BYTES}"),
+                    bytes.len(),
+                ));
+            }
+            KernelArg::Bytes(bytes) => CapturedBinding::Bytes((*bytes).into()),
+        };
+        bindings.push((index, binding));
+    }
+    Ok(RawDispatch {
+        kernel,
+        bindings,
+        grid,
+        threadgroup,
+    })
+}
+
+/// Reads a dispatch whose params lie in buffers: they are copied into the command first, so that what is
+/// checked is what is used.
+fn read_late(device: &DeviceHandle, raw: &RawDispatch) -> Result<Task<MlxBuffer>> {
+    let mut raw = raw.clone();
+    for param in params(&raw.kernel) {
+        let stated = raw.bindings.iter().find_map(|(i, b)| match b {
+            CapturedBinding::Bytes(bytes) if *i == param.count_in? => Some(&**bytes),
+            _ => None,
+        });
+        let len = param.bytes(stated);
+        let bound = raw.bindings.iter_mut().find(|(i, _)| *i == param.index);
+        let Some((_, binding)) = bound else {
+            continue;
+        };
+        let CapturedBinding::Buffer(buffer, _) = &*binding else {
+            continue;
+        };
+        let range = buffer.range();
+        let range = range.start..range.start + range.len().min(len);
+        let bytes = buffer.storage().copy_for_command(range)?;
+        *binding = CapturedBinding::Bytes(bytes.into());
+    }
+    read(device, &raw)
+}
+
+/// The work that a dispatch of one of this crate's kernels states, over what it binds.
+fn read(device: &DeviceHandle, raw: &RawDispatch) -> Result<Task<MlxBuffer>> {
+    let args = Args::new(device, raw);
+    let (work, operands) = match raw.kernel() {
+        names::MASK_FILL => fill(&args, raw),
+        names::BLK => classify(&args, raw),
+        name @ (names::VEC_F32 | names::VEC_F16) => partials(&args, name),
+        names::VEC_REDUCE => join(&args),
+        name => match variant::by_name(name) {
+            Some(variant) => attention(&args, raw, variant),
+            None => Err(args.fail("is no kernel of this crate")),
+        },
+    }?;
+    debug_assert!(is_own(raw.kernel()));
+    let planned = match &work {
+        Work::Attention(problem, options) => device.plan_attention(problem, *options),
+        _ => device.plan(work),
+    };
+    Ok(Task {
+        planned: planned.map_err(|e| args.fail(e))?,
+        operands,
+    })
+}
+
+type Read = Result<(Work, Vec<(Slot, MlxBuffer)>)>;
+
+fn overflow(args: &Args<'_>) -> MlxError {
+    args.fail("a product of sizes overflows")
+}
+
+fn fill(args: &Args<'_>, raw: &RawDispatch) -> Read {
+    let p: MaskFillParamsGpu = args.params(other::FILL_PARAMS)?;
+    let cells = (p.seq_len_q as usize)
+        .checked_mul(p.seq_len_k as usize)
+        .filter(|n| *n > 0)
+        .ok_or_else(|| overflow(args))?;
+    let mask = args.operand(other::FILL_OUT, cells, DType::BF16, Access::Write)?;
+    args.grid([p.seq_len_q.into(), 1, 1])?;
+    // Any number of threads shares a row.
+    let [threads, y, z] = raw.threadgroup.to_array();
+    let along_x = [threads.max(1), 1, 1];
+    args.same("a threadgroup along x only", along_x, [threads, y, z])?;
+    let work = Work::FillMask(FillMask {
+        query_len: p.seq_len_q,
+        key_len: p.seq_len_k,
+        visibility: Visibility {
+            q_offset: i64::from(p.q_abs_offset),
+            causal: p.causal != 0,
+            window: (p.window != 0).then_some(p.window),
+            window_right: None,
+        },
+    });
+    Ok((work, vec![(Slot::Operand(Role::Mask), mask)]))
+}
+
+fn classify(args: &Args<'_>, raw: &RawDispatch) -> Read {
+    let p: BlkParamsGpu = args.params(other::BLK_PARAMS)?;
+    let side = |index| {
+        let size = raw.constants().int(index).unwrap_or(0);
+        let side = usize::try_from(size).ok().filter(|n| *n > 0);
+        side.ok_or_else(|| {
+            args.fail(format!(
+                "constant {index}: expected a tile side, got {size}"
+            ))
+        })
+    };
+    let tile = Tile {
+        bq: side(constant::BLK_BQ)?,
+        bk: side(constant::BLK_BK)?,
+    };
+    let (rows, keys) = (p.seq_len_q as usize, p.seq_len_k as usize);
+    let (nq, nk) = tile.count(rows, keys);
+    let stride = usize::try_from(p.row_stride).map_err(|_| overflow(args))?;
+    let cells = rows
+        .checked_sub(1)
+        .and_then(|last| last.checked_mul(stride))
+        .and_then(|start| start.checked_add(keys))
+        .filter(|_| keys > 0)
+        .ok_or_else(|| overflow(args))?;
+    let tiles = nq.checked_mul(nk).ok_or_else(|| overflow(args))?;
+    let mask = args.operand(other::BLK_MASK, cells, DType::BF16, Access::Read)?;
+    let classes = args.operand(other::BLK_OUT, tiles, DType::U8, Access::Write)?;
+    let tiles = [nq as u64, nk as u64];
+    args.same("NQ and NK", tiles, [p.nq.into(), p.nk.into()])?;
+    args.grid([nk as u64, nq as u64, 1])?;
+    args.threadgroup(&[1])?;
+    let work = Work::ClassifyTiles(ClassifyTiles {
+        query_len: p.seq_len_q,
+        key_len: p.seq_len_k,
+        row_stride: stride,
+        tile,
+    });
+    let operands = vec![
+        (Slot::Operand(Role::Mask), mask),
+        (Slot::Operand(Role::TileClasses), classes),
+    ];
+    Ok((work, operands))
+}
+
+/// Elements of the partial results: per head and split D values, then a maximum and a sum.
+fn partials_len(args: &Args<'_>, p: &VecParamsGpu) -> Result<usize> {
+    let per_head = (p.head_dim as usize + 2).checked_mul(p.splits as usize);
+    let total = per_head.and_then(|n| n.checked_mul(p.num_heads as usize));
+    total
+        .filter(|_| p.splits > 0)
+        .ok_or_else(|| args.fail("sizes in the params do not fit"))
+}
+
+fn partials(args: &Args<'_>, name: &str) -> Read {
+    let p: VecParamsGpu = args.params(other::VEC_PARAMS)?;
+    let total = partials_len(args, &p)?;
+    let tmp = args.operand(other::VEC_TMP, total, DType::F32, Access::Write)?;
+    let kv_dtype = if name == names::VEC_F16 {
+        DType::F16
+    } else {
+        DType::F32
+    };
+    let problem = Arc::new(decode_problem(&p, kv_dtype).map_err(|e| args.fail(e))?);
+    let operand = |role, index| {
+        let spec = problem.operand(role);
+        let elements = spec.map_or(0, |spec| spec.elements);
+        let dtype = spec.map_or(kv_dtype, |spec| spec.dtype);
+        let buffer = args.operand(index, elements, dtype, Access::Read)?;
+        Ok((Slot::Operand(role), buffer))
+    };
+    let operands = vec![
+        operand(Role::Query, other::VEC_Q)?,
+        operand(Role::Key, other::VEC_K)?,
+        operand(Role::Value, other::VEC_V)?,
+        (Slot::Partials, tmp),
+    ];
+    args.grid([p.splits.into(), p.num_heads.into(), 1])?;
+    args.threadgroup(&[1])?;
+    let splits = p.splits;
+    Ok((
+        Work::DecodePartials(DecodePartials { problem, splits }),
+        operands,
+    ))
+}
+
+/// The problem of a decode step: one query a head, at the last of the valid keys.
+pub(crate) fn decode_problem(p: &VecParamsGpu, kv_dtype: DType) -> Result<Problem> {
+    let shape = Shape {
+        batch: 1,
+        heads: p.num_heads as usize,
+        kv_heads: p.num_kv_heads as usize,
+        query_len: 1,
+        key_len: p.kv_seq_len as usize,
+        head_dim: p.head_dim as usize,
+    };
+    let mut builder = Problem::builder(DType::F32, shape)
+        .kv_dtype(kv_dtype)
+        .layout(Layout::HeadMajor)
+        .key_capacity(p.kv_capacity as usize)
+        .query_offset(QueryOffset::BottomRight)
+        .scale(p.scale)
+        .lse(true);
+    if p.softcap != 0.0 {
+        builder = builder.softcap(p.softcap);
+    }
+    if p.kv_start > 0 {
+        builder = builder.window(p.kv_seq_len.saturating_sub(p.kv_start));
+    }
+    builder.refuse_empty().build()
+}
+
+fn join(args: &Args<'_>) -> Read {
+    let p: VecParamsGpu = args.params(other::REDUCE_PARAMS)?;
+    let total = partials_len(args, &p)?;
+    let tmp = args.operand(other::REDUCE_TMP, total, DType::F32, Access::Read)?;
+    let elements = p.num_heads as usize * p.head_dim as usize;
+    let out = args.operand(other::REDUCE_OUT, elements, DType::F32, Access::Write)?;
+    args.grid([p.num_heads.into(), 1, 1])?;
+    args.threadgroup(&[1])?;
+    let work = Work::JoinPartials(JoinPartials {
+        heads: p.num_heads,
+        head_dim: p.head_dim,
+        splits: p.splits,
+    });
+    let operands = vec![(Slot::Partials, tmp), (Slot::Operand(Role::Output), out)];
+    Ok((work, operands))
+}
+
+fn attention(args: &Args<'_>, raw: &RawDispatch, variant: &'static Variant) -> Read {
+    let problem = Arc::new(problem(args, raw, variant)?);
+    let mut operands = Vec::new();
+    for role in Role::ALL {
+        if let Some(spec) = problem.operand(role) {
+            let access = if role.is_output() {
+                Access::Write
+            } else {
+                Access::Read
+            };
+            let index = prefill::index(role);
+            let buffer = args.operand(index, spec.elements, spec.dtype, access)?;
+            operands.push((Slot::Operand(role), buffer));
+        }
+    }
+    let shape = problem.shape();
+    let tiles = variant.tile.count(shape.query_len, shape.key_len).0;
+    args.grid([tiles as u64, shape.heads as u64, shape.batch as u64])?;
+    let given = raw.constants().int(constant::NSG);
+    let mut options = PlanOptions {
+        nsg: None,
+        // Without a mask both kernels of a pair do the same.
+        variant: problem.mask().map(|_| variant),
+    };
+    if variant.head_dim == 512 {
+        // One simdgroup is how the plain kernels were dispatched at first.
+        args.threadgroup(&[1, 4, 8])?;
+        // A negative one is no 4 or 8 either.
+        options.nsg = given.map(|n| u32::try_from(n).unwrap_or(0));
+        plan::simdgroups(variant, options.nsg).map_err(|e| args.fail(e))?;
+    } else {
+        args.threadgroup(&[variant.simdgroups as u64])?;
+        if let Some(n) = given {
+            args.same("simdgroups", variant.simdgroups as i64, n.into())?;
+        }
+    }
+    if problem.has_lse() {
+        let extra: AttnExtraParamsGpu = args.params(prefill::EXTRA_PARAMS)?;
+        let packed = problem.cu_seqlens().is_some();
+        let rows = problem.query_rows() as i64;
+        let strides = [if packed { 0 } else { shape.heads as i64 * rows }, rows];
+        args.same("strides of the log-sum-exp", strides, extra.lse_strides)?;
+    }
+    Ok((Work::Attention(problem, options), operands))
+}
+
+/// The problem that a prefill states. Building it checks sizes, strides and overlap.
+fn problem(args: &Args<'_>, raw: &RawDispatch, variant: &Variant) -> Result<Problem> {
+    let fail = |what: &str| args.fail(what);
+    let constants = raw.constants();
+    let dtype = |index, what| {
+        coded_dtype(constants.int(index).unwrap_or(0), variant.dtype).ok_or_else(|| fail(what))
+    };
+    let p: AttnParamsGpu = args.params(prefill::PARAMS)?;
+    let size = |n: i32| usize::try_from(n).map_err(|_| fail("a negative size in the params"));
+    let stride = |n: i64| usize::try_from(n).map_err(|_| fail("a negative stride in the params"));
+    let strides = |s: [i64; 3]| -> Result<Strides> {
+        Ok(Strides {
+            batch: stride(s[0])?,
+            head: stride(s[1])?,
+            seq: stride(s[2])?,
+        })
+    };
+    let (heads, group) = (size(p.h)?, size(p.gqa_factor)?);
+    if group == 0 || !heads.is_multiple_of(group) || size(p.d)? != variant.head_dim {
+        return Err(fail(
+            "head counts or head dim in the params do not fit the kernel",
+        ));
+    }
+    let flag = |index| constants.bool(index);
+    let packed = flag(constant::IS_VARLEN);
+    let builder = if packed {
+        let count = size(p.b)?.saturating_add(1);
+        let cu_q: Vec<u32> = args.elements(prefill::CU_SEQLENS_Q, count)?;
+        let cu_k: Vec<u32> = args.elements(prefill::CU_SEQLENS_K, count)?;
+        Problem::varlen(
+            variant.dtype,
+            heads,
+            heads / group,
+            variant.head_dim,
+            &cu_q,
+            &cu_k,
+        )
+    } else {
+        let shape = Shape {
+            batch: size(p.b)?,
+            heads,
+            kv_heads: heads / group,
+            query_len: size(p.ql)?,
+            key_len: size(p.kl)?,
+            head_dim: variant.head_dim,
+        };
+        Problem::builder(variant.dtype, shape)
+    };
+    let mut builder = builder
+        .kv_dtype(dtype(
+            constant::KV_DTYPE,
+            "an unknown code of K and V's dtype",
+        )?)
+        .scale(p.scale)
+        .causal(flag(constant::DO_CAUSAL))
+        .query_offset(QueryOffset::At(i64::from(p.ql_off)))
+        .strides(Role::Query, strides(p.q_strides)?)
+        .strides(Role::Key, strides(p.k_strides)?)
+        .strides(Role::Value, strides(p.v_strides)?)
+        .strides(Role::Output, strides(p.o_strides)?)
+        .tile_classes(flag(constant::HAS_BLK))
+        .sinks(flag(constant::HAS_SINKS))
+        .alibi(flag(constant::HAS_ALIBI))
+        .lse(flag(constant::HAS_LSE));
+    if flag(constant::HAS_SOFTCAP) {
+        builder = builder.softcap(p.softcapping);
+    }
+    if flag(constant::HAS_MASK) {
+        let m: AttnMaskParamsGpu = args.params(prefill::MASK_PARAMS)?;
+        let [batch_stride, head_stride, row_stride] = m.m_strides;
+        builder = builder.mask(MaskSpec {
+            dtype: match variant.mask {
+                MaskKind::Bool => DType::U8,
+                MaskKind::Additive => {
+                    dtype(constant::MASK_DTYPE, "an unknown code of the mask's dtype")?
+                }
+            },
+            batch_stride: stride(batch_stride)?,
+            head_stride: stride(head_stride)?,
+            row_stride: stride(row_stride)?,
+        });
+    }
+    if flag(constant::HAS_WINDOW) || packed {
+        let extra: AttnExtraParamsGpu = args.params(prefill::EXTRA_PARAMS)?;
+        if let Ok(window) = u32::try_from(extra.window) {
+            builder = builder.window(window);
+        }
+        if let Ok(window_right) = u32::try_from(extra.window_right) {
+            builder = builder.window_right(window_right);
+        }
+        if extra.bottom_right != 0 {
+            builder = builder.query_offset(QueryOffset::BottomRight);
+        }
+    }
+    let problem = builder.refuse_empty().build();
+    problem.map_err(|e| fail(&e.to_string()))
+}

@@ -1,0 +1,124 @@
+//! Dispatches put together by hand, in the geometry of the kernels that programs know: every device reads
+//! them back into the attention that they state.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use bytemuck::Zeroable;
+use common::{Qkv, commit, devices, output, shape};
+use mlx_flash_attn::attention::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use mlx_flash_attn::encoder::{KernelArg, MTLSize, as_bytes};
+use mlx_flash_attn::{DType, KernelRegistry, MlxDevice};
+
+const ROWS: usize = 37;
+const KEYS: usize = 50;
+const HEADS: usize = 2;
+
+/// What a program fills in for dense operands, one key/value head.
+fn params(dim: usize, tile: usize) -> AttnParamsGpu {
+    let int = |n: usize| i32::try_from(n).unwrap();
+    let strides = |heads: usize, len: usize| [heads * len * dim, len * dim, dim].map(|n| n as i64);
+    AttnParamsGpu {
+        b: 1,
+        h: int(HEADS),
+        d: int(dim),
+        ql: int(ROWS),
+        kl: int(KEYS),
+        gqa_factor: int(HEADS),
+        scale: 1.0 / (dim as f32).sqrt(),
+        softcapping: 1.0,
+        nq: int(ROWS.div_ceil(tile)),
+        nk: int(KEYS.div_ceil(tile)),
+        nq_aligned: int(ROWS / tile),
+        nk_aligned: int(KEYS / tile),
+        ql_rem: int(ROWS % tile),
+        kl_rem: int(KEYS % tile),
+        ql_off: 0,
+        _pad: 0,
+        q_strides: strides(HEADS, ROWS),
+        k_strides: strides(1, KEYS),
+        v_strides: strides(1, KEYS),
+        o_strides: strides(HEADS, ROWS),
+    }
+}
+
+struct Raw {
+    kernel: &'static str,
+    tile: usize,
+    simdgroups: u64,
+    /// Params in buffers, a byte into them, and not as bytes of the command.
+    in_buffers: bool,
+}
+
+fn run(device: &MlxDevice, data: &Qkv, raw: &Raw) -> Vec<f32> {
+    let dim = data.shape.head_dim;
+    let [q, k, v, _] = data.buffers(device);
+    let out = output(device, data.q.len(), data.dtype);
+    let params = params(dim, raw.tile);
+    let mask_params = AttnMaskParamsGpu::zeroed();
+    let extra = AttnExtraParamsGpu::zeroed();
+    let mut registry = KernelRegistry::new();
+    let handle = device.metal_device();
+    let bools = [(301, true)];
+    let pipeline = registry
+        .get_pipeline_with_bool_constants(raw.kernel, handle, &bools)
+        .unwrap();
+    let mut bytes = vec![0u8];
+    bytes.extend_from_slice(as_bytes(&params));
+    let len = bytes.len();
+    let stored = device
+        .buffer_from_slice(&bytes, DType::U8, vec![len])
+        .unwrap();
+    let mut args = vec![
+        (0, KernelArg::Buffer(&q)),
+        (1, KernelArg::Buffer(&k)),
+        (2, KernelArg::Buffer(&v)),
+        (3, KernelArg::Buffer(&out)),
+        // Bound by habit, and not read where no constant says so.
+        (5, KernelArg::Bytes(as_bytes(&mask_params))),
+        (8, KernelArg::Bytes(as_bytes(&extra))),
+    ];
+    args.push(match raw.in_buffers {
+        true => (4, KernelArg::BufferWithOffset(&stored, 1)),
+        false => (4, KernelArg::Bytes(as_bytes(&params))),
+    });
+    let grid = MTLSize::new(ROWS.div_ceil(raw.tile) as u64, HEADS as u64, 1);
+    let threads = MTLSize::new(32, raw.simdgroups, 1);
+    commit(device, |e| {
+        e.encode_threadgroups_with_args(pipeline, &args, grid, threads);
+        Ok(())
+    });
+    common::download(&out)
+}
+
+#[test]
+fn dispatches_in_the_named_kernels_own_geometry_give_what_the_problem_gives() {
+    for device in devices() {
+        let (wide, plain) = (
+            "flash_attn_prefill_bf16_d512",
+            "flash_attn_prefill_bf16_d64",
+        );
+        for (kernel, dim, tile, simdgroups) in [
+            (plain, 64, 32, 4),
+            // How the plain kernels of head dim 512 were dispatched at first: tiles of 8 x 8, 32 threads.
+            (wide, 512, 8, 1),
+            (wide, 512, 8, 8),
+            ("flash_attn_prefill_llamacpp_bf16_d512", 512, 8, 8),
+        ] {
+            let data = Qkv::new(31, DType::BF16, shape([1, HEADS, 1], (ROWS, KEYS), dim));
+            let builder = data.builder().causal(true);
+            let builder = builder.query_offset(mlx_flash_attn::attention::QueryOffset::At(0));
+            let (_, want) = data.run(&device, &builder.build().unwrap());
+            for in_buffers in [false, true] {
+                let raw = Raw {
+                    kernel,
+                    tile,
+                    simdgroups,
+                    in_buffers,
+                };
+                let what = format!("{} {kernel} {simdgroups} {in_buffers}", device.kind());
+                assert_eq!(run(&device, &data, &raw), want, "{what}");
+            }
+        }
+    }
+}
