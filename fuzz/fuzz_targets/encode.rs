@@ -60,7 +60,7 @@ fn run(s: &mut Source<'_>, cpu: &MlxDevice, registry: &mut KernelRegistry) {
         bytes: Vec::new(),
     };
     let (mut bools, mut ints) = (Vec::new(), Vec::new());
-    for index in [200, 201, 300, 301, 302, 303, 304, 305, 306, 307, 308] {
+    for index in [200, 201, 300, 301, 302, 303, 306, 307, 308, 311, 312] {
         if s.rarely(3) {
             bools.push((index, true));
         }
