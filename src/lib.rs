@@ -60,7 +60,9 @@ pub use runtime::buffer::MlxBuffer;
 #[cfg(feature = "cuda")]
 pub use runtime::cuda;
 pub use runtime::device::MlxDevice;
-pub use runtime::encoder::CommandEncoder;
+pub use runtime::capture::{CapturedNode, CapturedOpKind};
+pub use runtime::encoder::{CommandEncoder, KernelArg, MTLSize};
+pub use runtime::mem_ranges::{BufferRange, MemRangeRole, MemRanges};
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 pub use runtime::metal;
 pub use runtime::registry::KernelRegistry;
