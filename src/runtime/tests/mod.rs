@@ -352,6 +352,21 @@ fn allocations_that_cannot_be_are_errors() {
     assert_eq!((buffer.element_count(), buffer.dtype()), (2, DType::F32));
     assert!(
         device
+    for (key, there) in [
+        ("|300:b1", true),
+        ("|300:b1|301:b0", true),
+        ("|301:b0|200:b0|300:b1", true),
+        ("|300:b0", false),
+        ("|300:b1|301:b1", false),
+        ("|300:i1", false),
+        ("|300:b1|322:i8", false),
+        ("|", false),
+        ("|300", false),
+        ("|300:b2", false),
+    ] {
+        assert_eq!(registry.is_cached(&format!("{name}{key}")), there, "{key}");
+    }
+    assert_eq!(first.label(), name);
             .buffer_from_slice(&[1u8], DType::F32, vec![1])
             .is_err()
     );
