@@ -56,7 +56,9 @@ impl From<[u64; 3]> for MTLSize {
 pub enum KernelArg<'a> {
     /// A buffer, from the start of its view.
     Buffer(&'a MlxBuffer),
-    /// A buffer, from this many bytes into its view.
+    /// A buffer that starts where its allocation starts, from this many bytes on. A view that starts
+    /// further on is refused: programs for `mlx-native` count the offset from the allocation there, others
+    /// from the view. Bind [`MlxBuffer::subview`] as [`KernelArg::Buffer`] instead.
     BufferWithOffset(&'a MlxBuffer, u64),
     /// Bytes copied into the command.
     Bytes(&'a [u8]),
@@ -201,8 +203,21 @@ impl CommandEncoder {
         grid: MTLSize,
         threadgroup: MTLSize,
     ) {
-        if let Err(error) = self.encode(pipeline, args, grid, threadgroup, false) {
-            self.fault.get_or_insert(error);
+        if let Err(error) = self.encode_args(pipeline, args, grid, threadgroup, false) {
+            self.refuse(error);
+        }
+    }
+
+    /// Has the commit report `error` and run nothing.
+    pub(super) fn refuse(&mut self, error: MlxError) {
+        self.fault.get_or_insert(error);
+    }
+
+    /// How many ranges of memory dispatches have touched since the last barrier.
+    pub fn mem_ranges_len(&self) -> usize {
+        match self.captured {
+            Some(_) => self.capture_hazards.len(),
+            None => self.hazards.len(),
         }
     }
 
@@ -214,10 +229,10 @@ impl CommandEncoder {
         grid: MTLSize,
         threadgroup: MTLSize,
     ) -> Result<()> {
-        self.encode(pipeline, args, grid, threadgroup, true)
+        self.encode_args(pipeline, args, grid, threadgroup, true)
     }
 
-    fn encode(
+    fn encode_args(
         &mut self,
         pipeline: &Pipeline,
         args: &[(u64, KernelArg<'_>)],

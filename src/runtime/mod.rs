@@ -15,6 +15,7 @@ pub mod registry;
 mod guards;
 mod hazards;
 mod host;
+mod seed_encoder;
 mod snapshot;
 mod submit;
 mod turns;
