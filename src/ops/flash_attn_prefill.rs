@@ -171,13 +171,18 @@ impl SeedCall<'_> {
                 MaskKind::Bool => crate::DType::U8,
             };
             check_buffer("mask", mask, dtype, 0)?;
-            problem = problem.mask(mask_spec(dtype, mask.shape().len() == 2, &shape)?);
+            problem = problem.mask(mask_spec(dtype, is_plane(mask.shape(), &shape), &shape)?);
         }
         problem.build()
     }
 }
 
-/// A rank-2 mask is one plane for all; any other rank is dense `[B, H, qL, kL]`.
+/// Whether a mask is one plane: of rank 2, or for a single batch and head.
+fn is_plane(mask: &[usize], shape: &Shape) -> bool {
+    mask.len() == 2 || (shape.batch, shape.heads) == (1, 1)
+}
+
+/// A mask of one plane is for all batches and heads; any other is dense `[B, H, qL, kL]`.
 fn mask_spec(dtype: crate::DType, plane: bool, shape: &Shape) -> Result<MaskSpec> {
     if plane {
         return Ok(MaskSpec::plane(dtype, shape.key_len));
