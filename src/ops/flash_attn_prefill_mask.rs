@@ -10,6 +10,9 @@ use crate::runtime::encoder::{CommandEncoder, KernelArg, MTLSize, as_bytes};
 use crate::runtime::registry::KernelRegistry;
 use crate::sources;
 
+/// Text of the mask-fill and tile-class kernels.
+pub static FLASH_ATTN_PREFILL_MASK_SHADER_SOURCE: &str = sources::MASK_TEXT;
+
 /// The kernel.
 pub const K_FILL_BF16: &str = names::MASK_FILL;
 
@@ -18,7 +21,7 @@ const THREADS: u64 = 256;
 
 /// Registers the kernel. A new registry knows it already.
 pub fn register(registry: &mut KernelRegistry) {
-    registry.register_source(K_FILL_BF16, sources::MASK_TEXT);
+    registry.register_source(K_FILL_BF16, FLASH_ATTN_PREFILL_MASK_SHADER_SOURCE);
 }
 
 /// Which mask to build. Row `r` stands at position `r + q_abs_offset`.
