@@ -325,7 +325,7 @@ fn spoil(s: &mut Source<'_>, raw: &mut Raw) {
             6 if !raw.buffers.is_empty() => {
                 let which = usize::from(s.byte()) % raw.buffers.len();
                 let (offset, n) = (s.word() >> s.below(64), usize::from(s.byte()) * 64);
-                raw.buffers[which].1 = raw.buffers[which].1.slice_view(offset, n);
+                raw.buffers[which].1 = raw.buffers[which].1.subview(offset, n);
             }
             _ => {}
         }

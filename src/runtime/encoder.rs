@@ -474,6 +474,17 @@ impl Pending for InParts {
 }
 
 fn from_offset(buffer: &MlxBuffer, offset: u64) -> Result<MlxBuffer> {
+    if buffer.byte_offset() != 0 {
+        return Err(MlxError::expected(
+            "BufferWithOffset",
+            "a buffer that starts at byte 0 of its allocation",
+            format!(
+                "a view that starts at byte {}: whether byte {offset} counts from the allocation or from \
+                 the view is ambiguous; bind a `subview` as `Buffer`",
+                buffer.byte_offset()
+            ),
+        ));
+    }
     let size = buffer.dtype().size_of();
     let rest = usize::try_from(offset)
         .ok()
@@ -485,5 +496,5 @@ fn from_offset(buffer: &MlxBuffer, offset: u64) -> Result<MlxBuffer> {
             offset,
         ));
     };
-    Ok(buffer.slice_view(offset, rest / size))
+    Ok(buffer.subview(offset, rest / size))
 }
