@@ -55,6 +55,12 @@ pub enum MlxError {
 pub type Result<T> = std::result::Result<T, MlxError>;
 
 impl MlxError {
+    /// Whether the same call may succeed later: memory that was short may be free then. Everything else
+    /// is wrong with the call or the machine.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::BufferAllocationError { .. })
+    }
+
     /// The usual shape of a refusal: which operand, what was expected, what was given.
     pub(crate) fn expected(
         operand: &str,
@@ -62,5 +68,23 @@ impl MlxError {
         got: impl std::fmt::Display,
     ) -> Self {
         Self::InvalidArgument(format!("{operand}: expected {expected}, got {got}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::MlxError;
+
+    #[test]
+    fn only_memory_that_is_short_may_be_free_later() {
+        assert!(MlxError::BufferAllocationError { bytes: 1 }.is_transient());
+        for error in [
+            MlxError::DeviceNotFound,
+            MlxError::CommandBufferError(String::new()),
+            MlxError::InvalidArgument(String::new()),
+            MlxError::KernelNotFound(String::new()),
+        ] {
+            assert!(!error.is_transient(), "{error}");
+        }
     }
 }

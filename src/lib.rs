@@ -35,8 +35,11 @@
 //! # }
 //! ```
 //!
-//! The modules [`ops`], [`buffer`], [`device`], [`encoder`] and [`kernel_registry`] carry the names
-//! of the crate `mlx-native`, so that a program written for it compiles with the dependency renamed.
+//! The crate root and the modules of [`ops`] carry the names of version 0.6.3 of the crate `mlx-native`,
+//! so that a program written for its attention compiles with the dependency renamed. What of it is
+//! [not there][absent], and why, is listed in the guide.
+//!
+//! [absent]: https://github.com/mlx-flash-attn/mlx-flash-attn/blob/main/docs/guide.md#what-is-not-there-of-063
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod attention;
@@ -58,10 +61,12 @@ pub use error::{MlxError, Result};
 #[cfg(feature = "emulator")]
 pub use msl_emulator::Counters as EmulatorCounters;
 pub use runtime::buffer::MlxBuffer;
+pub use runtime::capture::{CapturedNode, CapturedOpKind};
 #[cfg(feature = "cuda")]
 pub use runtime::cuda;
 pub use runtime::device::MlxDevice;
-pub use runtime::encoder::CommandEncoder;
+pub use runtime::encoder::{CommandEncoder, KernelArg, MTLSize};
+pub use runtime::mem_ranges::{BufferRange, MemRangeRole, MemRanges};
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 pub use runtime::metal;
 pub use runtime::registry::KernelRegistry;

@@ -201,5 +201,9 @@ mod tests {
             COMMON.matches("[[function_constant(").count(),
             declared.len()
         );
+        // Sinks in later versions of `mlx-native`: setting them here must change nothing.
+        for index in [304, 305] {
+            assert!(!COMMON.contains(&format!("function_constant({index})")));
+        }
     }
 }

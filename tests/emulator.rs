@@ -15,7 +15,8 @@ use mlx_flash_attn::ops::flash_attn_prefill_blk::{
     BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
 };
 use mlx_flash_attn::{
-    DType, DeviceKind, EmulatorCounters, EmulatorOptions, KernelRegistry, MlxBuffer, MlxDevice,
+    DType, DeviceKind, EmulatorCounters, EmulatorOptions, KernelRegistry, MTLSize, MlxBuffer,
+    MlxDevice,
 };
 
 /// The emulator, or a word about why it is not there.
@@ -474,4 +475,34 @@ fn a_library_is_found_by_its_text_and_not_by_its_address() {
     assert!(build(short).is_ok());
     // Two kernels of one name: no program, whatever was built from the same address.
     assert!(build(long).is_err());
+}
+
+#[test]
+fn a_foreign_kernel_gets_no_threadgroup_memory_that_it_does_not_declare() {
+    let Some(device) = emulator(false) else {
+        return;
+    };
+    let text = "#include <metal_stdlib>\nkernel void fill(device float* o [[buffer(0)]], uint i \
+                [[thread_position_in_threadgroup]]) { o[i & 3] = 1.0f; }\n";
+    let mut registry = KernelRegistry::new();
+    // SAFETY: every dispatch below binds four elements, and the kernel writes no others.
+    unsafe { registry.register_foreign_source("fill", text) };
+    let pipeline = registry
+        .get_pipeline("fill", device.metal_device())
+        .unwrap();
+    let out = device.alloc_buffer(16, DType::F32, vec![4]).unwrap();
+    let run = |shared: &[(u64, u64)]| {
+        let (one, four) = (MTLSize::new(1, 1, 1), MTLSize::new(4, 1, 1));
+        let mut encoder = device.command_encoder().unwrap();
+        encoder.encode_threadgroups_with_shared(pipeline, &[(0, &out)], shared, one, four);
+        encoder.commit_and_wait()
+    };
+    let error = run(&[(0, 64)]).unwrap_err().to_string();
+    assert!(
+        error.contains("fill") && error.contains("threadgroup memory"),
+        "{error}"
+    );
+    assert_eq!(download(&out), [0.0; 4]);
+    run(&[]).unwrap();
+    assert_eq!(download(&out), [1.0; 4]);
 }

@@ -165,6 +165,13 @@ slow_tests() {
     cargo test $locked --workspace "${features[@]}" --lib -- --ignored --show-output barrier
 }
 
+# Unit tests of mlx-native's own module, of which the repository has no copy.
+seed_tests() {
+    [ -n "${MLX_FLASH_SEED_FILE-}" ] ||
+        { skip "mlx-native's own unit tests" "MLX_FLASH_SEED_FILE names no copy of them"; return; }
+    scripts/seed-tests
+}
+
 documentation_tests() {
     cargo test $locked --workspace "${features[@]}" --doc --no-fail-fast
 }

@@ -42,7 +42,8 @@ pub mod prefill {
     }
 }
 
-/// Function-constant indices.
+/// Function-constant indices. 304 and 305 are left free: later versions of `mlx-native` give them to its
+/// sinks.
 pub mod constant {
     /// bool: `qL % bq == 0`.
     pub const ALIGN_Q: usize = 200;
@@ -56,10 +57,6 @@ pub mod constant {
     pub const HAS_SINKS: usize = 302;
     /// bool: tile classes are bound.
     pub const HAS_BLK: usize = 303;
-    /// bool: a window on either side; bounds in the extra params.
-    pub const HAS_WINDOW: usize = 304;
-    /// bool: `softcapping` in the params is a softcap.
-    pub const HAS_SOFTCAP: usize = 305;
     /// bool: ALiBi slopes are bound.
     pub const HAS_ALIBI: usize = 306;
     /// bool: the log-sum-exp is written.
@@ -70,6 +67,10 @@ pub mod constant {
     pub const MASK_DTYPE: usize = 309;
     /// int: element type of K and V, coded as the mask's. 0: as Q.
     pub const KV_DTYPE: usize = 310;
+    /// bool: a window on either side; bounds in the extra params.
+    pub const HAS_WINDOW: usize = 311;
+    /// bool: `softcapping` in the params is a softcap.
+    pub const HAS_SOFTCAP: usize = 312;
     /// int: simdgroups of the head-dim-512 kernels, 4 or 8.
     pub const NSG: usize = 322;
     /// int: query rows of a class tile.

@@ -30,7 +30,7 @@ macro_rules! gpu_struct {
 
 gpu_struct! {
     /// Sizes, scale and strides of a prefill. `softcapping` is the softcap where the kernel's
-    /// constant 305 is set, else 1.0 and not read.
+    /// constant 312 is set, else 1.0 and not read.
     AttnParamsGpu = "AttnParams", ATTN_PARAMS_TEXT, 160 {
         /// Batch size, or count of packed sequences.
         b: i32 = "int B" @ 0,
@@ -84,7 +84,7 @@ gpu_struct! {
 }
 
 gpu_struct! {
-    /// What the newer features need; bound where constants 304, 307 or 308 are set, or where the
+    /// What the newer features need; bound where constants 307, 308 or 311 are set, or where the
     /// offset is bottom right.
     AttnExtraParamsGpu = "AttnExtraParams", ATTN_EXTRA_PARAMS_TEXT, 32 {
         /// Keys seen up to and including a query's position, or -1 for all.

@@ -2,6 +2,7 @@
 //! back into work once, when they are recorded, for every device alike.
 
 mod args;
+mod encoder;
 mod params;
 mod raw;
 

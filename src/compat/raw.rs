@@ -49,7 +49,7 @@ impl CommandEncoder {
     ) {
         let encoded = bind(pipeline, args, grid, threadgroup).and_then(|raw| self.raw(raw));
         if let Err(error) = encoded {
-            self.spoil(error);
+            self.refuse(error);
         }
     }
 

@@ -16,6 +16,9 @@ use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
 use crate::runtime::registry::KernelRegistry;
 use crate::sources;
 
+/// Text of the mask-fill and tile-class kernels.
+pub static FLASH_ATTN_PREFILL_BLK_SHADER_SOURCE: &str = sources::MASK_TEXT;
+
 /// The kernel.
 pub const K_BLK_BF16: &str = names::BLK;
 /// Function constant (int): query rows of a tile.
@@ -30,7 +33,7 @@ const GRANULE: usize = 32;
 
 /// Registers the kernel. A new registry knows it already.
 pub fn register(registry: &mut KernelRegistry) {
-    registry.register_source(K_BLK_BF16, sources::MASK_TEXT);
+    registry.register_source(K_BLK_BF16, FLASH_ATTN_PREFILL_BLK_SHADER_SOURCE);
 }
 
 /// Sizes of a mask and of its tiles: 32 x 16 for head dims up to 256, 8 x 64 for 512.

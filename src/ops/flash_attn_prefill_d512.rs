@@ -22,18 +22,30 @@ pub const FC_IDX_NSG: usize = constant::NSG;
 /// (see [`crate::attention::variant`]).
 pub const TGMEM_BYTES_D512: u32 = 28_672;
 
+/// Text of the prefill kernels: the same as at the other head dims.
+pub static FLASH_ATTN_PREFILL_D512_SHADER_SOURCE: &str = sources::PREFILL_TEXT;
+
+/// bf16, additive bf16 mask.
+pub const K_LLAMACPP_BF16_D512: &str = "flash_attn_prefill_llamacpp_bf16_d512";
+/// bf16, bool mask.
+pub const K_LLAMACPP_BF16_D512_BOOLMASK: &str = "flash_attn_prefill_llamacpp_bf16_d512_boolmask";
+/// f16, additive f16 mask.
+pub const K_LLAMACPP_F16_D512: &str = "flash_attn_prefill_llamacpp_f16_d512";
+/// f16, bool mask.
+pub const K_LLAMACPP_F16_D512_BOOLMASK: &str = "flash_attn_prefill_llamacpp_f16_d512_boolmask";
+
 /// The kernels of this module.
-const KERNELS: [&str; 4] = [
-    "flash_attn_prefill_llamacpp_bf16_d512",
-    "flash_attn_prefill_llamacpp_bf16_d512_boolmask",
-    "flash_attn_prefill_llamacpp_f16_d512",
-    "flash_attn_prefill_llamacpp_f16_d512_boolmask",
+pub const ALL_KERNEL_NAMES: &[&str] = &[
+    K_LLAMACPP_BF16_D512,
+    K_LLAMACPP_BF16_D512_BOOLMASK,
+    K_LLAMACPP_F16_D512,
+    K_LLAMACPP_F16_D512_BOOLMASK,
 ];
 
 /// Registers this module's kernels. A new registry knows them already.
 pub fn register(registry: &mut KernelRegistry) {
-    for name in KERNELS {
-        registry.register_source(name, sources::PREFILL_TEXT);
+    for name in ALL_KERNEL_NAMES.iter().copied() {
+        registry.register_source(name, FLASH_ATTN_PREFILL_D512_SHADER_SOURCE);
     }
 }
 
@@ -63,7 +75,7 @@ mod tests {
 
     #[test]
     fn constants_are_the_tables() {
-        for name in KERNELS {
+        for name in ALL_KERNEL_NAMES {
             let v = variant::by_name(name).unwrap();
             assert_eq!(v.tile.bq as u32, NQPSG_D512);
             assert_eq!(v.tile.bk as u32, NCPSG_D512);

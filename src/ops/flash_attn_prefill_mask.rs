@@ -11,12 +11,15 @@ use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
 use crate::runtime::registry::KernelRegistry;
 use crate::sources;
 
+/// Text of the mask-fill and tile-class kernels.
+pub static FLASH_ATTN_PREFILL_MASK_SHADER_SOURCE: &str = sources::MASK_TEXT;
+
 /// The kernel.
 pub const K_FILL_BF16: &str = names::MASK_FILL;
 
 /// Registers the kernel. A new registry knows it already.
 pub fn register(registry: &mut KernelRegistry) {
-    registry.register_source(K_FILL_BF16, sources::MASK_TEXT);
+    registry.register_source(K_FILL_BF16, FLASH_ATTN_PREFILL_MASK_SHADER_SOURCE);
 }
 
 /// Which mask to build. Row `r` stands at position `r + q_abs_offset`.

@@ -17,13 +17,16 @@ use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
 use crate::runtime::registry::KernelRegistry;
 use crate::sources;
 
+/// Text of the decode kernels.
+pub static FLASH_ATTN_VEC_SHADER_SOURCE: &str = sources::VEC_TEXT;
+
 /// Partial results of each head.
 const SPLITS: u32 = 32;
 
 /// Registers the kernels. A new registry knows them already.
 pub fn register(registry: &mut KernelRegistry) {
     for name in [names::VEC_F32, names::VEC_F16, names::VEC_REDUCE] {
-        registry.register_source(name, sources::VEC_TEXT);
+        registry.register_source(name, FLASH_ATTN_VEC_SHADER_SOURCE);
     }
 }
 

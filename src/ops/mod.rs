@@ -1,6 +1,7 @@
 //! What callers encode: attention over a checked [`Problem`], and the seed's entry points, thin over
 //! the same problem and plan.
 
+pub mod encode_helpers;
 pub mod flash_attn_prefill;
 pub mod flash_attn_prefill_blk;
 pub mod flash_attn_prefill_d512;

@@ -130,15 +130,18 @@ impl MlxBuffer {
         self.offset as u64
     }
 
-    /// Address of this view's first byte on the host, or null where the host cannot see it. Reading
+    /// Address of the allocation's first byte on the host, or null where the host cannot see it. Reading
     /// and writing through it is up to the caller, who keeps clear of running commands, of guards and
     /// of calls that copy.
+    ///
+    /// Null, too, for a view that does not start where its allocation starts: programs for `mlx-native`
+    /// add [`Self::byte_offset`] to this address, others take it for the view's own, and both would reach
+    /// other bytes without notice. [`Self::read`] and [`Self::write`] lend the view's own bytes.
     pub fn contents_ptr(&self) -> *mut c_void {
         let base = self.check().and_then(|()| self.storage.raw());
-        // Every view lies inside its memory.
-        base.map_or(std::ptr::null_mut(), |base| {
-            base.wrapping_add(self.offset).cast()
-        })
+        base.ok()
+            .filter(|_| self.offset == 0)
+            .map_or(std::ptr::null_mut(), <*mut u8>::cast)
     }
 
     /// The view's elements as `T`, without a copy where the host shares the device's memory. A commit
@@ -227,9 +230,37 @@ impl MlxBuffer {
         Ok(unsafe { std::slice::from_raw_parts_mut(ptr, count) })
     }
 
-    /// A view of `n_elements` elements from `byte_offset` bytes into this view. A view that leaves
-    /// its parent's bounds is empty, and every use of it is refused with the reason.
+    /// A view of `n_elements` elements from `byte_offset` bytes into a buffer that starts where its
+    /// allocation starts. A view that leaves the buffer's bounds is empty, and every use of it is refused
+    /// with the reason.
+    ///
+    /// So is a view of a view that starts further on: programs for `mlx-native` count `byte_offset` from
+    /// the allocation there, others from the view, and one of them would get other bytes without notice.
+    /// Take it of the whole buffer, or with [`Self::subview`], which counts from the view.
     pub fn slice_view(&self, byte_offset: u64, n_elements: usize) -> Self {
+        if self.offset == 0 {
+            return self.subview(byte_offset, n_elements);
+        }
+        let mut view = Self {
+            len: 0,
+            shape: [0].into(),
+            ..self.clone()
+        };
+        view.fault.get_or_insert_with(|| {
+            format!(
+                "slice_view: expected a buffer that starts at byte 0 of its allocation, got a view that \
+                 starts at byte {}: whether byte {byte_offset} counts from the allocation or from the view \
+                 is ambiguous; `subview` counts from the view",
+                self.offset
+            )
+            .into()
+        });
+        view
+    }
+
+    /// A view of `n_elements` elements from `byte_offset` bytes into this view, wherever that starts. A
+    /// view that leaves its parent's bounds is empty, and every use of it is refused with the reason.
+    pub fn subview(&self, byte_offset: u64, n_elements: usize) -> Self {
         let mut view = Self {
             shape: [n_elements].into(),
             ..self.clone()

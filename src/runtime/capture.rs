@@ -29,6 +29,13 @@ pub enum CapturedOpKind {
     Other,
 }
 
+impl CapturedOpKind {
+    /// Whether a graph optimiser may move other dispatches past this one: not past attention and softmax.
+    pub fn is_reorderable(&self) -> bool {
+        !matches!(self, Self::Sdpa | Self::Softmax)
+    }
+}
+
 /// What was bound at an index.
 #[derive(Debug, Clone)]
 pub enum CapturedBinding {

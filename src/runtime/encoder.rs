@@ -56,7 +56,9 @@ impl From<[u64; 3]> for MTLSize {
 pub enum KernelArg<'a> {
     /// A buffer, from the start of its view.
     Buffer(&'a MlxBuffer),
-    /// A buffer, from this many bytes into its view.
+    /// A buffer that starts where its allocation starts, from this many bytes on. A view that starts
+    /// further on is refused: programs for `mlx-native` count the offset from the allocation there, others
+    /// from the view. Bind [`MlxBuffer::subview`] as [`KernelArg::Buffer`] instead.
     BufferWithOffset(&'a MlxBuffer, u64),
     /// Bytes copied into the command.
     Bytes(&'a [u8]),
@@ -205,6 +207,14 @@ impl CommandEncoder {
         }
     }
 
+    /// How many ranges of memory dispatches have touched since the last barrier.
+    pub fn mem_ranges_len(&self) -> usize {
+        match self.captured {
+            Some(_) => self.capture_hazards.len(),
+            None => self.hazards.len(),
+        }
+    }
+
     /// Records work over operands that were checked for it.
     pub(crate) fn task(&mut self, task: Task<MlxBuffer>, op_kind: CapturedOpKind) -> Result<()> {
         let named = std::mem::take(&mut self.op_kind);
@@ -233,8 +243,8 @@ impl CommandEncoder {
         Ok(())
     }
 
-    /// Makes the commit report an error and run nothing.
-    pub(crate) fn spoil(&mut self, error: MlxError) {
+    /// Has the commit report an error and run nothing.
+    pub(crate) fn refuse(&mut self, error: MlxError) {
         self.op_kind = CapturedOpKind::default();
         self.fault.get_or_insert(error);
     }
@@ -462,6 +472,17 @@ impl Pending for InParts {
 }
 
 pub(crate) fn from_offset(buffer: &MlxBuffer, offset: u64) -> Result<MlxBuffer> {
+    if buffer.byte_offset() != 0 {
+        return Err(MlxError::expected(
+            "BufferWithOffset",
+            "a buffer that starts at byte 0 of its allocation",
+            format!(
+                "a view that starts at byte {}: whether byte {offset} counts from the allocation or from \
+                 the view is ambiguous; bind a `subview` as `Buffer`",
+                buffer.byte_offset()
+            ),
+        ));
+    }
     let size = buffer.dtype().size_of();
     let rest = usize::try_from(offset)
         .ok()
@@ -473,5 +494,5 @@ pub(crate) fn from_offset(buffer: &MlxBuffer, offset: u64) -> Result<MlxBuffer> 
             offset,
         ));
     };
-    Ok(buffer.slice_view(offset, rest / size))
+    Ok(buffer.subview(offset, rest / size))
 }

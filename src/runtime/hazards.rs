@@ -38,6 +38,11 @@ impl Hazards {
         barrier
     }
 
+    /// How many uses there are since the last barrier.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Notes a barrier.
     pub(crate) fn clear(&mut self) {
         self.0.clear();

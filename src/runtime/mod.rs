@@ -7,6 +7,7 @@ pub mod capture;
 pub mod cuda;
 pub mod device;
 pub mod encoder;
+pub mod mem_ranges;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 pub mod metal;
 pub mod registry;

@@ -19,6 +19,11 @@ use crate::sources;
 pub struct Pipeline(Arc<Kernel>);
 
 impl Pipeline {
+    /// The kernel's name.
+    pub fn label(&self) -> &str {
+        &self.0.name
+    }
+
     /// Threads that run in lock step.
     pub fn thread_execution_width(&self) -> u64 {
         self.0.limits.thread_execution_width
@@ -241,13 +246,22 @@ impl KernelRegistry {
         Ok(slot.insert(pipeline))
     }
 
-    /// Whether some pipeline of this kernel has been built.
+    /// Whether a pipeline of this kernel has been built: with any constants for a name alone, with
+    /// exactly these for a name with constants, as in `flash_attn_prefill_bf16_d64|300:b1|301:b0`
+    /// (`b0`, `b1`: a bool; `i8`: an int). A bool that is false counts as left out, in any order.
     pub fn is_cached(&self, name: &str) -> bool {
+        let (name, constants) = match name.split_once('|') {
+            None => (name, None),
+            Some((name, constants)) => match parse_constants(constants) {
+                None => return false,
+                constants => (name, constants),
+            },
+        };
         self.shared
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .keys()
-            .any(|key| key.kernel == name)
+            .any(|key| key.kernel == name && constants.as_ref().is_none_or(|c| *c == key.constants))
     }
 
     /// How many pipelines have been built.
@@ -269,4 +283,19 @@ impl KernelRegistry {
     pub fn source_count(&self) -> usize {
         self.sources.len()
     }
+}
+
+/// Constants in the form that [`KernelRegistry::is_cached`] takes.
+fn parse_constants(text: &str) -> Option<Constants> {
+    let (mut bools, mut ints) = (Vec::new(), Vec::new());
+    for constant in text.split('|') {
+        let (index, value) = constant.split_once(':')?;
+        let index = index.parse().ok()?;
+        match value {
+            "b0" => bools.push((index, false)),
+            "b1" => bools.push((index, true)),
+            _ => ints.push((index, value.strip_prefix('i')?.parse().ok()?)),
+        }
+    }
+    Some(Constants::new(&bools, &ints))
 }

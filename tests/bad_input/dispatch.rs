@@ -206,7 +206,7 @@ fn prefill() -> Vec<Row> {
             c.params.scale = f32::NAN
         }),
         raw("a softcap that is no number", &["softcap"], |_, c| {
-            c.bools.push((305, true));
+            c.bools.push((312, true));
             c.params.softcapping = f32::NAN;
         }),
         raw("Q missing", &["buffer 0", "none"], |_, c| {
@@ -273,10 +273,10 @@ fn prefill() -> Vec<Row> {
             |_, c| c.bools.push((307, true)),
         ),
         raw("a window said and not given", &["buffer 8"], |_, c| {
-            c.bools.push((304, true))
+            c.bools.push((311, true))
         }),
         raw("a window of no key", &["window"], |_, c| {
-            c.bools.push((304, true));
+            c.bools.push((311, true));
             c.bytes
                 .push((8, as_bytes(&AttnExtraParamsGpu::zeroed()).to_vec()));
         }),

@@ -1,6 +1,10 @@
-//! A program as one writes it for the crate `mlx-native`, with the dependency renamed: its names,
-//! signatures and habits (`&mut out`, encode now and commit later), and results that are right.
-//! Every kernel of that crate runs here.
+//! Programs as one writes them for version 0.6.3 of the crate `mlx-native`, with the dependency renamed:
+//! its names, signatures and habits (`&mut out`, encode now and commit later), and results that are
+//! right. What is imported as `mlx_native::` is there in 0.6.3, too: names of the crate root, and of the
+//! modules in `ops`. What is imported as `mlx_flash_attn::` belongs to the test, not to the program.
+//!
+//! `main` has a layer's prefill and decode steps, `kernels` every prefill dispatcher, `names` what else
+//! such a program can name. What 0.6.3 has and this crate has not stands in `docs/guide.md`.
 #![allow(clippy::unwrap_used, clippy::panic)]
 // The original takes `&mut out`, and programs pass it.
 #![allow(clippy::unnecessary_mut_passed)]
@@ -8,6 +12,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod kernels;
+mod names;
 
 use common::{Plain, Qkv, assert_close, seen, shape};
 use half::bf16;

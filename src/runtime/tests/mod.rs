@@ -103,17 +103,15 @@ fn everything_can_cross_threads() {
 fn views_are_exact_to_the_byte() {
     let whole = u8s(&device(), 20);
     let view = whole.slice_view(4, 8);
-    let inner = view.slice_view(3, 2);
+    let inner = view.subview(3, 2);
     assert_eq!((view.byte_len(), view.byte_offset()), (8, 4));
     assert_eq!((view.element_count(), view.shape()), (8, &[8][..]));
     assert_eq!(view.as_slice::<u8>().unwrap(), [4, 5, 6, 7, 8, 9, 10, 11]);
     assert_eq!(inner.byte_offset(), 7);
     assert_eq!(inner.as_slice::<u8>().unwrap(), [7, 8]);
     assert_eq!(view.as_slice::<u32>().unwrap().len(), 2);
-    assert_eq!(
-        inner.contents_ptr() as usize,
-        whole.contents_ptr() as usize + 7
-    );
+    assert!(!whole.contents_ptr().is_null());
+    assert_eq!(whole.slice_view(0, 3).contents_ptr(), whole.contents_ptr());
     // To the very end and no further; an empty view at the end is a view.
     assert_eq!(whole.slice_view(12, 8).as_slice::<u8>().unwrap()[7], 19);
     assert_eq!(whole.slice_view(20, 0).as_slice::<u8>().unwrap().len(), 0);
@@ -131,6 +129,56 @@ fn views_out_of_bounds_are_refused_wherever_they_are_used() {
         // A view of it does not make it whole again.
         assert!(view.slice_view(0, 0).as_slice::<u8>().is_err());
     }
+}
+
+/// `mlx-native` counts these from the allocation, the view's own would be as plausible: neither is taken.
+#[test]
+fn an_offset_into_a_view_that_starts_further_on_is_refused() {
+    let device = device();
+    let whole = u8s(&device, 40);
+    let view = whole.slice_view(4, 8);
+    let words = ["ambiguous", "byte 4", "byte 0", "subview"];
+    let refused = |error: MlxError| {
+        let error = error.to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    for offset in [0, 4] {
+        let inner = view.slice_view(offset, 2);
+        assert_eq!((inner.byte_len(), inner.element_count()), (0, 0));
+        refused(inner.as_slice::<u8>().unwrap_err());
+        refused(inner.subview(0, 0).as_slice::<u8>().unwrap_err());
+    }
+    assert!(view.contents_ptr().is_null());
+    assert_eq!(view.subview(4, 2).as_slice::<u8>().unwrap(), [8, 9]);
+    assert!(view.subview(7, 2).as_slice::<u8>().is_err());
+    // A view from the start is where both readings agree.
+    let head = whole.slice_view(0, 8);
+    assert_eq!(head.slice_view(4, 2).as_slice::<u8>().unwrap(), [4, 5]);
+
+    let (mask, size) = (mask(&device, 12), MTLSize::new(1, 1, 1));
+    let tail = mask.slice_view(12, 6);
+    let params = fill_params(1, 2);
+    let mut registry = KernelRegistry::new();
+    let pipeline = registry
+        .get_pipeline(names::MASK_FILL, device.metal_device())
+        .unwrap();
+    let run = |out: KernelArg<'_>| {
+        let mut encoder = device.command_encoder().unwrap();
+        let args = [(0, out), (1, KernelArg::Bytes(as_bytes(&params)))];
+        encoder.encode_threadgroups_with_args(pipeline, &args, size, size);
+        encoder.commit_and_wait()
+    };
+    for offset in [0, 4] {
+        let error = run(KernelArg::BufferWithOffset(&tail, offset)).unwrap_err();
+        let error = error.to_string();
+        let words = ["BufferWithOffset", "byte 12", "ambiguous"];
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    }
+    let cells = || mask.as_slice::<u16>().unwrap().to_vec();
+    assert_eq!(cells(), [0; 12]);
+    run(KernelArg::Buffer(&tail.subview(4, 2))).unwrap();
+    run(KernelArg::BufferWithOffset(&mask, 4)).unwrap();
+    assert_eq!(cells(), [0, 0, 0, 0xff80, 0, 0, 0, 0, 0, 0xff80, 0, 0]);
 }
 
 #[test]
@@ -306,6 +354,21 @@ fn pipelines_are_built_once_and_shared_by_clones() {
     assert!(std::sync::Arc::ptr_eq(first.kernel(), second.kernel()));
     assert_eq!((registry.cached_count(), clone.cached_count()), (1, 1));
     assert!(registry.is_cached(name) && clone.is_cached(name));
+    for (key, there) in [
+        ("|300:b1", true),
+        ("|300:b1|301:b0", true),
+        ("|301:b0|200:b0|300:b1", true),
+        ("|300:b0", false),
+        ("|300:b1|301:b1", false),
+        ("|300:i1", false),
+        ("|300:b1|322:i8", false),
+        ("|", false),
+        ("|300", false),
+        ("|300:b2", false),
+    ] {
+        assert_eq!(registry.is_cached(&format!("{name}{key}")), there, "{key}");
+    }
+    assert_eq!(first.label(), name);
     assert_eq!(first.thread_execution_width(), 32);
     assert_eq!(first.max_total_threads_per_threadgroup(), 128);
     assert_eq!(first.static_threadgroup_memory_length(), 0);
