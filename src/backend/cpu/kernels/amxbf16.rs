@@ -2,13 +2,11 @@
 //! whole product is one piece of assembly; all else is that of [`super::avx512bf16`].
 
 use std::arch::asm;
-use std::sync::LazyLock;
 
 use super::avx512::Avx512;
 use super::avx512bf16::Bf16Dot;
 use super::micro::{Kernel, Vector};
 use super::simd::Elem;
-use crate::backend::cpu::isa::cpuid;
 
 /// Products of 16 x 16 units of two bf16.
 #[derive(Debug, Clone, Copy)]
@@ -134,40 +132,4 @@ impl Kernel for Bf16Tiles {
         // SAFETY: as promised by the caller.
         unsafe { self.0.store_probabilities(at, p) }
     }
-}
-
-/// Whether the processor has these tiles and this process may use them. Linux grants them when asked.
-#[cfg_attr(miri, allow(dead_code))]
-pub(crate) fn available() -> bool {
-    static AVAILABLE: LazyLock<bool> = LazyLock::new(|| {
-        if !cfg!(target_os = "linux") {
-            return false;
-        }
-        // AMX-BF16 and AMX-TILE.
-        let has = cpuid(7).edx;
-        has & 1 << 22 != 0 && has & 1 << 24 != 0 && granted()
-    });
-    *AVAILABLE
-}
-
-/// Asks for the tiles' state, and sees whether it was given.
-fn granted() -> bool {
-    const ARCH_PRCTL: i64 = 158;
-    const GET_PERMITTED: i64 = 0x1022;
-    const REQUEST: i64 = 0x1023;
-    const TILE_DATA: u64 = 18;
-    let call = |code: i64, argument: u64| -> i64 {
-        let result;
-        // SAFETY: a system call of Linux on x86-64, which changes these registers; what it writes is
-        // a number to the address that the caller gives.
-        unsafe {
-            asm!("syscall", inlateout("rax") ARCH_PRCTL => result, in("rdi") code, in("rsi") argument,
-                out("rcx") _, out("r11") _, options(nostack));
-        }
-        result
-    };
-    let mut permitted = 0u64;
-    call(REQUEST, TILE_DATA) == 0
-        && call(GET_PERMITTED, (&raw mut permitted).addr() as u64) == 0
-        && permitted >> TILE_DATA & 1 != 0
 }

@@ -8,11 +8,12 @@ use crate::attention::{MaskSpec, Problem, Role};
 use crate::backend::cpu::job::{Job, Pointers};
 use crate::error::{MlxError, Result};
 
-use super::in_place::FEW_ROWS;
-use super::mask_map::MaskMap;
-use super::scratch::room;
-use super::table::Kernels;
+use super::buffer::room;
+use super::mask_map::{MaskMap, Panels};
 use super::types::{Cells, Float};
+
+/// Most query rows of a unit whose K and V are read where they lie: packing would not pay for itself.
+pub(super) const FEW_ROWS: usize = 8;
 
 /// Most keys of a strip, and the units from one row of scores to the next. Strips start at
 /// multiples of their length, so that a row's result depends on nothing but its visible keys.
@@ -22,12 +23,28 @@ pub(super) const STRIP: usize = 256;
 /// beside the rows' state.
 const STRIP_BYTES: usize = 256 << 10;
 
+/// Shape of the micro-kernel that a call runs, and so of what is packed for it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct KernelShape {
+    /// Elements in a unit.
+    pub(super) pair: usize,
+    /// What the rows of a micro-kernel must be a multiple of.
+    pub(super) side: usize,
+    /// Rows of the micro-kernel.
+    pub(super) rows: usize,
+}
+
+/// Reads some strips of the row of the mask that begins at a cell: [`super::mask_scan::scan`] for one
+/// instruction set.
+pub(super) type ScanMask = unsafe fn(&Call<'_>, usize, Range<usize>, *mut Panels);
+
 /// What holds for a whole call.
 #[derive(Debug)]
 pub(super) struct Call<'a> {
     pub(super) problem: &'a Problem,
     pub(super) at: Pointers,
-    pub(super) kernels: &'static Kernels,
+    pub(super) kernel: KernelShape,
+    pub(super) scan_mask: ScanMask,
     /// Elements of Q and O.
     pub(super) float: Float,
     /// Elements of K and V.
@@ -78,12 +95,12 @@ pub(super) struct Values {
 }
 
 impl<'a> Call<'a> {
-    /// Refuses kernels that do not take the problem's elements.
-    pub(super) fn new(job: &Job<'a>, kernels: &'static Kernels) -> Result<Self> {
+    /// Refuses a kernel that does not take the problem's elements.
+    pub(super) fn new(job: &Job<'a>, kernel: KernelShape, scan_mask: ScanMask) -> Result<Self> {
         let problem = job.problem;
         let float = Float::of(problem.dtype())?;
         let kv_float = Float::of(problem.kv_dtype())?;
-        if kernels.pair == 2 && (float, kv_float) != (Float::Bf16, Float::Bf16) {
+        if kernel.pair == 2 && (float, kv_float) != (Float::Bf16, Float::Bf16) {
             return Err(MlxError::UnsupportedDtype(format!(
                 "kernels for bf16: got {} and {}",
                 problem.dtype(),
@@ -91,13 +108,14 @@ impl<'a> Call<'a> {
             )));
         }
         let dim = problem.shape().head_dim;
-        let dim_units = dim / kernels.pair;
-        let depth = dim_units.next_multiple_of(kernels.side);
+        let dim_units = dim / kernel.pair;
+        let depth = dim_units.next_multiple_of(kernel.side);
         let seq_stride = |role| problem.strides(role).map_or(0, |s| s.seq);
         Ok(Self {
             problem,
             at: job.at,
-            kernels,
+            kernel,
+            scan_mask,
             float,
             kv_float,
             dim,

@@ -5,11 +5,13 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::call::{Call, Unit};
-use super::schedule::{Pass, Shared};
-use super::scratch::{room, with_scratch, with_shared};
+use super::bound_call::BoundCall;
+use super::buffer::{room, with_shared};
+use super::call::Unit;
+use super::pass::Pass;
+use super::scratch::{Scratch, with_scratch};
 use super::split::Split;
-use super::team::Team;
+use super::team::{Shared, Team};
 use super::tile::Tile;
 use crate::error::Result;
 
@@ -21,7 +23,12 @@ const CARRIED: usize = 2;
 const PARTIAL_BYTES: usize = 64 << 20;
 
 /// Runs a call whose units are split.
-pub(super) fn run(call: &Call<'_>, units: &[Unit], split: &Split, team: Team<'_>) -> Result<()> {
+pub(super) fn run(
+    call: &BoundCall<'_>,
+    units: &[Unit],
+    split: &Split,
+    team: Team<'_>,
+) -> Result<()> {
     run_in(call, units, split, team, slots(split))
 }
 
@@ -32,7 +39,7 @@ pub(super) fn slots(split: &Split) -> usize {
 
 /// As [`run`], with room for `slots` partial results, those of carried units among them.
 pub(super) fn run_in(
-    call: &Call<'_>,
+    call: &BoundCall<'_>,
     units: &[Unit],
     split: &Split,
     team: Team<'_>,
@@ -70,7 +77,7 @@ pub(super) fn run_in(
 
 #[derive(Debug)]
 struct Chunks<'a> {
-    call: &'a Call<'a>,
+    call: &'a BoundCall<'a>,
     units: &'a [Unit],
     split: &'a Split,
     slots: usize,
@@ -148,8 +155,8 @@ impl Chunks<'_> {
     ) {
         let (call, unit) = (self.call, &self.units[index]);
         with_scratch(|scratch| {
-            let (mut parts_of, _, _, careful) = scratch.split();
-            let mut tile = Tile::new(call, unit, self.rows(unit), None, &mut parts_of);
+            let Scratch { tile, careful, .. } = scratch;
+            let mut tile = Tile::new(call, unit, self.rows(unit), None, tile);
             if self.careful {
                 careful.begin(call, tile.rows.len());
             }

@@ -5,13 +5,10 @@ use std::ops::Range;
 
 use super::call::{Call, STRIP, Values};
 use super::micro::{Kernel, Vector};
+use super::products::{Products, Strip};
 use super::running::GROUP;
 use super::simd::{Elem, Simd};
-use super::step::{Products, Strip};
 use super::types::{Float, with_elements, with_float};
-
-/// Most query rows of a unit whose K and V are not packed.
-pub(super) const FEW_ROWS: usize = 8;
 
 /// Keys whose values are added up in registers before the next columns are.
 const KEYS: usize = 32;

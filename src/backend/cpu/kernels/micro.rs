@@ -10,6 +10,9 @@ use std::mem::MaybeUninit;
 
 use super::simd::{Elem, Simd};
 
+/// Most rows of a micro-kernel.
+pub(super) const MOST_ROWS: usize = 16;
+
 /// How units are multiplied, on top of an instruction set's vectors.
 pub(super) trait Kernel: Copy + 'static {
     type S: Simd;

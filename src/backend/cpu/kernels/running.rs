@@ -4,8 +4,8 @@
 
 use std::ops::Range;
 
+use super::buffer::Buffer;
 use super::math::LOG2_E;
-use super::scratch::Buffer;
 use super::simd::Simd;
 
 /// Most rows that are worked on together, rounded up to whole vectors.

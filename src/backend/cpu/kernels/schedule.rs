@@ -3,13 +3,15 @@
 
 use std::ops::Range;
 
-use super::call::{Call, Unit};
-use super::careful::Careful;
+use super::bound_call::BoundCall;
+use super::buffer::{room, with_shared};
+use super::call::Unit;
 use super::chunks;
-use super::scratch::{Scratch, room, with_scratch, with_shared};
+use super::packed::Packed;
+use super::pass::Pass;
+use super::scratch::{Scratch, with_scratch};
 use super::split::Split;
-use super::step::Packed;
-use super::team::Team;
+use super::team::{Shared, Team};
 use super::tile::Tile;
 use crate::error::Result;
 
@@ -27,22 +29,8 @@ const TILE_BYTES: usize = 192 << 10;
 /// Most state of all rows of a unit, in bytes, for one thread to take the unit as a whole.
 const WHOLE_BYTES: usize = 2 << 20;
 
-/// An address that threads share.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Shared<T>(pub(super) *mut T);
-// SAFETY: an address; whoever uses it keeps to parts of its own, or only reads.
-unsafe impl<T> Send for Shared<T> {}
-// SAFETY: as above.
-unsafe impl<T> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    pub(super) fn get(self) -> *mut T {
-        self.0
-    }
-}
-
 /// Runs a call. Whether a unit is packed depends on the unit alone, as its bits do.
-pub(super) fn run(call: &Call<'_>, team: Team<'_>) -> Result<()> {
+pub(super) fn run(call: &BoundCall<'_>, team: Team<'_>) -> Result<()> {
     let units = call.units()?;
     if let Some(split) = Split::plan(call, &units)? {
         return chunks::run(call, &units, &split, team);
@@ -61,7 +49,7 @@ pub(super) fn run(call: &Call<'_>, team: Team<'_>) -> Result<()> {
 }
 
 /// One task for each unit: it packs a strip and takes all rows over it, while both are in cache.
-fn whole_units(call: &Call<'_>, units: &[Unit], team: Team<'_>) -> Result<()> {
+fn whole_units(call: &BoundCall<'_>, units: &[Unit], team: Team<'_>) -> Result<()> {
     let mut order: Vec<usize> = room(units.len())?;
     order.extend(0..units.len());
     order.sort_by_key(|i| {
@@ -82,7 +70,7 @@ fn whole_units(call: &Call<'_>, units: &[Unit], team: Team<'_>) -> Result<()> {
 /// Some rows of a unit from their first strip to their outputs, packing the strips on the way unless
 /// there are too few rows to pay for it.
 fn by_itself(
-    call: &Call<'_>,
+    call: &BoundCall<'_>,
     unit: &Unit,
     rows: Range<usize>,
     strips: &Range<usize>,
@@ -125,77 +113,14 @@ fn carefully(pass: Pass<'_>, scratch: &mut Scratch) {
     });
 }
 
-/// Some rows of a unit on their way through some of its strips.
-#[derive(Debug)]
-pub(super) struct Pass<'a> {
-    pub(super) call: &'a Call<'a>,
-    pub(super) unit: &'a Unit,
-    pub(super) rows: Range<usize>,
-    pub(super) strips: Range<usize>,
-    /// The strip with which the rows are written out.
-    pub(super) last: Option<usize>,
-    /// What this thread will pass after it.
-    pub(super) next: Option<&'a Unit>,
-    /// Whether keys whose V is not finite may be among them.
-    pub(super) careful: bool,
-}
-
-impl Pass<'_> {
-    /// Takes the rows over the strips, packing these on the way unless there are too few rows to pay
-    /// for it; `end` gets what came of it.
-    pub(super) fn run<R>(
-        &self,
-        scratch: &mut Scratch,
-        end: impl FnOnce(&mut Tile<'_>, &mut Careful) -> R,
-    ) -> R {
-        let (call, unit) = (self.call, self.unit);
-        let (mut parts, keys, values, careful) = scratch.split();
-        let mut tile = Tile::new(call, unit, self.rows.clone(), self.last, &mut parts);
-        if self.careful {
-            careful.begin(call, tile.rows.len());
-        }
-        let in_place = unit.in_place(call);
-        let units = if in_place { 0 } else { call.strip_units() };
-        let (k, v) = (keys.reserve(units), values.reserve(units));
-        let next = self.next.map(|unit| (unit, unit.strips.start));
-        // SAFETY: the job's promises hold, the kernels suit this machine, and the buffers have room
-        // for a strip.
-        unsafe {
-            (call.kernels.begin)(&mut tile);
-            for strip in self.strips.clone() {
-                let values = if self.careful {
-                    careful.clean(call, unit, strip)
-                } else {
-                    unit.values(call, strip)
-                };
-                if in_place {
-                    (call.kernels.step_in_place)(&mut tile, strip, values);
-                } else {
-                    (call.kernels.pack)(call, unit, strip, values, k, v);
-                    let packed = Packed {
-                        strip,
-                        k,
-                        v,
-                        next: if strip + 1 < self.strips.end {
-                            Some((unit, strip + 1))
-                        } else {
-                            next
-                        },
-                    };
-                    (call.kernels.step)(&mut tile, packed);
-                }
-                if self.careful {
-                    careful.note(&tile);
-                }
-            }
-        }
-        end(&mut tile, careful)
-    }
-}
-
 /// Waves of units: their K and V are packed once, by all threads, then tiles of rows share them. A unit
 /// whose packed K and V would take more than `most` bytes, or more than there are, is not packed at once.
-pub(super) fn by_tiles(call: &Call<'_>, units: &[Unit], team: Team<'_>, most: usize) -> Result<()> {
+pub(super) fn by_tiles(
+    call: &BoundCall<'_>,
+    units: &[Unit],
+    team: Team<'_>,
+    most: usize,
+) -> Result<()> {
     // One buffer for all waves: an allocator keeps the pages of one that was freed beside the next.
     with_shared(|buffer| {
         let mut wave = 0;
@@ -221,7 +146,7 @@ pub(super) fn by_tiles(call: &Call<'_>, units: &[Unit], team: Team<'_>, most: us
 }
 
 fn run_wave(
-    call: &Call<'_>,
+    call: &BoundCall<'_>,
     units: &[Unit],
     packed: Option<Shared<u32>>,
     team: Team<'_>,
@@ -264,9 +189,8 @@ fn run_wave(
             let Some(packed) = packed.filter(|_| !unit.in_place(call)) else {
                 return by_itself(call, unit, rows.clone(), &strips, None, scratch);
             };
-            let mut parts = scratch.split().0;
             let last = strips.clone().last();
-            let mut tile = Tile::new(call, unit, rows.clone(), last, &mut parts);
+            let mut tile = Tile::new(call, unit, rows.clone(), last, &mut scratch.tile);
             // SAFETY: the job's promises hold, the kernels suit this machine, and all strips are
             // packed.
             unsafe {
@@ -301,9 +225,13 @@ fn run_wave(
 }
 
 /// Tiles of rows, those with the most keys first.
-fn tiles(call: &Call<'_>, units: &[Unit], threads: usize) -> Result<Vec<(usize, Range<usize>)>> {
+fn tiles(
+    call: &BoundCall<'_>,
+    units: &[Unit],
+    threads: usize,
+) -> Result<Vec<(usize, Range<usize>)>> {
     let total: usize = units.iter().map(|u| u.rows(call)).sum();
-    let quantum = call.kernels.rows;
+    let quantum = call.kernels.shape.rows;
     // As many as cache holds, but several tasks for each thread.
     let rows = (TILE_BYTES / call.row_bytes()).min(total / (6 * threads));
     let rows = (rows / quantum * quantum).max(quantum);

@@ -4,12 +4,12 @@
 use std::ops::Range;
 
 use super::call::Call;
-use super::careful;
+use super::mask_lookup::{self, classes};
 use super::math::{self, LOG2_E};
 use super::micro::{Kernel, Vector};
+use super::query_row::QueryRow;
 use super::simd::{Cell, Simd, load_first};
-use super::span::{self, Span};
-use super::tile::Row;
+use super::span::Span;
 use super::types::{Cells, Float, with_cells, with_float};
 use crate::attention::TileClass;
 
@@ -31,13 +31,13 @@ pub(super) struct Place {
 #[inline(always)]
 pub(super) fn are_plain(
     call: &Call<'_>,
-    rows: &[Row],
+    rows: &[QueryRow],
     start: usize,
     all: Span,
     width: usize,
 ) -> bool {
     let keys = start + all.first * width..start + all.end * width;
-    let sees_all = |row: &Row| row.keys.start <= keys.start && row.keys.end >= keys.end;
+    let sees_all = |row: &QueryRow| row.keys.start <= keys.start && row.keys.end >= keys.end;
     let decorated = all.masked != 0 || call.softcap.is_some() || !call.at.alibi_slopes.is_null();
     !decorated && rows.iter().all(sees_all)
 }
@@ -47,7 +47,7 @@ pub(super) fn are_plain(
 pub(super) unsafe fn largest<K: Kernel, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
-    row: &Row,
+    row: &QueryRow,
     at: *mut f32,
     place: Place,
 ) -> f32 {
@@ -89,7 +89,7 @@ pub(super) unsafe fn largest<K: Kernel, const NR: usize>(
 /// The job's promises hold, and the row's span of the strip is at `at`.
 pub(super) unsafe fn largest_of_none(
     call: &Call<'_>,
-    row: &Row,
+    row: &QueryRow,
     at: *mut f32,
     place: Place,
     width: usize,
@@ -110,14 +110,14 @@ pub(super) unsafe fn largest_of_none(
     let keys =
         (place.start + span.start).max(row.keys.start)..(place.start + span.end).min(row.keys.end);
     // SAFETY: the keys are the row's own; the mask has them.
-    if keys.is_empty() || !unsafe { careful::may_show(call, row, keys.clone()) } {
+    if keys.is_empty() || !unsafe { mask_lookup::may_show(call, row, keys.clone()) } {
         return f32::NEG_INFINITY;
     }
     let mut largest = f32::NEG_INFINITY;
     for key in keys {
         // SAFETY: the key is the row's own; its score lies in the span.
         unsafe {
-            if careful::is_shown(call, row, place.key_len, key) {
+            if mask_lookup::is_shown(call, row, place.key_len, key) {
                 *at.add(key - place.start) = f32::MIN;
                 largest = f32::MIN;
             }
@@ -215,7 +215,12 @@ unsafe fn hide<K: Kernel, const NR: usize>(kernel: K, at: *mut f32, panels: Rang
 
 /// Sets scores of the row's span that lie outside its visible keys to `-inf`.
 #[inline(always)]
-unsafe fn hide_edges<K: Kernel, const NR: usize>(kernel: K, row: &Row, at: *mut f32, place: Place) {
+unsafe fn hide_edges<K: Kernel, const NR: usize>(
+    kernel: K,
+    row: &QueryRow,
+    at: *mut f32,
+    place: Place,
+) {
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
     let (first, end) = (place.own.first * NR, place.own.end * NR);
@@ -247,7 +252,7 @@ const LINEAR: f32 = 1.0 / 8192.0;
 unsafe fn decorate<K: Kernel, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
-    row: &Row,
+    row: &QueryRow,
     at: *mut f32,
     place: Place,
 ) {
@@ -266,7 +271,7 @@ unsafe fn decorate<K: Kernel, const NR: usize>(
 unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
-    row: &Row,
+    row: &QueryRow,
     at: *mut f32,
     place: Place,
     masked: bool,
@@ -277,7 +282,7 @@ unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
     let hidden = s.splat(f32::NEG_INFINITY);
     let everywhere = call.softcap.is_some() || row.slope != 0.0;
     let classed = masked && !call.at.tile_classes.is_null();
-    let classes = span::classes(call, row, place.key_len);
+    let classes = classes(call, row, place.key_len);
     for vector in place.own.first * NR..place.own.end * NR {
         let mut masked = masked && place.own.masked >> (vector / NR) & 1 != 0;
         if !masked && !everywhere {

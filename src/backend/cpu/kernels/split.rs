@@ -1,10 +1,10 @@
 //! Few query rows over many keys: chunks of keys are worked on apart, and their partial results
 //! joined in order. Where chunks begin depends on the problem alone, and so do the result's bits.
 
+use super::buffer::room;
 use super::call::{Call, Unit};
 use super::careful;
 use super::running::factor;
-use super::scratch::room;
 use super::tile::Tile;
 use crate::error::Result;
 

@@ -2,32 +2,19 @@
 
 use std::ops::Range;
 
-use super::call::{Call, STRIP, Unit, Values};
-use super::in_place::{FEW_ROWS, InPlace};
-use super::micro::{self, Kernel, product};
-use super::pack;
+use super::call::{Call, FEW_ROWS, STRIP, Values};
+use super::in_place::InPlace;
+use super::micro::{self, Kernel, MOST_ROWS};
+use super::packed::Packed;
+use super::products::{Products, Strip};
+use super::query_row::QueryRow;
 use super::running::{GROUP, Lanes};
 use super::simd::Simd;
 use super::softmax::{self, Place};
 use super::span::{self, Span};
-use super::tile::{self, Row, Tile};
+use super::tile::{self, Tile};
 
-/// Most rows of a micro-kernel.
-pub(super) const MOST_ROWS: usize = 16;
 const _: () = assert!(MOST_ROWS <= GROUP);
-
-/// Packed K and V of a strip.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Packed<'a> {
-    pub(super) strip: usize,
-    pub(super) k: *const u32,
-    pub(super) v: *const u32,
-    /// What will be packed next, so that it is in cache by then.
-    pub(super) next: Option<(&'a Unit, usize)>,
-}
-
-/// Elements of K in what is asked for during the whole of the strip before it.
-const EARLY: usize = 16 << 10;
 
 /// Takes all rows of a tile one strip further.
 ///
@@ -88,28 +75,6 @@ unsafe fn step_through<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
             }
         }
     }
-}
-
-/// K and V of a strip, in some form.
-pub(super) trait Strip: Copy {
-    /// What the rows of a micro-kernel must be a multiple of.
-    fn side<K: Kernel>() -> usize {
-        1
-    }
-    /// Asks memory for the share that some of all `rows` have in what comes after this strip.
-    fn ahead<S: Simd>(self, _s: S, _call: &Call<'_>, _share: Range<usize>, _rows: usize) {}
-    /// Writes the scaled scores of `MR` rows.
-    unsafe fn scores<K: Kernel, const MR: usize, const NR: usize>(
-        self,
-        kernel: K,
-        of: &Products<'_>,
-    );
-    /// Adds the probabilities' product with V to the outputs of `MR` rows.
-    unsafe fn values<K: Kernel, const MR: usize, const NR: usize>(
-        self,
-        kernel: K,
-        of: &Products<'_>,
-    );
 }
 
 /// Runs a method of [`Strip`] with the smallest size of micro-kernel that holds `rows`.
@@ -213,7 +178,7 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
 #[inline(never)]
 unsafe fn find_largest(
     call: &Call<'_>,
-    rows: &[Row],
+    rows: &[QueryRow],
     scores: *mut f32,
     place: impl Fn(usize) -> Place,
     width: usize,
@@ -232,7 +197,7 @@ unsafe fn find_largest(
 
 /// The first unit of a strip's keys, which begin at key `start`, that some row sees, and one past the
 /// last; in steps of what the micro-kernel takes at once.
-fn seen<K: Kernel>(rows: &[Row], start: usize, all: Span, width: usize) -> [usize; 2] {
+fn seen<K: Kernel>(rows: &[QueryRow], start: usize, all: Span, width: usize) -> [usize; 2] {
     let side = micro::side::<K>();
     let panels = all.first * width..all.end * width;
     let low = rows.iter().map(|row| row.keys.start).min().unwrap_or(0);
@@ -240,143 +205,4 @@ fn seen<K: Kernel>(rows: &[Row], start: usize, all: Span, width: usize) -> [usiz
     let inside = |key: usize| key.saturating_sub(start).clamp(panels.start, panels.end);
     let unit = |key: usize| key / (K::PAIR * side) * side;
     [unit(inside(low)), unit(inside(high) + K::PAIR * side - 1)]
-}
-
-/// The two matrix products of some rows with a strip.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Products<'a> {
-    pub(super) call: &'a Call<'a>,
-    /// The panels to compute.
-    pub(super) all: Span,
-    /// Of their units of keys, the first that some row sees, and one past the last.
-    pub(super) keys: [usize; 2],
-    pub(super) queries: *const u32,
-    /// Units from one row of Q to the next.
-    pub(super) query_row: usize,
-    pub(super) scores: *mut f32,
-    pub(super) outputs: *mut f32,
-    /// What the outputs so far are multiplied by; nothing where there are none yet.
-    pub(super) keep: Option<&'a Lanes>,
-}
-
-impl Products<'_> {
-    /// Adds a vector of row `r` to the outputs.
-    #[inline(always)]
-    pub(super) unsafe fn put<S: Simd>(&self, s: S, r: usize, column: usize, x: S::V) {
-        // SAFETY: the outputs are there.
-        unsafe {
-            let at = self.outputs.add(r * self.call.dim + column);
-            let x = match self.keep {
-                Some(factors) => s.fma(s.load(at), s.splat(factors[r]), x),
-                None => x,
-            };
-            s.store(at, x);
-        }
-    }
-}
-
-impl Strip for Packed<'_> {
-    fn side<K: Kernel>() -> usize {
-        micro::side::<K>()
-    }
-
-    #[inline(always)]
-    fn ahead<S: Simd>(self, s: S, call: &Call<'_>, share: Range<usize>, rows: usize) {
-        let Some((unit, strip)) = self.next else {
-            return;
-        };
-        let keys = unit.strip_keys(call, strip);
-        // Not too early, unless it is small: other rows' outputs go through the cache before it is used.
-        let late = if keys.len() * call.dim <= EARLY {
-            0
-        } else {
-            rows - rows / 4
-        };
-        let at =
-            |row: usize| keys.start + row.saturating_sub(late) * keys.len() / (rows - late).max(1);
-        pack::ask_for(s, call, unit, at(share.start)..at(share.end));
-    }
-
-    #[inline(always)]
-    unsafe fn scores<K: Kernel, const MR: usize, const NR: usize>(
-        self,
-        kernel: K,
-        of: &Products<'_>,
-    ) {
-        let s = kernel.simd();
-        let lanes = <K::S as Simd>::LANES;
-        let width = NR * lanes;
-        let depth = of.call.depth;
-        let scale = s.splat(of.call.scale);
-        for panel in of.all.first..of.all.end {
-            // SAFETY: rows and panels are there.
-            unsafe {
-                let b = self.k.add(panel * depth * width);
-                let scores = of.scores.add(panel * width);
-                let mut from = 0;
-                while from < depth {
-                    let run = of.call.run.min(depth - from);
-                    let (a, b) = (of.queries.add(from), b.add(from * width));
-                    let acc = product::<K, MR, NR>(kernel, run, of.query_row, a, b);
-                    let (first, last) = (from == 0, from + run == depth);
-                    for (r, row) in acc.iter().enumerate() {
-                        for (j, x) in row.iter().enumerate() {
-                            let at = scores.add(r * STRIP + j * lanes);
-                            let x = if first { *x } else { s.add(s.load(at), *x) };
-                            s.store(at, if last { s.mul(x, scale) } else { x });
-                        }
-                    }
-                    from += run;
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn values<K: Kernel, const MR: usize, const NR: usize>(
-        self,
-        kernel: K,
-        of: &Products<'_>,
-    ) {
-        let width = NR * <K::S as Simd>::LANES;
-        let panelled = of.call.dim / width * width;
-        // SAFETY: rows, keys and columns are there.
-        unsafe {
-            for column in (0..panelled).step_by(width) {
-                self.columns::<K, MR, NR>(kernel, of, column);
-            }
-            for column in (panelled..of.call.dim).step_by(<K::S as Simd>::LANES) {
-                self.columns::<K, MR, 1>(kernel, of, column);
-            }
-        }
-    }
-}
-
-impl Packed<'_> {
-    /// `NV` vectors of columns of [`Strip::values`].
-    #[inline(always)]
-    unsafe fn columns<K: Kernel, const MR: usize, const NV: usize>(
-        self,
-        kernel: K,
-        of: &Products<'_>,
-        column: usize,
-    ) {
-        let s = kernel.simd();
-        let lanes = <K::S as Simd>::LANES;
-        let [first, end] = of.keys;
-        // SAFETY: rows, keys and columns are there.
-        unsafe {
-            let a = of.scores.cast::<u32>().add(first);
-            let b = self
-                .v
-                .add(column * of.call.strip / K::PAIR + first * NV * lanes);
-            // From 0 in each strip: the sum of a long row is the more exact for it.
-            let acc = product::<K, MR, NV>(kernel, end - first, STRIP, a, b);
-            for (r, row) in acc.iter().enumerate() {
-                for (j, x) in row.iter().enumerate() {
-                    of.put(s, r, column + j * lanes, *x);
-                }
-            }
-        }
-    }
 }

@@ -3,46 +3,20 @@
 
 use std::ops::Range;
 
-use super::call::{Call, STRIP, Unit};
-use super::careful::Careful;
-use super::in_place::FEW_ROWS;
-use super::micro::Kernel;
+use super::buffer::Buffer;
+use super::call::{Call, FEW_ROWS, STRIP, Unit};
+use super::micro::{Kernel, MOST_ROWS};
+use super::query_row::QueryRow;
 use super::running::Running;
-use super::scratch::{Buffer, Scratch};
 use super::simd::{Elem, Simd};
-use super::step::MOST_ROWS;
 use super::types::{Float, with_elements, with_float};
-
-/// What is kept of one query row.
-#[derive(Debug, Clone)]
-pub(super) struct Row {
-    pub(super) head: usize,
-    pub(super) position: usize,
-    /// The keys that it sees, mask apart.
-    pub(super) keys: Range<usize>,
-    /// Key that stands at its own position.
-    pub(super) diagonal: i64,
-    /// ALiBi slope; 0 without.
-    pub(super) slope: f32,
-    /// Its row in the mask.
-    pub(super) mask: usize,
-}
-
-impl Row {
-    /// Whether visibility and mask treat this row as `other`.
-    pub(super) fn sees_as(&self, other: &Self, call: &Call<'_>) -> bool {
-        let masked_alike =
-            || call.mask.is_none() || self.position == other.position && self.mask == other.mask;
-        self.keys == other.keys && masked_alike()
-    }
-}
 
 /// Rows of one unit, in a thread's scratch.
 #[derive(Debug)]
 pub(super) struct Tile<'a> {
     pub(super) call: &'a Call<'a>,
     pub(super) unit: &'a Unit,
-    pub(super) rows: &'a mut [Row],
+    pub(super) rows: &'a mut [QueryRow],
     /// The strip with which the rows are written out; without one [`finish`] does.
     pub(super) last: Option<usize>,
     /// The first rows of Q are read where the caller has them.
@@ -68,7 +42,7 @@ impl<'a> Tile<'a> {
             return (self.queries.wrapping_add(row * step), step);
         }
         let q = query_at(self.call, self.unit, &self.rows[row]);
-        (q.cast(), self.call.query_stride / self.call.kernels.pair)
+        (q.cast(), self.call.query_stride / self.call.kernel.pair)
     }
 
     /// Rows `rows` of a unit, with no key seen yet; Q is still to be packed.
@@ -77,84 +51,52 @@ impl<'a> Tile<'a> {
         unit: &'a Unit,
         rows: Range<usize>,
         last: Option<usize>,
-        scratch: &'a mut TileScratch<'_>,
+        buffers: &'a mut TileBuffers,
     ) -> Self {
         // Micro-kernels work on rows past the last one.
-        let padded = rows.len().next_multiple_of(call.kernels.rows).max(FEW_ROWS);
-        scratch.rows.clear();
-        scratch.rows.extend(rows.map(|f| row_state(call, unit, f)));
-        let in_place = queries_in_place(call, unit, scratch.rows);
+        let padded = rows.len().next_multiple_of(call.kernel.rows).max(FEW_ROWS);
+        let new_row = |f: usize| QueryRow::new(call, unit, f);
+        buffers.rows.clear();
+        buffers.rows.extend(rows.map(new_row));
+        let in_place = queries_in_place(call, unit, &buffers.rows);
         Self {
             call,
             unit,
-            rows: scratch.rows,
+            rows: &mut buffers.rows,
             last,
             in_place,
-            queries: scratch.queries.reserve(padded * call.query_row),
-            running: Running::new(scratch.running, padded),
-            outputs: scratch.outputs.reserve(padded * call.dim).cast(),
-            scores: scratch.scores.reserve(MOST_ROWS * STRIP).cast(),
+            queries: buffers.queries.reserve(padded * call.query_row),
+            running: Running::new(&mut buffers.running, padded),
+            outputs: buffers.outputs.reserve(padded * call.dim).cast(),
+            scores: buffers.scores.reserve(MOST_ROWS * STRIP).cast(),
             tainted: false,
         }
     }
 }
 
-/// The parts of [`Scratch`] that a tile takes.
-#[derive(Debug)]
-pub(super) struct TileScratch<'a> {
-    queries: &'a mut Buffer,
-    running: &'a mut Buffer,
-    outputs: &'a mut Buffer,
-    scores: &'a mut Buffer,
-    rows: &'a mut Vec<Row>,
-}
-
-impl Scratch {
-    /// The parts for a tile, those for its packed K and V, and what a careful run takes.
-    pub(super) fn split(&mut self) -> (TileScratch<'_>, &mut Buffer, &mut Buffer, &mut Careful) {
-        let tile = TileScratch {
-            queries: &mut self.queries,
-            running: &mut self.running,
-            outputs: &mut self.outputs,
-            scores: &mut self.scores,
-            rows: &mut self.rows,
-        };
-        (tile, &mut self.keys, &mut self.values, &mut self.careful)
-    }
-}
-
-fn row_state(call: &Call<'_>, unit: &Unit, f: usize) -> Row {
-    let (position, head) = (f / call.group, unit.kv_head * call.group + f % call.group);
-    let sequence = &unit.sequence;
-    let slope = if call.at.alibi_slopes.is_null() {
-        0.0
-    } else {
-        // SAFETY: there is a slope for each head.
-        unsafe { *call.at.alibi_slopes.add(head) }
-    };
-    Row {
-        head,
-        position,
-        keys: sequence.visibility.keys(position as i64, sequence.key_len),
-        diagonal: position as i64 + sequence.visibility.q_offset,
-        slope,
-        mask: call.problem.mask_at(sequence, head, position),
-    }
+/// A thread's memory for the rows of a tile.
+#[derive(Debug, Default)]
+pub(super) struct TileBuffers {
+    queries: Buffer,
+    running: Buffer,
+    outputs: Buffer,
+    scores: Buffer,
+    rows: Vec<QueryRow>,
 }
 
 /// Where a row of Q begins.
-fn query_at(call: &Call<'_>, unit: &Unit, row: &Row) -> *const u8 {
+fn query_at(call: &Call<'_>, unit: &Unit, row: &QueryRow) -> *const u8 {
     let at = call.problem.q_at(&unit.sequence, row.head, row.position);
     call.at.q.wrapping_add(at * call.float.size_of())
 }
 
 /// How many of the first rows the micro-kernel can read where the caller has Q: none unless Q holds
 /// units, one row a fixed step after the other.
-fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[Row]) -> usize {
+fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[QueryRow]) -> usize {
     let Some(first) = rows.first() else {
         return 0;
     };
-    let units = match call.kernels.pair {
+    let units = match call.kernel.pair {
         1 => call.float == Float::F32,
         _ => call.float == Float::Bf16,
     };
@@ -167,10 +109,10 @@ fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[Row]) -> usize {
     {
         return 0;
     }
-    let whole = rows.len() / call.kernels.rows * call.kernels.rows;
+    let whole = rows.len() / call.kernel.rows * call.kernel.rows;
     // The micro-kernel reads no row past the last of these.
     let rest = match rows.len() - whole {
-        rest @ (1 | 2 | 4 | 8) if rest.is_multiple_of(call.kernels.side) => rest,
+        rest @ (1 | 2 | 4 | 8) if rest.is_multiple_of(call.kernel.side) => rest,
         _ => 0,
     };
     whole + rest
@@ -272,33 +214,4 @@ unsafe fn write_as<K: Kernel, T: Elem>(kernel: K, tile: &Tile<'_>, rows: Range<u
         }
     }
     s.ne(taint, taint) != 0
-}
-
-impl Row {
-    /// What the row's sums are to be multiplied by, and its log-sum-exp, the sink included.
-    fn close(&self, call: &Call<'_>, max: f32, sum: f32) -> (f32, f32) {
-        let max = f64::from(max) * std::f64::consts::LOG2_E;
-        let lse = |max: f64, sum: f64| {
-            if call.at.lse.is_null() {
-                0.0
-            } else {
-                (max * std::f64::consts::LN_2 + sum.ln()) as f32
-            }
-        };
-        if call.at.sinks.is_null() {
-            return (1.0 / sum, lse(max, f64::from(sum)));
-        }
-        // SAFETY: there is a sink for each head.
-        let sink = f64::from(unsafe { *call.at.sinks.add(self.head) });
-        let sink = sink * std::f64::consts::LOG2_E;
-        let sum = f64::from(sum);
-        if sink <= max {
-            let sum = sum + (sink - max).exp2();
-            ((1.0 / sum) as f32, lse(max, sum))
-        } else {
-            let own = (max - sink).exp2();
-            let sum = sum * own + 1.0;
-            ((own / sum) as f32, lse(sink, sum))
-        }
-    }
 }
