@@ -9,6 +9,7 @@ use crate::backend::cpu::job::{Job, Pointers};
 use crate::error::{MlxError, Result};
 
 use super::buffer::room;
+use super::kv_rows::{KvRows, StripRows};
 use super::mask_map::{MaskMap, Panels};
 use super::types::{Cells, Float};
 
@@ -71,9 +72,15 @@ pub(super) struct Call<'a> {
     pub(super) class_tile: ClassTile,
     /// What the mask hides, where there is one without tile classes and that is worth keeping.
     pub(super) map: Option<MaskMap>,
+    /// Elements from one row of Q to the next.
     pub(super) query_stride: usize,
-    pub(super) key_stride: usize,
-    pub(super) value_stride: usize,
+    /// Bytes from one row of K to the next.
+    key_stride: usize,
+    /// Bytes from one row of V to the next.
+    value_stride: usize,
+    /// Where a test breaks K and V into runs.
+    #[cfg(test)]
+    pub(super) breaks: Option<super::kv_rows::Breaks>,
 }
 
 /// The keys and values of one sequence's key/value head, with all query rows that use them.
@@ -83,15 +90,6 @@ pub(super) struct Unit {
     pub(super) kv_head: usize,
     /// Strips that some row sees, as far as the problem's parameters tell.
     pub(super) strips: Range<usize>,
-}
-
-/// V of the keys of a strip.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Values {
-    /// V of its first key.
-    pub(super) first: *const u8,
-    /// Elements from one key to the next.
-    pub(super) stride: usize,
 }
 
 impl<'a> Call<'a> {
@@ -111,6 +109,8 @@ impl<'a> Call<'a> {
         let dim_units = dim / kernel.pair;
         let depth = dim_units.next_multiple_of(kernel.side);
         let seq_stride = |role| problem.strides(role).map_or(0, |s| s.seq);
+        // A stride over a single row is never used, and may be any number.
+        let kv_stride = |role| seq_stride(role).wrapping_mul(kv_float.size_of());
         Ok(Self {
             problem,
             at: job.at,
@@ -132,8 +132,10 @@ impl<'a> Call<'a> {
             class_tile: class_tile(dim),
             map: None,
             query_stride: seq_stride(Role::Query),
-            key_stride: seq_stride(Role::Key),
-            value_stride: seq_stride(Role::Value),
+            key_stride: kv_stride(Role::Key),
+            value_stride: kv_stride(Role::Value),
+            #[cfg(test)]
+            breaks: None,
         })
     }
 
@@ -204,14 +206,23 @@ impl Unit {
             .keys_any(positions, self.sequence.key_len)
     }
 
-    /// Where the caller has the V of a strip.
-    pub(super) fn values(&self, call: &Call<'_>, strip: usize) -> Values {
-        let at = call
-            .problem
-            .v_at(&self.sequence, self.kv_head, strip * call.strip);
-        Values {
-            first: call.at.v.wrapping_add(at * call.kv_float.size_of()),
-            stride: call.value_stride,
+    /// K and V of a strip, where the caller has them.
+    pub(super) fn strip_rows(&self, call: &Call<'_>, strip: usize) -> StripRows {
+        let (problem, sequence, head) = (call.problem, &self.sequence, self.kv_head);
+        let size = call.kv_float.size_of();
+        let rows = |first: *const u8, at: usize, stride: usize| {
+            let rows = KvRows::strided(first.wrapping_add(at * size), stride, sequence.key_len);
+            #[cfg(test)]
+            let rows = rows.with_breaks(call.breaks);
+            rows.of(self.strip_keys(call, strip))
+        };
+        StripRows {
+            k: rows(call.at.k, problem.k_at(sequence, head, 0), call.key_stride),
+            v: rows(
+                call.at.v,
+                problem.v_at(sequence, head, 0),
+                call.value_stride,
+            ),
         }
     }
 

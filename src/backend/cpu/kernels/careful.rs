@@ -5,7 +5,8 @@
 use half::{bf16, f16};
 
 use super::buffer::Buffer;
-use super::call::{Call, STRIP, Unit, Values};
+use super::call::{Call, STRIP, Unit};
+use super::kv_rows::KvRows;
 use super::mask_lookup::is_shown;
 use super::simd::Elem;
 use super::tile::Tile;
@@ -75,21 +76,21 @@ impl Careful {
     ///
     /// # Safety
     /// The job's promises hold.
-    pub(super) unsafe fn clean(&mut self, call: &Call<'_>, unit: &Unit, strip: usize) -> Values {
+    pub(super) unsafe fn clean(&mut self, call: &Call<'_>, unit: &Unit, strip: usize) -> KvRows {
         // SAFETY: as promised by the caller; the type is V's.
         with_float!(call.kv_float, T => unsafe { self.clean_as::<T>(call, unit, strip) })
     }
 
-    unsafe fn clean_as<T: Kind>(&mut self, call: &Call<'_>, unit: &Unit, strip: usize) -> Values {
+    unsafe fn clean_as<T: Kind>(&mut self, call: &Call<'_>, unit: &Unit, strip: usize) -> KvRows {
         let (dim, keys) = (call.dim, unit.strip_keys(call, strip));
-        let from = unit.values(call, strip);
+        let from = unit.strip_rows(call, strip).v;
         let to: *mut T = self.clean.reserve(STRIP * dim).cast();
         self.keys.clear();
         self.kinds.clear();
         for (i, key) in keys.enumerate() {
             // SAFETY: V has this key; there is room for a strip of the widest elements.
             let (row, clean) = unsafe {
-                let row = from.first.cast::<T>().add(i * from.stride);
+                let row = from.row::<T>(i);
                 let clean = to.add(i * dim);
                 row.copy_to_nonoverlapping(clean, dim);
                 (
@@ -109,10 +110,7 @@ impl Careful {
                 }
             }
         }
-        Values {
-            first: to.cast(),
-            stride: dim,
-        }
+        KvRows::strided(to.cast_const().cast(), dim * size_of::<T>(), from.len())
     }
 
     /// Takes note of what the last cleaned strip holds for the rows that see it.

@@ -18,6 +18,7 @@ mod careful;
 mod chunks;
 mod flush;
 mod in_place;
+mod kv_rows;
 mod mask_lookup;
 mod mask_map;
 mod mask_scan;

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::call::{Call, STRIP, Unit};
+use super::call::{Call, STRIP};
+use super::kv_rows::StripRows;
 use super::micro::{self, Kernel, product};
 use super::pack;
 use super::products::{Products, Strip};
@@ -10,37 +11,36 @@ use super::simd::Simd;
 
 /// Packed K and V of a strip.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Packed<'a> {
+pub(super) struct Packed {
     pub(super) strip: usize,
     pub(super) k: *const u32,
     pub(super) v: *const u32,
-    /// What will be packed next, so that it is in cache by then.
-    pub(super) next: Option<(&'a Unit, usize)>,
+    /// The strip that this thread packs next: it is prefetched meanwhile.
+    pub(super) next: Option<StripRows>,
 }
 
-/// Elements of K in what is asked for during the whole of the strip before it.
+/// Up to this many elements of K the next strip is prefetched across the whole current strip; above it,
+/// only in the last quarter, or the outputs of other rows evict it again.
 const EARLY: usize = 16 << 10;
 
-impl Strip for Packed<'_> {
+impl Strip for Packed {
     fn side<K: Kernel>() -> usize {
         micro::side::<K>()
     }
 
     #[inline(always)]
     fn ahead<S: Simd>(self, s: S, call: &Call<'_>, share: Range<usize>, rows: usize) {
-        let Some((unit, strip)) = self.next else {
+        let Some(next) = self.next else {
             return;
         };
-        let keys = unit.strip_keys(call, strip);
-        // Not too early, unless it is small: other rows' outputs go through the cache before it is used.
-        let late = if keys.len() * call.dim <= EARLY {
+        let keys = next.k.len();
+        let late = if keys * call.dim <= EARLY {
             0
         } else {
             rows - rows / 4
         };
-        let at =
-            |row: usize| keys.start + row.saturating_sub(late) * keys.len() / (rows - late).max(1);
-        pack::ask_for(s, call, unit, at(share.start)..at(share.end));
+        let at = |row: usize| row.saturating_sub(late) * keys / (rows - late).max(1);
+        pack::prefetch(s, call, next, at(share.start)..at(share.end));
     }
 
     #[inline(always)]
@@ -98,7 +98,7 @@ impl Strip for Packed<'_> {
     }
 }
 
-impl Packed<'_> {
+impl Packed {
     /// `NV` vectors of columns of [`Strip::values`].
     #[inline(always)]
     unsafe fn columns<K: Kernel, const MR: usize, const NV: usize>(

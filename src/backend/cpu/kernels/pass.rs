@@ -46,27 +46,28 @@ impl Pass<'_> {
         let in_place = unit.in_place(call);
         let units = if in_place { 0 } else { call.strip_units() };
         let (k, v) = (keys.reserve(units), values.reserve(units));
-        let next = self.next.map(|unit| (unit, unit.strips.start));
+        let next = self
+            .next
+            .map(|unit| unit.strip_rows(call, unit.strips.start));
         // SAFETY: the job's promises hold, the kernels suit this machine, and the buffers have room
         // for a strip.
         unsafe {
             (call.kernels.begin)(&mut tile);
             for strip in self.strips.clone() {
-                let values = if self.careful {
-                    careful.clean(call, unit, strip)
-                } else {
-                    unit.values(call, strip)
-                };
+                let mut rows = unit.strip_rows(call, strip);
+                if self.careful {
+                    rows.v = careful.clean(call, unit, strip);
+                }
                 if in_place {
-                    (call.kernels.step_in_place)(&mut tile, strip, values);
+                    (call.kernels.step_in_place)(&mut tile, strip, rows);
                 } else {
-                    (call.kernels.pack)(call, unit, strip, values, k, v);
+                    (call.kernels.pack)(call, rows, k, v);
                     let packed = Packed {
                         strip,
                         k,
                         v,
                         next: if strip + 1 < self.strips.end {
-                            Some((unit, strip + 1))
+                            Some(unit.strip_rows(call, strip + 1))
                         } else {
                             next
                         },

@@ -173,10 +173,10 @@ fn run_wave(
             let (index, strip) = strips[slot];
             let (k, v) = place(packed, slot);
             let unit = &units[index];
-            let values = unit.values(call, strip);
+            let rows = unit.strip_rows(call, strip);
             // SAFETY: the job's promises hold, the kernels suit this machine, and the slot is this
             // task's.
-            unsafe { (call.kernels.pack)(call, unit, strip, values, k, v) };
+            unsafe { (call.kernels.pack)(call, rows, k, v) };
         });
     }
 

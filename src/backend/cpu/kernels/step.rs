@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use super::call::{Call, FEW_ROWS, STRIP, Values};
+use super::call::{Call, FEW_ROWS, STRIP};
 use super::in_place::InPlace;
+use super::kv_rows::StripRows;
 use super::micro::{self, Kernel, MOST_ROWS};
 use super::packed::Packed;
 use super::products::{Products, Strip};
@@ -24,34 +25,27 @@ const _: () = assert!(MOST_ROWS <= GROUP);
 pub(super) unsafe fn step<K: Kernel, const MR: usize, const NR: usize>(
     kernel: K,
     tile: &mut Tile<'_>,
-    packed: Packed<'_>,
+    packed: Packed,
 ) {
     kernel.open_tiles();
     // SAFETY: as promised by the caller.
-    unsafe { step_through::<K, Packed<'_>, MR, NR>(kernel, tile, packed.strip, packed) }
+    unsafe { step_through::<K, Packed, MR, NR>(kernel, tile, packed.strip, packed) }
     kernel.close_tiles();
 }
 
-/// As [`step`], with K and V as they lie in memory, `values` being the strip's V.
+/// As [`step`], with K and V as they lie in memory.
 ///
 /// # Safety
-/// The job's promises hold, the unit has this strip, and `values` a row for each of its keys.
+/// The job's promises hold, and `keys` has a row of K and of V for each key of the strip.
 #[inline(always)]
 pub(super) unsafe fn step_in_place<K: Kernel, const NR: usize>(
     kernel: K,
     tile: &mut Tile<'_>,
     strip: usize,
-    values: Values,
+    keys: StripRows,
 ) {
-    let (problem, unit) = (tile.call.problem, tile.unit);
-    let keys = unit.strip_keys(tile.call, strip);
-    let from = InPlace {
-        k: problem.k_at(&unit.sequence, unit.kv_head, keys.start),
-        v: values,
-        count: keys.len(),
-    };
     // SAFETY: as promised by the caller.
-    unsafe { step_through::<K, InPlace, FEW_ROWS, NR>(kernel, tile, strip, from) }
+    unsafe { step_through::<K, InPlace, FEW_ROWS, NR>(kernel, tile, strip, InPlace(keys)) }
 }
 
 #[inline(always)]

@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use super::call::{Call, KernelShape, ScanMask, Unit, Values};
+use super::call::{Call, KernelShape, ScanMask};
+use super::kv_rows::StripRows;
 use super::mask_map::Panels;
 use super::mask_scan;
 use super::micro::{self, Kernel, MultiplyAdd};
@@ -21,10 +22,10 @@ use crate::backend::cpu::isa::Isa;
 #[derive(Debug)]
 pub(super) struct Kernels {
     pub(super) shape: KernelShape,
-    pub(super) pack: unsafe fn(&Call<'_>, &Unit, usize, Values, *mut u32, *mut u32),
+    pub(super) pack: unsafe fn(&Call<'_>, StripRows, *mut u32, *mut u32),
     pub(super) begin: unsafe fn(&mut Tile<'_>),
-    pub(super) step: unsafe fn(&mut Tile<'_>, Packed<'_>),
-    pub(super) step_in_place: unsafe fn(&mut Tile<'_>, usize, Values),
+    pub(super) step: unsafe fn(&mut Tile<'_>, Packed),
+    pub(super) step_in_place: unsafe fn(&mut Tile<'_>, usize, StripRows),
     pub(super) finish: unsafe fn(&mut Tile<'_>),
     pub(super) scan_mask: ScanMask,
     pub(super) rounds: unsafe fn(usize) -> f64,
@@ -41,11 +42,9 @@ macro_rules! kernels {
             const _: () = assert!(ROWS.is_multiple_of(micro::side::<$kernel>()));
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn pack(
-                call: &Call<'_>, unit: &Unit, strip: usize, values: Values, k: *mut u32, v: *mut u32,
-            ) {
+            unsafe fn pack(call: &Call<'_>, rows: StripRows, k: *mut u32, v: *mut u32) {
                 // SAFETY: as promised by the caller.
-                unsafe { pack::pack::<$kernel, $nr>($token, call, unit, strip, values, k, v) }
+                unsafe { pack::pack::<$kernel, $nr>($token, call, rows, k, v) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn begin(tile: &mut Tile<'_>) {
@@ -53,14 +52,14 @@ macro_rules! kernels {
                 unsafe { tile::begin::<$kernel>($token, tile) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn step(tile: &mut Tile<'_>, packed: Packed<'_>) {
+            unsafe fn step(tile: &mut Tile<'_>, packed: Packed) {
                 // SAFETY: as promised by the caller.
                 unsafe { step::step::<$kernel, $mr, $nr>($token, tile, packed) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn step_in_place(tile: &mut Tile<'_>, strip: usize, values: Values) {
+            unsafe fn step_in_place(tile: &mut Tile<'_>, strip: usize, rows: StripRows) {
                 // SAFETY: as promised by the caller.
-                unsafe { step::step_in_place::<$kernel, $nr>($token, tile, strip, values) }
+                unsafe { step::step_in_place::<$kernel, $nr>($token, tile, strip, rows) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn scan_mask(call: &Call<'_>, offset: usize, strips: Range<usize>, to: *mut Panels) {
