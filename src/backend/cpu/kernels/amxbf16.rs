@@ -8,7 +8,7 @@ use super::avx512bf16::Bf16Dot;
 use super::micro::{Kernel, Vector};
 use super::simd::Elem;
 
-/// Products of 16 x 16 units of two bf16.
+/// Products of 16 x 16 words of two bf16.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bf16Tiles(Bf16Dot);
 
@@ -85,7 +85,7 @@ impl Kernel for Bf16Tiles {
         sums: *mut f32,
     ) {
         const { assert!(NV == 1 || NV == 2) };
-        // SAFETY: the caller's addresses cover 16 rows of `steps` units of A, `steps` rows of `NV`
+        // SAFETY: the caller's addresses cover 16 rows of `steps` words of A, `steps` rows of `NV`
         // vectors of B and 16 of the sums, 16 divides `steps`, and the tiles are open.
         unsafe {
             tiles!(
@@ -118,14 +118,14 @@ impl Kernel for Bf16Tiles {
         }
     }
     #[inline(always)]
-    unsafe fn row_units<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
+    unsafe fn row_words<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
         // SAFETY: as promised by the caller.
-        unsafe { self.0.row_units(at, count) }
+        unsafe { self.0.row_words(at, count) }
     }
     #[inline(always)]
-    unsafe fn value_units<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
+    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
         // SAFETY: as promised by the caller.
-        unsafe { self.0.value_units(rows) }
+        unsafe { self.0.value_words(rows) }
     }
     #[inline(always)]
     unsafe fn store_probabilities<const NR: usize>(self, at: *mut u32, p: [Vector<Self>; NR]) {

@@ -21,14 +21,14 @@ pub(crate) fn room<T>(count: usize) -> Result<Vec<T>> {
 #[repr(align(64))]
 struct Line([u32; 16]);
 
-/// Four-byte units, aligned to a cache line.
+/// Four-byte words, aligned to a cache line.
 #[derive(Debug, Default)]
 pub(super) struct Buffer(Vec<Line>);
 
 impl Buffer {
-    /// Room for `units`, whose number has a bound; what they hold is unspecified, but initialized.
-    pub(super) fn reserve(&mut self, units: usize) -> *mut u32 {
-        let lines = units.div_ceil(16);
+    /// Room for `words`, whose number has a bound; what they hold is unspecified, but initialized.
+    pub(super) fn reserve(&mut self, words: usize) -> *mut u32 {
+        let lines = words.div_ceil(16);
         if self.0.len() < lines {
             // Nothing worth copying to a larger place.
             self.0.clear();
@@ -38,13 +38,13 @@ impl Buffer {
     }
 
     /// As [`Self::reserve`], for much memory, which may not be there.
-    pub(super) fn try_reserve(&mut self, units: usize) -> Result<*mut u32> {
-        let lines = units.div_ceil(16);
+    pub(super) fn try_reserve(&mut self, words: usize) -> Result<*mut u32> {
+        let lines = words.div_ceil(16);
         if self.0.capacity() < lines {
             self.0 = Vec::new();
             self.0 = room(lines)?;
         }
-        Ok(self.reserve(units))
+        Ok(self.reserve(words))
     }
 
     fn bytes(&self) -> usize {

@@ -1,4 +1,4 @@
-//! A job as the kernels take it apart: its constants, and its units of shared keys and values.
+//! A job as the kernels take it apart: its constants, and its head tasks.
 
 use std::ops::Range;
 
@@ -13,10 +13,10 @@ use super::kv_rows::{KvRows, StripRows};
 use super::mask_map::{MaskMap, Panels};
 use super::types::{Cells, Float};
 
-/// Most query rows of a unit whose K and V are read where they lie: packing would not pay for itself.
+/// Most query rows of a head task whose K and V are read where they lie: packing would not pay for itself.
 pub(super) const FEW_ROWS: usize = 8;
 
-/// Most keys of a strip, and the units from one row of scores to the next. Strips start at
+/// Most keys of a strip, and the words from one row of scores to the next. Strips start at
 /// multiples of their length, so that a row's result depends on nothing but its visible keys.
 pub(super) const STRIP: usize = 256;
 
@@ -27,7 +27,7 @@ const STRIP_BYTES: usize = 256 << 10;
 /// Shape of the micro-kernel that a call runs, and so of what is packed for it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct KernelShape {
-    /// Elements in a unit.
+    /// Elements in a word.
     pub(super) pair: usize,
     /// What the rows of a micro-kernel must be a multiple of.
     pub(super) side: usize,
@@ -51,18 +51,18 @@ pub(super) struct Call<'a> {
     /// Elements of K and V.
     pub(super) kv_float: Float,
     pub(super) dim: usize,
-    /// Units of a row of Q or K.
-    pub(super) dim_units: usize,
+    /// Words of a row of Q or K.
+    pub(super) dim_words: usize,
     /// The same, up to whole tiles where those multiply: packed rows of Q or K hold zeros there.
     pub(super) depth: usize,
-    /// Units from one packed row of Q to the next: off the powers of two that would put all rows into
+    /// Words from one packed row of Q to the next: off the powers of two that would put all rows into
     /// the same cache sets.
     pub(super) query_row: usize,
     /// Keys of a strip.
     pub(super) strip: usize,
-    /// Most terms that are summed in one run; runs' sums are then added up. Rounding grows with the
-    /// length of a run, which only f32 results would show.
-    pub(super) run: usize,
+    /// Most terms of a score that one chain of multiply-adds sums; the sums of chains are then added up.
+    /// Rounding grows with the length of a chain, which only f32 results would show.
+    pub(super) chain: usize,
     /// Query heads that share a key/value head.
     pub(super) group: usize,
     pub(super) scale: f32,
@@ -85,7 +85,7 @@ pub(super) struct Call<'a> {
 
 /// The keys and values of one sequence's key/value head, with all query rows that use them.
 #[derive(Debug, Clone)]
-pub(super) struct Unit {
+pub(super) struct HeadTask {
     pub(super) sequence: Sequence,
     pub(super) kv_head: usize,
     /// Strips that some row sees, as far as the problem's parameters tell.
@@ -106,8 +106,8 @@ impl<'a> Call<'a> {
             )));
         }
         let dim = problem.shape().head_dim;
-        let dim_units = dim / kernel.pair;
-        let depth = dim_units.next_multiple_of(kernel.side);
+        let dim_words = dim / kernel.pair;
+        let depth = dim_words.next_multiple_of(kernel.side);
         let seq_stride = |role| problem.strides(role).map_or(0, |s| s.seq);
         // A stride over a single row is never used, and may be any number.
         let kv_stride = |role| seq_stride(role).wrapping_mul(kv_float.size_of());
@@ -119,11 +119,11 @@ impl<'a> Call<'a> {
             float,
             kv_float,
             dim,
-            dim_units,
+            dim_words,
             depth,
             query_row: depth + 16,
-            strip: STRIP.min(STRIP_BYTES / (4 * dim_units)),
-            run: if float == Float::F32 { 128 } else { 512 },
+            strip: STRIP.min(STRIP_BYTES / (4 * dim_words)),
+            chain: if float == Float::F32 { 128 } else { 512 },
             group: problem.group(),
             scale: problem.scale(),
             softcap: problem.softcap(),
@@ -139,11 +139,11 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// Every unit that has query rows.
-    pub(super) fn units(&self) -> Result<Vec<Unit>> {
+    /// Every head task that has query rows.
+    pub(super) fn tasks(&self) -> Result<Vec<HeadTask>> {
         let shape = self.problem.shape();
         let sequences = (0..shape.batch).filter(|b| self.problem.sequence(*b).query_len > 0);
-        let mut units = room(sequences.count().saturating_mul(shape.kv_heads))?;
+        let mut tasks = room(sequences.count().saturating_mul(shape.kv_heads))?;
         for b in 0..shape.batch {
             let sequence = self.problem.sequence(b);
             if sequence.query_len == 0 {
@@ -153,13 +153,13 @@ impl<'a> Call<'a> {
                 .visibility
                 .keys_any(0..sequence.query_len, sequence.key_len);
             let strips = self.strips(&keys);
-            units.extend((0..shape.kv_heads).map(|kv_head| Unit {
+            tasks.extend((0..shape.kv_heads).map(|kv_head| HeadTask {
                 sequence,
                 kv_head,
                 strips: strips.clone(),
             }));
         }
-        Ok(units)
+        Ok(tasks)
     }
 
     /// The strips that hold some of `keys`.
@@ -170,14 +170,14 @@ impl<'a> Call<'a> {
         keys.start / self.strip..keys.end.div_ceil(self.strip)
     }
 
-    /// Packed units of one strip of K or V.
-    pub(super) fn strip_units(&self) -> usize {
+    /// Packed words of one strip of K or V.
+    pub(super) fn strip_words(&self) -> usize {
         self.strip * self.depth
     }
 
-    /// Packed bytes of the K and V of a unit.
-    pub(super) fn packed_bytes(&self, unit: &Unit) -> usize {
-        (8 * self.strip_units()).saturating_mul(unit.strips.len())
+    /// Packed bytes of the K and V of a head task.
+    pub(super) fn packed_bytes(&self, task: &HeadTask) -> usize {
+        (8 * self.strip_words()).saturating_mul(task.strips.len())
     }
 
     /// Bytes of state that a query row takes while its keys go by.
@@ -186,7 +186,7 @@ impl<'a> Call<'a> {
     }
 }
 
-impl Unit {
+impl HeadTask {
     /// Query rows over all heads of the group. Row `f` is row `f / group` of head `f % group`, so
     /// that rows which stand next to each other see nearly the same keys.
     pub(super) fn rows(&self, call: &Call<'_>) -> usize {

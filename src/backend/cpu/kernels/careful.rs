@@ -5,7 +5,7 @@
 use half::{bf16, f16};
 
 use super::buffer::Buffer;
-use super::call::{Call, STRIP, Unit};
+use super::call::{Call, HeadTask, STRIP};
 use super::kv_rows::KvRows;
 use super::mask_lookup::is_shown;
 use super::simd::Elem;
@@ -76,14 +76,24 @@ impl Careful {
     ///
     /// # Safety
     /// The job's promises hold.
-    pub(super) unsafe fn clean(&mut self, call: &Call<'_>, unit: &Unit, strip: usize) -> KvRows {
+    pub(super) unsafe fn clean(
+        &mut self,
+        call: &Call<'_>,
+        task: &HeadTask,
+        strip: usize,
+    ) -> KvRows {
         // SAFETY: as promised by the caller; the type is V's.
-        with_float!(call.kv_float, T => unsafe { self.clean_as::<T>(call, unit, strip) })
+        with_float!(call.kv_float, T => unsafe { self.clean_as::<T>(call, task, strip) })
     }
 
-    unsafe fn clean_as<T: Kind>(&mut self, call: &Call<'_>, unit: &Unit, strip: usize) -> KvRows {
-        let (dim, keys) = (call.dim, unit.strip_keys(call, strip));
-        let from = unit.strip_rows(call, strip).v;
+    unsafe fn clean_as<T: Kind>(
+        &mut self,
+        call: &Call<'_>,
+        task: &HeadTask,
+        strip: usize,
+    ) -> KvRows {
+        let (dim, keys) = (call.dim, task.strip_keys(call, strip));
+        let from = task.strip_rows(call, strip).v;
         let to: *mut T = self.clean.reserve(STRIP * dim).cast();
         self.keys.clear();
         self.kinds.clear();
@@ -98,7 +108,7 @@ impl Careful {
                     std::slice::from_raw_parts_mut(clean, dim),
                 )
             };
-            // Without a way out of the loop, which would keep the compiler from using vectors.
+            // An early exit would keep the compiler from vectorising the loop.
             if row.iter().fold(true, |all, x| all & x.is_finite()) {
                 continue;
             }
@@ -125,8 +135,8 @@ impl Careful {
             let seen = keys[first..].iter().take_while(|key| **key < row.keys.end);
             for (key, kinds) in seen.zip(kinds[first * dim..].chunks_exact(dim)) {
                 // SAFETY: as promised by the caller; the key is there.
-                if unsafe { is_shown(tile.call, row, tile.unit.sequence.key_len, *key) } {
-                    join(reached, kinds);
+                if unsafe { is_shown(tile.call, row, tile.task.sequence.key_len, *key) } {
+                    merge_kinds(reached, kinds);
                 }
             }
         }
@@ -144,7 +154,7 @@ impl Careful {
     unsafe fn write_as<T: Kind>(&self, tile: &Tile<'_>) {
         let call = tile.call;
         for (row, reached) in tile.rows.iter().zip(self.reached.chunks_exact(call.dim)) {
-            let sequence = &tile.unit.sequence;
+            let sequence = &tile.task.sequence;
             let at = call.problem.o_at(sequence, row.head, row.position);
             for (column, kinds) in reached.iter().enumerate().filter(|(_, kinds)| **kinds != 0) {
                 // SAFETY: the row of O is there, and this tile's alone.
@@ -164,6 +174,6 @@ impl Careful {
 }
 
 /// Adds `more` to what reached a row.
-pub(super) fn join(reached: &mut [Kinds], more: &[Kinds]) {
+pub(super) fn merge_kinds(reached: &mut [Kinds], more: &[Kinds]) {
     reached.iter_mut().zip(more).for_each(|(a, b)| *a |= b);
 }

@@ -15,7 +15,7 @@ use super::types::{Float, with_elements, with_float};
 const KEYS: usize = 32;
 
 /// Products that a lane of a score sums up before lanes are joined: rounding grows with their number.
-const RUN: usize = 32;
+const CHAIN: usize = 32;
 
 /// How many keys ahead memory is prefetched: the processor's own prefetcher falls behind when each
 /// key is worked on for several rows.
@@ -79,10 +79,10 @@ unsafe fn scores<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
     for first in (of.all.first * NR..of.all.end * NR).map(|vector| vector * lanes) {
         for r in 0..MR {
             let mut total = s.splat(0.0);
-            for run in (0..call.dim_units).step_by(RUN * lanes) {
-                let units = run..(run + RUN * lanes).min(call.dim_units);
+            for chain in (0..call.dim_words).step_by(CHAIN * lanes) {
+                let words = chain..(chain + CHAIN * lanes).min(call.dim_words);
                 // SAFETY: as promised by the caller.
-                let sums = unsafe { products_with::<K, T>(kernel, of, keys, r, first, units) };
+                let sums = unsafe { products_with::<K, T>(kernel, of, keys, r, first, words) };
                 total = s
                     .transpose(sums)
                     .as_ref()
@@ -95,8 +95,8 @@ unsafe fn scores<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
     }
 }
 
-/// Sums the products of `units` of row `r` with a vector of keys from `first` on, as far as they are
-/// there: a vector for each key, a lane for every so many units.
+/// Sums the products of `words` of row `r` with a vector of keys from `first` on, as far as they are
+/// there: a vector for each key, a lane for every so many words.
 #[inline(always)]
 unsafe fn products_with<K: Kernel, T: Elem>(
     kernel: K,
@@ -104,7 +104,7 @@ unsafe fn products_with<K: Kernel, T: Elem>(
     keys: KvRows,
     r: usize,
     first: usize,
-    units: Range<usize>,
+    words: Range<usize>,
 ) -> <K::S as Simd>::Block {
     let call: &Call<'_> = of.call;
     let s = kernel.simd();
@@ -112,10 +112,10 @@ unsafe fn products_with<K: Kernel, T: Elem>(
     let there = keys.len().saturating_sub(first).min(lanes);
     let run = keys.run_of(first, lanes);
     let mut sums = s.zeros();
-    for c in units.step_by(lanes) {
+    for c in words.step_by(lanes) {
         if r == 0 {
             // In the order of addresses, a share with each step.
-            let share = |c: usize| first + AHEAD + c.min(call.dim_units) * lanes / call.dim_units;
+            let share = |c: usize| first + AHEAD + c.min(call.dim_words) * lanes / call.dim_words;
             for key in share(c)..share(c + lanes) {
                 prefetch::<_, T>(s, keys, key, 0, call.dim);
             }
@@ -124,7 +124,7 @@ unsafe fn products_with<K: Kernel, T: Elem>(
         unsafe {
             let query = s.load(of.queries.add(r * of.query_row + c).cast());
             let add = |row: *const T, sum: &mut Vector<K>| {
-                let key = kernel.row_units(row.add(c * K::PAIR), call.dim_units - c);
+                let key = kernel.row_words(row.add(c * K::PAIR), call.dim_words - c);
                 *sum = kernel.multiply(query, key, *sum);
             };
             if let Some(run) = run {
@@ -167,9 +167,9 @@ unsafe fn values_by<K: Kernel, T: Elem, const MR: usize, const NR: usize, const 
     let width = NV * lanes;
     let dim = of.call.dim;
     let end = (of.all.end * NR * lanes).min(values.len());
-    // What is multiplied in with the first keys counts for all of them.
+    // The first block of keys rescales the outputs; the others add to them.
     let more = Products {
-        keep: Some(&[1.0; GROUP]),
+        rescale: Some(&[1.0; GROUP]),
         ..*of
     };
     let begin = of.all.first * NR * lanes;
@@ -203,19 +203,21 @@ unsafe fn columns<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
     let mut key = keys.start;
     while key < keys.end {
         let run = values.run(key);
-        // Keys of this run in whole units; the last unit of all may lack its second key.
+        // Keys of this run that fill whole words of probabilities.
         let whole = (keys.end - key).min(run.len() / K::PAIR * K::PAIR);
-        // SAFETY: the keys are there, and so are the columns; probabilities are set in all panels.
+        // SAFETY: the keys are there, and so are the columns; rows that are there have an address;
+        // probabilities are set in all panels.
         unsafe {
             for i in (0..whole).step_by(K::PAIR) {
                 let rows = [run.row::<T>(i), run.row(i + 1)];
                 std::hint::assert_unchecked(rows[..K::PAIR].iter().all(|row| !row.is_null()));
-                add_unit(values, kernel, of, key + i, rows, column, &mut acc);
+                add_keys(values, kernel, of, key + i, rows, column, &mut acc);
             }
             key += whole;
+            // The two keys of this word lie in two runs, or the second is past the last key.
             if K::PAIR > 1 && whole == 0 {
                 let rows = [values.row::<T>(key), values.row_or_null(key + 1)];
-                add_unit(values, kernel, of, key, rows, column, &mut acc);
+                add_keys(values, kernel, of, key, rows, column, &mut acc);
                 key += K::PAIR;
             }
         }
@@ -223,15 +225,15 @@ unsafe fn columns<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
     for (r, row) in acc.iter().enumerate() {
         for (j, x) in row.iter().enumerate() {
             // SAFETY: the outputs are there.
-            unsafe { of.put(s, r, column + j * lanes, *x) };
+            unsafe { of.accumulate(s, r, column + j * lanes, *x) };
         }
     }
 }
 
-/// Adds to `acc` what one unit of keys, `key` and those after it, contributes: `rows` is V of its keys,
-/// null where there is none.
+/// Adds the product of one word of probabilities, that of `key` and the keys after it, with V to `acc`.
+/// `rows` is V of these keys, null past the last key.
 #[inline(always)]
-unsafe fn add_unit<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
+unsafe fn add_keys<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
     values: KvRows,
     kernel: K,
     of: &Products<'_>,
@@ -258,9 +260,9 @@ unsafe fn add_unit<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
                     row.add(column + j * lanes)
                 }
             };
-            let units = kernel.value_units(rows.map(at));
+            let words = kernel.value_words(rows.map(at));
             for (acc, p) in acc.iter_mut().zip(p) {
-                acc[j] = kernel.multiply(p, units, acc[j]);
+                acc[j] = kernel.multiply(p, words, acc[j]);
             }
         }
     }

@@ -50,7 +50,7 @@ pub(super) unsafe fn may_show(call: &Call<'_>, row: &QueryRow, keys: Range<usize
     // SAFETY: the mask has these cells, of its type.
     with_cells!(cells, T => unsafe {
         let at = call.at.mask.cast::<T>().add(row.mask + keys.start);
-        // Without a way out of the loop, which would keep the compiler from using vectors.
+        // An early exit would keep the compiler from vectorising the loop.
         std::slice::from_raw_parts(at, keys.len()).iter().fold(false, |any, cell| any | cell.shown())
     })
 }

@@ -1,6 +1,6 @@
 //! Attention on the CPU. The keys and values of a head are packed once, in strips; query rows take
 //! them strip by strip with an online softmax, in f32. Everything is written once, over the vectors
-//! of [`simd::Simd`] and the units of [`micro::Kernel`], and made for each instruction set in
+//! of [`simd::Simd`] and the words of [`micro::Kernel`], and made for each instruction set in
 //! [`table`].
 
 #[cfg(target_arch = "x86_64")]

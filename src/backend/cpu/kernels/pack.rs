@@ -1,14 +1,14 @@
 //! Packing a strip of K and V into the order in which the micro-kernel reads them, converted on the
-//! way. K: panels of `NR` vectors of keys, `[panel][unit of D][keys]`. V: panels of `NR` vectors of
-//! columns, then single vectors for what is left, `[panel][unit of keys][columns]`. Units that one
-//! multiplication takes together are woven. Keys that are not there are zeros up to the end of their
+//! way. K: panels of `NR` vectors of keys, `[panel][word of D][keys]`. V: panels of `NR` vectors of
+//! columns, then single vectors for what is left, `[panel][word of keys][columns]`. Words that one
+//! multiplication takes together are interleaved. Keys that are not there are zeros up to the end of their
 //! panel, so that nothing past the last key is read.
 
 use std::ops::Range;
 
 use super::call::Call;
 use super::kv_rows::{KvRows, StripRows};
-use super::micro::{Kernel, weave};
+use super::micro::{Kernel, interleave};
 use super::simd::{Elem, Simd};
 use super::types::{Float, with_elements, with_float};
 
@@ -16,7 +16,7 @@ use super::types::{Float, with_elements, with_float};
 ///
 /// # Safety
 /// The job's promises hold; `rows` has a row of K and of V for each key of a strip; `k` and `v` have room
-/// for [`Call::strip_units`].
+/// for [`Call::strip_words`].
 #[inline(always)]
 pub(super) unsafe fn pack<K: Kernel, const NR: usize>(
     kernel: K,
@@ -66,23 +66,23 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
         let run = rows.run_of(first, lanes);
         for c in (0..depth).step_by(lanes) {
             let columns = (depth - c).min(lanes);
-            let held = call.dim_units.saturating_sub(c).min(lanes);
+            let held = call.dim_words.saturating_sub(c).min(lanes);
             let mut tile = s.zeros();
-            // SAFETY: rows below `there` and units below `depth` exist.
+            // SAFETY: rows below `there` and words below `depth` exist.
             unsafe {
                 if let Some(run) = run {
                     for (r, v) in tile.as_mut().iter_mut().enumerate() {
                         let ahead = run.row::<T>(r + lanes).wrapping_add(c * K::PAIR);
                         s.prefetch_far(ahead.cast());
-                        *v = kernel.row_units(run.row::<T>(r).add(c * K::PAIR), held);
+                        *v = kernel.row_words(run.row::<T>(r).add(c * K::PAIR), held);
                     }
                 } else {
                     for (r, v) in tile.as_mut().iter_mut().take(there).enumerate() {
-                        *v = kernel.row_units(rows.row::<T>(first + r).add(c * K::PAIR), held);
+                        *v = kernel.row_words(rows.row::<T>(first + r).add(c * K::PAIR), held);
                     }
                 }
                 let mut tile = s.transpose(tile);
-                weave(kernel, tile.as_mut());
+                interleave(kernel, tile.as_mut());
                 for (i, v) in tile.as_ref().iter().take(columns).enumerate() {
                     s.store(panel.add((c + i) * width), *v);
                 }
@@ -119,7 +119,7 @@ unsafe fn pack_values<K: Kernel, T: Elem, const NR: usize>(
     }
 }
 
-/// Packs `NV` vectors of columns of `SIDE` units of keys; null where there is no key.
+/// Packs `NV` vectors of columns of `SIDE` words of keys; null where there is no key.
 #[inline(always)]
 unsafe fn pack_columns<K: Kernel, T: Elem, const NV: usize>(
     kernel: K,
@@ -138,15 +138,15 @@ unsafe fn pack_columns<K: Kernel, T: Elem, const NV: usize>(
             }
         };
         let mut block = s.zeros();
-        let units = &mut block.as_mut()[..K::SIDE];
+        let words = &mut block.as_mut()[..K::SIDE];
         // SAFETY: as promised by the caller.
         unsafe {
-            for (units, keys) in units.iter_mut().zip(keys) {
-                *units = kernel.value_units(keys.map(at));
+            for (words, keys) in words.iter_mut().zip(keys) {
+                *words = kernel.value_words(keys.map(at));
             }
-            weave(kernel, units);
-            for (i, units) in units.iter().enumerate() {
-                s.store(to.add((i * NV + j) * lanes), *units);
+            interleave(kernel, words);
+            for (i, words) in words.iter().enumerate() {
+                s.store(to.add((i * NV + j) * lanes), *words);
             }
         }
     }

@@ -29,7 +29,7 @@ impl Strip for Packed {
     }
 
     #[inline(always)]
-    fn ahead<S: Simd>(self, s: S, call: &Call<'_>, share: Range<usize>, rows: usize) {
+    fn prefetch_next<S: Simd>(self, s: S, call: &Call<'_>, share: Range<usize>, rows: usize) {
         let Some(next) = self.next else {
             return;
         };
@@ -61,10 +61,10 @@ impl Strip for Packed {
                 let scores = of.scores.add(panel * width);
                 let mut from = 0;
                 while from < depth {
-                    let run = of.call.run.min(depth - from);
+                    let chain = of.call.chain.min(depth - from);
                     let (a, b) = (of.queries.add(from), b.add(from * width));
-                    let acc = product::<K, MR, NR>(kernel, run, of.query_row, a, b);
-                    let (first, last) = (from == 0, from + run == depth);
+                    let acc = product::<K, MR, NR>(kernel, chain, of.query_row, a, b);
+                    let (first, last) = (from == 0, from + chain == depth);
                     for (r, row) in acc.iter().enumerate() {
                         for (j, x) in row.iter().enumerate() {
                             let at = scores.add(r * STRIP + j * lanes);
@@ -72,7 +72,7 @@ impl Strip for Packed {
                             s.store(at, if last { s.mul(x, scale) } else { x });
                         }
                     }
-                    from += run;
+                    from += chain;
                 }
             }
         }
@@ -120,7 +120,7 @@ impl Packed {
             let acc = product::<K, MR, NV>(kernel, end - first, STRIP, a, b);
             for (r, row) in acc.iter().enumerate() {
                 for (j, x) in row.iter().enumerate() {
-                    of.put(s, r, column + j * lanes, *x);
+                    of.accumulate(s, r, column + j * lanes, *x);
                 }
             }
         }

@@ -1,62 +1,62 @@
-//! Some rows of a unit on their way through some of its strips, by one thread.
+//! Some rows of a head task on their way through some of its strips, by one thread.
 
 use std::ops::Range;
 
 use super::bound_call::BoundCall;
-use super::call::Unit;
+use super::call::HeadTask;
 use super::careful::Careful;
 use super::packed::Packed;
 use super::scratch::Scratch;
 use super::tile::Tile;
 
-/// Some rows of a unit on their way through some of its strips.
+/// Some rows of a head task on their way through some of its strips.
 #[derive(Debug)]
 pub(super) struct Pass<'a> {
     pub(super) call: &'a BoundCall<'a>,
-    pub(super) unit: &'a Unit,
+    pub(super) task: &'a HeadTask,
     pub(super) rows: Range<usize>,
     pub(super) strips: Range<usize>,
     /// The strip with which the rows are written out.
     pub(super) last: Option<usize>,
-    /// What this thread will pass after it.
-    pub(super) next: Option<&'a Unit>,
-    /// Whether keys whose V is not finite may be among them.
+    /// The head task that this thread takes next: its first strip is prefetched.
+    pub(super) next: Option<&'a HeadTask>,
+    /// Whether V may hold elements that are not finite.
     pub(super) careful: bool,
 }
 
 impl Pass<'_> {
-    /// Takes the rows over the strips, packing these on the way unless there are too few rows to pay
-    /// for it; `end` gets what came of it.
+    /// Takes the rows over the strips, packing each strip first unless there are too few rows to pay for
+    /// it, and hands the finished tile to `end`.
     pub(super) fn run<R>(
         &self,
         scratch: &mut Scratch,
         end: impl FnOnce(&mut Tile<'_>, &mut Careful) -> R,
     ) -> R {
-        let (call, unit) = (self.call, self.unit);
+        let (call, task) = (self.call, self.task);
         let Scratch {
             tile,
             keys,
             values,
             careful,
         } = scratch;
-        let mut tile = Tile::new(call, unit, self.rows.clone(), self.last, tile);
+        let mut tile = Tile::new(call, task, self.rows.clone(), self.last, tile);
         if self.careful {
             careful.begin(call, tile.rows.len());
         }
-        let in_place = unit.in_place(call);
-        let units = if in_place { 0 } else { call.strip_units() };
-        let (k, v) = (keys.reserve(units), values.reserve(units));
+        let in_place = task.in_place(call);
+        let words = if in_place { 0 } else { call.strip_words() };
+        let (k, v) = (keys.reserve(words), values.reserve(words));
         let next = self
             .next
-            .map(|unit| unit.strip_rows(call, unit.strips.start));
+            .map(|task| task.strip_rows(call, task.strips.start));
         // SAFETY: the job's promises hold, the kernels suit this machine, and the buffers have room
         // for a strip.
         unsafe {
             (call.kernels.begin)(&mut tile);
             for strip in self.strips.clone() {
-                let mut rows = unit.strip_rows(call, strip);
+                let mut rows = task.strip_rows(call, strip);
                 if self.careful {
-                    rows.v = careful.clean(call, unit, strip);
+                    rows.v = careful.clean(call, task, strip);
                 }
                 if in_place {
                     (call.kernels.step_in_place)(&mut tile, strip, rows);
@@ -67,7 +67,7 @@ impl Pass<'_> {
                         k,
                         v,
                         next: if strip + 1 < self.strips.end {
-                            Some(unit.strip_rows(call, strip + 1))
+                            Some(task.strip_rows(call, strip + 1))
                         } else {
                             next
                         },

@@ -8,7 +8,7 @@ use super::buffer::Buffer;
 use super::micro::{self, Kernel};
 use super::simd::Simd;
 
-/// Units of the inner loop: A and B together take well under 32 KiB.
+/// Words of the inner loop: A and B together take well under 32 KiB.
 const STEPS: usize = 128;
 
 /// How long one measurement takes, and how many there are.
@@ -28,7 +28,7 @@ pub(super) unsafe fn rounds<K: Kernel, const MR: usize, const NR: usize>(
     let mut totals = [[s.splat(0.0); NR]; MR];
     kernel.open_tiles();
     for _ in 0..rounds {
-        // SAFETY: A holds `MR` rows of `STEPS` units, B `NR` vectors for each step.
+        // SAFETY: A holds `MR` rows of `STEPS` words, B `NR` vectors for each step.
         let sums = unsafe { micro::product::<K, MR, NR>(kernel, STEPS, STEPS, black_box(a), b) };
         for (totals, sums) in totals.iter_mut().zip(sums) {
             for (total, sum) in totals.iter_mut().zip(sums) {

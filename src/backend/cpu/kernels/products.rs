@@ -14,8 +14,8 @@ pub(super) trait Strip: Copy {
     fn side<K: Kernel>() -> usize {
         1
     }
-    /// Asks memory for the share that some of all `rows` have in what comes after this strip.
-    fn ahead<S: Simd>(self, _s: S, _call: &Call<'_>, _share: Range<usize>, _rows: usize) {}
+    /// Prefetches the part of the next strip that falls to rows `share` of all `rows`.
+    fn prefetch_next<S: Simd>(self, _s: S, _call: &Call<'_>, _share: Range<usize>, _rows: usize) {}
     /// Writes the scaled scores of `MR` rows.
     unsafe fn scores<K: Kernel, const MR: usize, const NR: usize>(
         self,
@@ -36,25 +36,25 @@ pub(super) struct Products<'a> {
     pub(super) call: &'a Call<'a>,
     /// The panels to compute.
     pub(super) all: Span,
-    /// Of their units of keys, the first that some row sees, and one past the last.
+    /// Of their words of keys, the first that some row sees, and one past the last.
     pub(super) keys: [usize; 2],
     pub(super) queries: *const u32,
-    /// Units from one row of Q to the next.
+    /// Words from one row of Q to the next.
     pub(super) query_row: usize,
     pub(super) scores: *mut f32,
     pub(super) outputs: *mut f32,
     /// What the outputs so far are multiplied by; nothing where there are none yet.
-    pub(super) keep: Option<&'a Lanes>,
+    pub(super) rescale: Option<&'a Lanes>,
 }
 
 impl Products<'_> {
     /// Adds a vector of row `r` to the outputs.
     #[inline(always)]
-    pub(super) unsafe fn put<S: Simd>(&self, s: S, r: usize, column: usize, x: S::V) {
+    pub(super) unsafe fn accumulate<S: Simd>(&self, s: S, r: usize, column: usize, x: S::V) {
         // SAFETY: the outputs are there.
         unsafe {
             let at = self.outputs.add(r * self.call.dim + column);
-            let x = match self.keep {
+            let x = match self.rescale {
                 Some(factors) => s.fma(s.load(at), s.splat(factors[r]), x),
                 None => x,
             };

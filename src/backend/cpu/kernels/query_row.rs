@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::call::{Call, Unit};
+use super::call::{Call, HeadTask};
 
 /// What is kept of one query row while the strips of its keys go by.
 #[derive(Debug, Clone)]
@@ -20,10 +20,10 @@ pub(super) struct QueryRow {
 }
 
 impl QueryRow {
-    /// Row `f` of a unit, in the order of [`Unit::rows`].
-    pub(super) fn new(call: &Call<'_>, unit: &Unit, f: usize) -> Self {
-        let (position, head) = (f / call.group, unit.kv_head * call.group + f % call.group);
-        let sequence = &unit.sequence;
+    /// Row `f` of a head task, in the order of [`HeadTask::rows`].
+    pub(super) fn new(call: &Call<'_>, task: &HeadTask, f: usize) -> Self {
+        let (position, head) = (f / call.group, task.kv_head * call.group + f % call.group);
+        let sequence = &task.sequence;
         let slope = if call.at.alibi_slopes.is_null() {
             0.0
         } else {

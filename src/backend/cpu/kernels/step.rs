@@ -20,7 +20,7 @@ const _: () = assert!(MOST_ROWS <= GROUP);
 /// Takes all rows of a tile one strip further.
 ///
 /// # Safety
-/// The job's promises hold, and `packed` is the unit's strip.
+/// The job's promises hold, and `packed` is the task's strip.
 #[inline(always)]
 pub(super) unsafe fn step<K: Kernel, const MR: usize, const NR: usize>(
     kernel: K,
@@ -58,12 +58,13 @@ unsafe fn step_through<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     let rows = tile.rows.len();
     for first in (0..rows).step_by(MR) {
         let end = (first + MR).min(rows);
-        from.ahead(kernel.simd(), tile.call, first..end, rows);
+        from.prefetch_next(kernel.simd(), tile.call, first..end, rows);
         // SAFETY: as promised by the caller; the rows are the tile's.
         unsafe {
             step_rows::<K, P, MR, NR>(kernel, tile, strip, from, first..end);
             if tile.last == Some(strip) {
-                // Their sums are in the nearest cache still, and the next rows hide the writing.
+                // The outputs are still in the first-level cache, and the stores overlap with the work on the
+                // next rows.
                 let tainted = tile::write(kernel, tile, first..end);
                 tile.tainted |= tainted;
             }
@@ -93,10 +94,10 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     rows: Range<usize>,
 ) {
     let call = tile.call;
-    let keys = tile.unit.strip_keys(call, strip);
+    let keys = tile.task.strip_keys(call, strip);
     let s = kernel.simd();
     let width = NR * <K::S as Simd>::LANES;
-    let key_len = tile.unit.sequence.key_len;
+    let key_len = tile.task.sequence.key_len;
     let mut spans = [Span::EMPTY; MOST_ROWS];
     let mut all = Span::EMPTY;
     for (i, r) in rows.clone().enumerate() {
@@ -106,7 +107,7 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
             spans[i - 1]
         } else {
             // SAFETY: the job's promises hold.
-            unsafe { span::of_row(call, &tile.unit.sequence, row, strip, width) }
+            unsafe { span::of_row(call, &tile.task.sequence, row, strip, width) }
         };
         all = all.join(spans[i]);
     }
@@ -120,12 +121,12 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
         let mut products = Products {
             call,
             all,
-            keys: seen::<K>(&tile.rows[rows.clone()], keys.start, all, width),
+            keys: visible_words::<K>(&tile.rows[rows.clone()], keys.start, all, width),
             queries,
             query_row,
             scores: tile.scores,
             outputs: tile.outputs.add(rows.start * call.dim),
-            keep: None,
+            rescale: None,
         };
         by_rows!(rows.len(), from.scores(kernel, &products));
         let plain = softmax::are_plain(call, &tile.rows[rows.clone()], keys.start, all, width);
@@ -136,67 +137,72 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
             all,
             plain,
         };
-        let mut largest = [f32::NEG_INFINITY; GROUP];
+        let mut maxima = [f32::NEG_INFINITY; GROUP];
         for (i, r) in rows.clone().enumerate() {
             let at = products.scores.add(i * STRIP);
-            largest[i] = softmax::largest::<K, NR>(kernel, call, &tile.rows[r], at, place(i));
+            maxima[i] = softmax::row_max::<K, NR>(kernel, call, &tile.rows[r], at, place(i));
         }
-        let lowest = largest[..rows.len()]
+        let lowest = maxima[..rows.len()]
             .iter()
             .fold(f32::INFINITY, |a, b| a.min(*b));
         if lowest == f32::NEG_INFINITY {
-            find_largest(
+            recheck_row_maxima(
                 call,
                 &tile.rows[rows.clone()],
                 products.scores,
                 place,
                 width,
-                &mut largest,
+                &mut maxima,
             );
         }
-        let raised = tile.running.raise(s, rows.clone(), &largest);
+        let update = tile.running.update_max(s, rows.clone(), &maxima);
         let mut sums = [0.0; GROUP];
         for (i, sum) in sums[..rows.len()].iter_mut().enumerate() {
             let at = products.scores.add(i * STRIP);
-            *sum = softmax::probabilities::<K, NR>(kernel, at, place(i), raised.maxima[i]);
+            *sum = softmax::probabilities::<K, NR>(kernel, at, place(i), update.maxima[i]);
         }
-        tile.running.add(s, rows.clone(), &raised, &sums);
-        products.keep = (!raised.first).then_some(&raised.factors);
+        tile.running.add_sums(s, rows.clone(), &update, &sums);
+        products.rescale = (!update.first).then_some(&update.factors);
         by_rows!(rows.len(), from.values(kernel, &products));
     }
 }
 
-/// Looks again at rows whose largest score is `-inf`. Apart from the loop over rows, which a call would
-/// cost its registers.
+/// Looks again at rows whose largest score is `-inf`. Not inlined: the loop over rows would spill its
+/// registers around this rare case.
 #[cold]
 #[inline(never)]
-unsafe fn find_largest(
+unsafe fn recheck_row_maxima(
     call: &Call<'_>,
     rows: &[QueryRow],
     scores: *mut f32,
     place: impl Fn(usize) -> Place,
     width: usize,
-    largest: &mut Lanes,
+    maxima: &mut Lanes,
 ) {
-    for (i, (row, largest)) in rows.iter().zip(largest).enumerate() {
-        if *largest == f32::NEG_INFINITY {
+    for (i, (row, max)) in rows.iter().zip(maxima).enumerate() {
+        if *max == f32::NEG_INFINITY {
             // SAFETY: as promised by the caller, whose rows' scores are at `scores`.
             unsafe {
                 let at = scores.add(i * STRIP);
-                *largest = softmax::largest_of_none(call, row, at, place(i), width);
+                *max = softmax::recheck_row_max(call, row, at, place(i), width);
             }
         }
     }
 }
 
-/// The first unit of a strip's keys, which begin at key `start`, that some row sees, and one past the
+/// The first word of a strip's keys, which begin at key `start`, that some row sees, and one past the
 /// last; in steps of what the micro-kernel takes at once.
-fn seen<K: Kernel>(rows: &[QueryRow], start: usize, all: Span, width: usize) -> [usize; 2] {
+fn visible_words<K: Kernel>(
+    rows: &[QueryRow],
+    start: usize,
+    all: Span,
+    width: usize,
+) -> [usize; 2] {
     let side = micro::side::<K>();
     let panels = all.first * width..all.end * width;
     let low = rows.iter().map(|row| row.keys.start).min().unwrap_or(0);
     let high = rows.iter().map(|row| row.keys.end).max().unwrap_or(0);
     let inside = |key: usize| key.saturating_sub(start).clamp(panels.start, panels.end);
-    let unit = |key: usize| key / (K::PAIR * side) * side;
-    [unit(inside(low)), unit(inside(high) + K::PAIR * side - 1)]
+    let word = |key: usize| key / (K::PAIR * side) * side;
+    [word(inside(low)), word(inside(high) + K::PAIR * side - 1)]
 }

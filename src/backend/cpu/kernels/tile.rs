@@ -4,18 +4,18 @@
 use std::ops::Range;
 
 use super::buffer::Buffer;
-use super::call::{Call, FEW_ROWS, STRIP, Unit};
+use super::call::{Call, FEW_ROWS, HeadTask, STRIP};
 use super::micro::{Kernel, MOST_ROWS};
 use super::query_row::QueryRow;
 use super::running::Running;
 use super::simd::{Elem, Simd};
 use super::types::{Float, with_elements, with_float};
 
-/// Rows of one unit, in a thread's scratch.
+/// Rows of one head task, in a thread's scratch.
 #[derive(Debug)]
 pub(super) struct Tile<'a> {
     pub(super) call: &'a Call<'a>,
-    pub(super) unit: &'a Unit,
+    pub(super) task: &'a HeadTask,
     pub(super) rows: &'a mut [QueryRow],
     /// The strip with which the rows are written out; without one [`finish`] does.
     pub(super) last: Option<usize>,
@@ -33,7 +33,7 @@ pub(super) struct Tile<'a> {
 }
 
 impl<'a> Tile<'a> {
-    /// Where the micro-kernel finds Q of some rows, from `row` on, and the units from one to the
+    /// Where the micro-kernel finds Q of some rows, from `row` on, and the words from one to the
     /// next.
     #[inline(always)]
     pub(super) fn queries_at(&self, row: usize) -> (*const u32, usize) {
@@ -41,27 +41,27 @@ impl<'a> Tile<'a> {
             let step = self.call.query_row;
             return (self.queries.wrapping_add(row * step), step);
         }
-        let q = query_at(self.call, self.unit, &self.rows[row]);
+        let q = query_at(self.call, self.task, &self.rows[row]);
         (q.cast(), self.call.query_stride / self.call.kernel.pair)
     }
 
-    /// Rows `rows` of a unit, with no key seen yet; Q is still to be packed.
+    /// Rows `rows` of a head task, with no key seen yet; Q is still to be packed.
     pub(super) fn new(
         call: &'a Call<'a>,
-        unit: &'a Unit,
+        task: &'a HeadTask,
         rows: Range<usize>,
         last: Option<usize>,
         buffers: &'a mut TileBuffers,
     ) -> Self {
         // Micro-kernels work on rows past the last one.
         let padded = rows.len().next_multiple_of(call.kernel.rows).max(FEW_ROWS);
-        let new_row = |f: usize| QueryRow::new(call, unit, f);
+        let new_row = |f: usize| QueryRow::new(call, task, f);
         buffers.rows.clear();
         buffers.rows.extend(rows.map(new_row));
-        let in_place = queries_in_place(call, unit, &buffers.rows);
+        let in_place = queries_in_place(call, task, &buffers.rows);
         Self {
             call,
-            unit,
+            task,
             rows: &mut buffers.rows,
             last,
             in_place,
@@ -85,27 +85,27 @@ pub(super) struct TileBuffers {
 }
 
 /// Where a row of Q begins.
-fn query_at(call: &Call<'_>, unit: &Unit, row: &QueryRow) -> *const u8 {
-    let at = call.problem.q_at(&unit.sequence, row.head, row.position);
+fn query_at(call: &Call<'_>, task: &HeadTask, row: &QueryRow) -> *const u8 {
+    let at = call.problem.q_at(&task.sequence, row.head, row.position);
     call.at.q.wrapping_add(at * call.float.size_of())
 }
 
 /// How many of the first rows the micro-kernel can read where the caller has Q: none unless Q holds
-/// units, one row a fixed step after the other.
-fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[QueryRow]) -> usize {
+/// words, one row a fixed step after the other.
+fn queries_in_place(call: &Call<'_>, task: &HeadTask, rows: &[QueryRow]) -> usize {
     let Some(first) = rows.first() else {
         return 0;
     };
-    let units = match call.kernel.pair {
+    let words = match call.kernel.pair {
         1 => call.float == Float::F32,
         _ => call.float == Float::Bf16,
     };
     let step = call.query_stride * call.float.size_of();
-    let aligned = (query_at(call, unit, first).addr() | step).is_multiple_of(4);
+    let aligned = (query_at(call, task, first).addr() | step).is_multiple_of(4);
     // Rows that far apart would share the same few sets of the first-level cache.
-    let packed = !unit.in_place(call);
-    let whole_tiles = call.depth == call.dim_units;
-    if !units || !aligned || !packed || !whole_tiles || call.group != 1 || step.is_multiple_of(4096)
+    let packed = !task.in_place(call);
+    let whole_tiles = call.depth == call.dim_words;
+    if !words || !aligned || !packed || !whole_tiles || call.group != 1 || step.is_multiple_of(4096)
     {
         return 0;
     }
@@ -133,14 +133,14 @@ unsafe fn pack_queries<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
     let (call, s) = (tile.call, kernel.simd());
     let lanes = <K::S as Simd>::LANES;
     for (r, row) in tile.rows.iter().enumerate().skip(tile.in_place) {
-        let from = query_at(call, tile.unit, row).cast::<T>();
+        let from = query_at(call, tile.task, row).cast::<T>();
         // SAFETY: the row of Q and its packed place are there.
         unsafe {
             let to = tile.queries.add(r * call.query_row);
             for c in (0..call.depth).step_by(lanes) {
-                let units =
-                    kernel.row_units(from.add(c * K::PAIR), call.dim_units.saturating_sub(c));
-                s.store(to.add(c).cast(), units);
+                let words =
+                    kernel.row_words(from.add(c * K::PAIR), call.dim_words.saturating_sub(c));
+                s.store(to.add(c).cast(), words);
             }
         }
     }
@@ -172,7 +172,7 @@ pub(super) unsafe fn write<K: Kernel>(kernel: K, tile: &Tile<'_>, rows: Range<us
 #[inline(always)]
 unsafe fn write_as<K: Kernel, T: Elem>(kernel: K, tile: &Tile<'_>, rows: Range<usize>) -> bool {
     let (call, s) = (tile.call, kernel.simd());
-    let sequence = &tile.unit.sequence;
+    let sequence = &tile.task.sequence;
     // Stays 0 as long as all are finite.
     let zero = s.splat(0.0);
     let mut taint = zero;
