@@ -5,7 +5,7 @@ use std::fmt;
 
 /// What the processor says of itself.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn cpuid(leaf: u32) -> std::arch::x86_64::CpuidResult {
+fn cpuid(leaf: u32) -> std::arch::x86_64::CpuidResult {
     // Newer compilers need no such block.
     #[allow(unused_unsafe)]
     // SAFETY: every x86-64 processor has this instruction.
@@ -96,7 +96,7 @@ impl Isa {
                 Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16")
             }
             #[cfg(all(target_arch = "x86_64", not(miri)))]
-            Self::AmxBf16 => Self::Avx512Bf16.is_available() && super::kernels::tiles_available(),
+            Self::AmxBf16 => Self::Avx512Bf16.is_available() && amx_tiles_are_available(),
             #[allow(unreachable_patterns)]
             _ => false,
         }
@@ -128,4 +128,44 @@ impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// Whether the processor has AMX tiles of bf16 and this process may use them. Linux grants them when
+/// asked.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+fn amx_tiles_are_available() -> bool {
+    use std::sync::LazyLock;
+    static AVAILABLE: LazyLock<bool> = LazyLock::new(|| {
+        if !cfg!(target_os = "linux") {
+            return false;
+        }
+        // AMX-BF16 and AMX-TILE.
+        let has = cpuid(7).edx;
+        has & 1 << 22 != 0 && has & 1 << 24 != 0 && amx_tiles_are_granted()
+    });
+    *AVAILABLE
+}
+
+/// Asks the kernel for the tiles' state, and sees whether it was given.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+fn amx_tiles_are_granted() -> bool {
+    use std::arch::asm;
+    const ARCH_PRCTL: i64 = 158;
+    const GET_PERMITTED: i64 = 0x1022;
+    const REQUEST: i64 = 0x1023;
+    const TILE_DATA: u64 = 18;
+    let call = |code: i64, argument: u64| -> i64 {
+        let result;
+        // SAFETY: a system call of Linux on x86-64, which changes these registers; what it writes is
+        // a number to the address that the caller gives.
+        unsafe {
+            asm!("syscall", inlateout("rax") ARCH_PRCTL => result, in("rdi") code, in("rsi") argument,
+                out("rcx") _, out("r11") _, options(nostack));
+        }
+        result
+    };
+    let mut permitted = 0u64;
+    call(REQUEST, TILE_DATA) == 0
+        && call(GET_PERMITTED, (&raw mut permitted).addr() as u64) == 0
+        && permitted >> TILE_DATA & 1 != 0
 }

@@ -2,15 +2,13 @@
 //! whole product is one piece of assembly; all else is that of [`super::avx512bf16`].
 
 use std::arch::asm;
-use std::sync::LazyLock;
 
 use super::avx512::Avx512;
 use super::avx512bf16::Bf16Dot;
 use super::micro::{Kernel, Vector};
 use super::simd::Elem;
-use crate::backend::cpu::isa::cpuid;
 
-/// Products of 16 x 16 units of two bf16.
+/// Products of 16 x 16 words of two bf16.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bf16Tiles(Bf16Dot);
 
@@ -87,7 +85,7 @@ impl Kernel for Bf16Tiles {
         sums: *mut f32,
     ) {
         const { assert!(NV == 1 || NV == 2) };
-        // SAFETY: the caller's addresses cover 16 rows of `steps` units of A, `steps` rows of `NV`
+        // SAFETY: the caller's addresses cover 16 rows of `steps` words of A, `steps` rows of `NV`
         // vectors of B and 16 of the sums, 16 divides `steps`, and the tiles are open.
         unsafe {
             tiles!(
@@ -120,54 +118,18 @@ impl Kernel for Bf16Tiles {
         }
     }
     #[inline(always)]
-    unsafe fn row_units<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
+    unsafe fn row_words<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
         // SAFETY: as promised by the caller.
-        unsafe { self.0.row_units(at, count) }
+        unsafe { self.0.row_words(at, count) }
     }
     #[inline(always)]
-    unsafe fn value_units<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
+    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
         // SAFETY: as promised by the caller.
-        unsafe { self.0.value_units(rows) }
+        unsafe { self.0.value_words(rows) }
     }
     #[inline(always)]
     unsafe fn store_probabilities<const NR: usize>(self, at: *mut u32, p: [Vector<Self>; NR]) {
         // SAFETY: as promised by the caller.
         unsafe { self.0.store_probabilities(at, p) }
     }
-}
-
-/// Whether the processor has these tiles and this process may use them. Linux grants them when asked.
-#[cfg_attr(miri, allow(dead_code))]
-pub(crate) fn available() -> bool {
-    static AVAILABLE: LazyLock<bool> = LazyLock::new(|| {
-        if !cfg!(target_os = "linux") {
-            return false;
-        }
-        // AMX-BF16 and AMX-TILE.
-        let has = cpuid(7).edx;
-        has & 1 << 22 != 0 && has & 1 << 24 != 0 && granted()
-    });
-    *AVAILABLE
-}
-
-/// Asks for the tiles' state, and sees whether it was given.
-fn granted() -> bool {
-    const ARCH_PRCTL: i64 = 158;
-    const GET_PERMITTED: i64 = 0x1022;
-    const REQUEST: i64 = 0x1023;
-    const TILE_DATA: u64 = 18;
-    let call = |code: i64, argument: u64| -> i64 {
-        let result;
-        // SAFETY: a system call of Linux on x86-64, which changes these registers; what it writes is
-        // a number to the address that the caller gives.
-        unsafe {
-            asm!("syscall", inlateout("rax") ARCH_PRCTL => result, in("rdi") code, in("rsi") argument,
-                out("rcx") _, out("r11") _, options(nostack));
-        }
-        result
-    };
-    let mut permitted = 0u64;
-    call(REQUEST, TILE_DATA) == 0
-        && call(GET_PERMITTED, (&raw mut permitted).addr() as u64) == 0
-        && permitted >> TILE_DATA & 1 != 0
 }

@@ -6,7 +6,7 @@ use super::avx512::Avx512;
 use super::micro::{Kernel, Vector};
 use super::simd::{Elem, Simd};
 
-/// bf16 dot products: a unit is two bf16.
+/// bf16 dot products: a word is two bf16.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bf16Dot(Avx512);
 
@@ -38,8 +38,8 @@ impl Kernel for Bf16Dot {
         }
     }
     #[inline(always)]
-    unsafe fn row_units<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
-        // SAFETY: `count` units are there; the others are not read. T is bf16.
+    unsafe fn row_words<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
+        // SAFETY: `count` words are there; the others are not read. T is bf16.
         unsafe {
             if count >= 16 {
                 self.0.load(at.cast())
@@ -49,7 +49,7 @@ impl Kernel for Bf16Dot {
         }
     }
     #[inline(always)]
-    unsafe fn value_units<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
+    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
         // SAFETY: a row that is there covers 16 columns of bf16.
         unsafe {
             let wide = |row: *const T| {
@@ -66,7 +66,7 @@ impl Kernel for Bf16Dot {
     #[inline(always)]
     unsafe fn store_probabilities<const NR: usize>(self, at: *mut u32, p: [Vector<Self>; NR]) {
         for i in 0..NR / 2 {
-            // SAFETY: the caller's address covers `NR / 2` vectors of units; the two types have the
+            // SAFETY: the caller's address covers `NR / 2` vectors of words; the two types have the
             // same bits.
             unsafe {
                 let pairs = _mm512_cvtne2ps_pbh(p[2 * i + 1], p[2 * i]);

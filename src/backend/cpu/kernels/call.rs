@@ -1,4 +1,4 @@
-//! A job as the kernels take it apart: its constants, and its units of shared keys and values.
+//! A job as the kernels take it apart: its constants, and its head tasks.
 
 use std::ops::Range;
 
@@ -8,13 +8,15 @@ use crate::attention::{MaskSpec, Problem, Role};
 use crate::backend::cpu::job::{Job, Pointers};
 use crate::error::{MlxError, Result};
 
-use super::in_place::FEW_ROWS;
-use super::mask_map::MaskMap;
-use super::scratch::room;
-use super::table::Kernels;
+use super::buffer::room;
+use super::kv_rows::{KvRows, StripRows};
+use super::mask_map::{MaskMap, Panels};
 use super::types::{Cells, Float};
 
-/// Most keys of a strip, and the units from one row of scores to the next. Strips start at
+/// Most query rows of a head task whose K and V are read where they lie: packing would not pay for itself.
+pub(super) const FEW_ROWS: usize = 8;
+
+/// Most keys of a strip, and the words from one row of scores to the next. Strips start at
 /// multiples of their length, so that a row's result depends on nothing but its visible keys.
 pub(super) const STRIP: usize = 256;
 
@@ -22,29 +24,45 @@ pub(super) const STRIP: usize = 256;
 /// beside the rows' state.
 const STRIP_BYTES: usize = 256 << 10;
 
+/// Shape of the micro-kernel that a call runs, and so of what is packed for it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct KernelShape {
+    /// Elements in a word.
+    pub(super) pair: usize,
+    /// What the rows of a micro-kernel must be a multiple of.
+    pub(super) side: usize,
+    /// Rows of the micro-kernel.
+    pub(super) rows: usize,
+}
+
+/// Reads some strips of the row of the mask that begins at a cell: [`super::mask_scan::scan`] for one
+/// instruction set.
+pub(super) type ScanMask = unsafe fn(&Call<'_>, usize, Range<usize>, *mut Panels);
+
 /// What holds for a whole call.
 #[derive(Debug)]
 pub(super) struct Call<'a> {
     pub(super) problem: &'a Problem,
     pub(super) at: Pointers,
-    pub(super) kernels: &'static Kernels,
+    pub(super) kernel: KernelShape,
+    pub(super) scan_mask: ScanMask,
     /// Elements of Q and O.
     pub(super) float: Float,
     /// Elements of K and V.
     pub(super) kv_float: Float,
     pub(super) dim: usize,
-    /// Units of a row of Q or K.
-    pub(super) dim_units: usize,
+    /// Words of a row of Q or K.
+    pub(super) dim_words: usize,
     /// The same, up to whole tiles where those multiply: packed rows of Q or K hold zeros there.
     pub(super) depth: usize,
-    /// Units from one packed row of Q to the next: off the powers of two that would put all rows into
+    /// Words from one packed row of Q to the next: off the powers of two that would put all rows into
     /// the same cache sets.
     pub(super) query_row: usize,
     /// Keys of a strip.
     pub(super) strip: usize,
-    /// Most terms that are summed in one run; runs' sums are then added up. Rounding grows with the
-    /// length of a run, which only f32 results would show.
-    pub(super) run: usize,
+    /// Most terms of a score that one chain of multiply-adds sums; the sums of chains are then added up.
+    /// Rounding grows with the length of a chain, which only f32 results would show.
+    pub(super) chain: usize,
     /// Query heads that share a key/value head.
     pub(super) group: usize,
     pub(super) scale: f32,
@@ -54,36 +72,33 @@ pub(super) struct Call<'a> {
     pub(super) class_tile: ClassTile,
     /// What the mask hides, where there is one without tile classes and that is worth keeping.
     pub(super) map: Option<MaskMap>,
+    /// Elements from one row of Q to the next.
     pub(super) query_stride: usize,
-    pub(super) key_stride: usize,
-    pub(super) value_stride: usize,
+    /// Bytes from one row of K to the next.
+    key_stride: usize,
+    /// Bytes from one row of V to the next.
+    value_stride: usize,
+    /// Where a test breaks K and V into runs.
+    #[cfg(test)]
+    pub(super) breaks: Option<super::kv_rows::Breaks>,
 }
 
 /// The keys and values of one sequence's key/value head, with all query rows that use them.
 #[derive(Debug, Clone)]
-pub(super) struct Unit {
+pub(super) struct HeadTask {
     pub(super) sequence: Sequence,
     pub(super) kv_head: usize,
     /// Strips that some row sees, as far as the problem's parameters tell.
     pub(super) strips: Range<usize>,
 }
 
-/// V of the keys of a strip.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Values {
-    /// V of its first key.
-    pub(super) first: *const u8,
-    /// Elements from one key to the next.
-    pub(super) stride: usize,
-}
-
 impl<'a> Call<'a> {
-    /// Refuses kernels that do not take the problem's elements.
-    pub(super) fn new(job: &Job<'a>, kernels: &'static Kernels) -> Result<Self> {
+    /// Refuses a kernel that does not take the problem's elements.
+    pub(super) fn new(job: &Job<'a>, kernel: KernelShape, scan_mask: ScanMask) -> Result<Self> {
         let problem = job.problem;
         let float = Float::of(problem.dtype())?;
         let kv_float = Float::of(problem.kv_dtype())?;
-        if kernels.pair == 2 && (float, kv_float) != (Float::Bf16, Float::Bf16) {
+        if kernel.pair == 2 && (float, kv_float) != (Float::Bf16, Float::Bf16) {
             return Err(MlxError::UnsupportedDtype(format!(
                 "kernels for bf16: got {} and {}",
                 problem.dtype(),
@@ -91,21 +106,24 @@ impl<'a> Call<'a> {
             )));
         }
         let dim = problem.shape().head_dim;
-        let dim_units = dim / kernels.pair;
-        let depth = dim_units.next_multiple_of(kernels.side);
+        let dim_words = dim / kernel.pair;
+        let depth = dim_words.next_multiple_of(kernel.side);
         let seq_stride = |role| problem.strides(role).map_or(0, |s| s.seq);
+        // A stride over a single row is never used, and may be any number.
+        let kv_stride = |role| seq_stride(role).wrapping_mul(kv_float.size_of());
         Ok(Self {
             problem,
             at: job.at,
-            kernels,
+            kernel,
+            scan_mask,
             float,
             kv_float,
             dim,
-            dim_units,
+            dim_words,
             depth,
             query_row: depth + 16,
-            strip: STRIP.min(STRIP_BYTES / (4 * dim_units)),
-            run: if float == Float::F32 { 128 } else { 512 },
+            strip: STRIP.min(STRIP_BYTES / (4 * dim_words)),
+            chain: if float == Float::F32 { 128 } else { 512 },
             group: problem.group(),
             scale: problem.scale(),
             softcap: problem.softcap(),
@@ -114,16 +132,18 @@ impl<'a> Call<'a> {
             class_tile: class_tile(dim),
             map: None,
             query_stride: seq_stride(Role::Query),
-            key_stride: seq_stride(Role::Key),
-            value_stride: seq_stride(Role::Value),
+            key_stride: kv_stride(Role::Key),
+            value_stride: kv_stride(Role::Value),
+            #[cfg(test)]
+            breaks: None,
         })
     }
 
-    /// Every unit that has query rows.
-    pub(super) fn units(&self) -> Result<Vec<Unit>> {
+    /// Every head task that has query rows.
+    pub(super) fn tasks(&self) -> Result<Vec<HeadTask>> {
         let shape = self.problem.shape();
         let sequences = (0..shape.batch).filter(|b| self.problem.sequence(*b).query_len > 0);
-        let mut units = room(sequences.count().saturating_mul(shape.kv_heads))?;
+        let mut tasks = room(sequences.count().saturating_mul(shape.kv_heads))?;
         for b in 0..shape.batch {
             let sequence = self.problem.sequence(b);
             if sequence.query_len == 0 {
@@ -133,13 +153,13 @@ impl<'a> Call<'a> {
                 .visibility
                 .keys_any(0..sequence.query_len, sequence.key_len);
             let strips = self.strips(&keys);
-            units.extend((0..shape.kv_heads).map(|kv_head| Unit {
+            tasks.extend((0..shape.kv_heads).map(|kv_head| HeadTask {
                 sequence,
                 kv_head,
                 strips: strips.clone(),
             }));
         }
-        Ok(units)
+        Ok(tasks)
     }
 
     /// The strips that hold some of `keys`.
@@ -150,14 +170,14 @@ impl<'a> Call<'a> {
         keys.start / self.strip..keys.end.div_ceil(self.strip)
     }
 
-    /// Packed units of one strip of K or V.
-    pub(super) fn strip_units(&self) -> usize {
+    /// Packed words of one strip of K or V.
+    pub(super) fn strip_words(&self) -> usize {
         self.strip * self.depth
     }
 
-    /// Packed bytes of the K and V of a unit.
-    pub(super) fn packed_bytes(&self, unit: &Unit) -> usize {
-        (8 * self.strip_units()).saturating_mul(unit.strips.len())
+    /// Packed bytes of the K and V of a head task.
+    pub(super) fn packed_bytes(&self, task: &HeadTask) -> usize {
+        (8 * self.strip_words()).saturating_mul(task.strips.len())
     }
 
     /// Bytes of state that a query row takes while its keys go by.
@@ -166,7 +186,7 @@ impl<'a> Call<'a> {
     }
 }
 
-impl Unit {
+impl HeadTask {
     /// Query rows over all heads of the group. Row `f` is row `f / group` of head `f % group`, so
     /// that rows which stand next to each other see nearly the same keys.
     pub(super) fn rows(&self, call: &Call<'_>) -> usize {
@@ -186,14 +206,23 @@ impl Unit {
             .keys_any(positions, self.sequence.key_len)
     }
 
-    /// Where the caller has the V of a strip.
-    pub(super) fn values(&self, call: &Call<'_>, strip: usize) -> Values {
-        let at = call
-            .problem
-            .v_at(&self.sequence, self.kv_head, strip * call.strip);
-        Values {
-            first: call.at.v.wrapping_add(at * call.kv_float.size_of()),
-            stride: call.value_stride,
+    /// K and V of a strip, where the caller has them.
+    pub(super) fn strip_rows(&self, call: &Call<'_>, strip: usize) -> StripRows {
+        let (problem, sequence, head) = (call.problem, &self.sequence, self.kv_head);
+        let size = call.kv_float.size_of();
+        let rows = |first: *const u8, at: usize, stride: usize| {
+            let rows = KvRows::strided(first.wrapping_add(at * size), stride, sequence.key_len);
+            #[cfg(test)]
+            let rows = rows.with_breaks(call.breaks);
+            rows.of(self.strip_keys(call, strip))
+        };
+        StripRows {
+            k: rows(call.at.k, problem.k_at(sequence, head, 0), call.key_stride),
+            v: rows(
+                call.at.v,
+                problem.v_at(sequence, head, 0),
+                call.value_stride,
+            ),
         }
     }
 

@@ -2,17 +2,15 @@
 //! or infinite, so rows whose outputs are not finite are computed again: with 0 in place of every such
 //! element, by the same instructions in the same order, while this keeps note of which rows see one.
 
-use std::ops::Range;
-
 use half::{bf16, f16};
 
-use super::call::{Call, STRIP, Unit, Values};
-use super::scratch::Buffer;
+use super::buffer::Buffer;
+use super::call::{Call, HeadTask, STRIP};
+use super::kv_rows::KvRows;
+use super::mask_lookup::is_shown;
 use super::simd::Elem;
-use super::span;
-use super::tile::{Row, Tile};
-use super::types::{Cells, Float, with_cells, with_float};
-use crate::attention::TileClass;
+use super::tile::Tile;
+use super::types::{Float, with_float};
 
 /// What kinds of numbers reached an output, a bit for each; 0 where all are finite.
 type Kinds = u8;
@@ -78,21 +76,31 @@ impl Careful {
     ///
     /// # Safety
     /// The job's promises hold.
-    pub(super) unsafe fn clean(&mut self, call: &Call<'_>, unit: &Unit, strip: usize) -> Values {
+    pub(super) unsafe fn clean(
+        &mut self,
+        call: &Call<'_>,
+        task: &HeadTask,
+        strip: usize,
+    ) -> KvRows {
         // SAFETY: as promised by the caller; the type is V's.
-        with_float!(call.kv_float, T => unsafe { self.clean_as::<T>(call, unit, strip) })
+        with_float!(call.kv_float, T => unsafe { self.clean_as::<T>(call, task, strip) })
     }
 
-    unsafe fn clean_as<T: Kind>(&mut self, call: &Call<'_>, unit: &Unit, strip: usize) -> Values {
-        let (dim, keys) = (call.dim, unit.strip_keys(call, strip));
-        let from = unit.values(call, strip);
+    unsafe fn clean_as<T: Kind>(
+        &mut self,
+        call: &Call<'_>,
+        task: &HeadTask,
+        strip: usize,
+    ) -> KvRows {
+        let (dim, keys) = (call.dim, task.strip_keys(call, strip));
+        let from = task.strip_rows(call, strip).v;
         let to: *mut T = self.clean.reserve(STRIP * dim).cast();
         self.keys.clear();
         self.kinds.clear();
         for (i, key) in keys.enumerate() {
             // SAFETY: V has this key; there is room for a strip of the widest elements.
             let (row, clean) = unsafe {
-                let row = from.first.cast::<T>().add(i * from.stride);
+                let row = from.row::<T>(i);
                 let clean = to.add(i * dim);
                 row.copy_to_nonoverlapping(clean, dim);
                 (
@@ -100,7 +108,7 @@ impl Careful {
                     std::slice::from_raw_parts_mut(clean, dim),
                 )
             };
-            // Without a way out of the loop, which would keep the compiler from using vectors.
+            // An early exit would keep the compiler from vectorising the loop.
             if row.iter().fold(true, |all, x| all & x.is_finite()) {
                 continue;
             }
@@ -112,10 +120,7 @@ impl Careful {
                 }
             }
         }
-        Values {
-            first: to.cast(),
-            stride: dim,
-        }
+        KvRows::strided(to.cast_const().cast(), dim * size_of::<T>(), from.len())
     }
 
     /// Takes note of what the last cleaned strip holds for the rows that see it.
@@ -130,8 +135,8 @@ impl Careful {
             let seen = keys[first..].iter().take_while(|key| **key < row.keys.end);
             for (key, kinds) in seen.zip(kinds[first * dim..].chunks_exact(dim)) {
                 // SAFETY: as promised by the caller; the key is there.
-                if unsafe { is_shown(tile.call, row, tile.unit.sequence.key_len, *key) } {
-                    join(reached, kinds);
+                if unsafe { is_shown(tile.call, row, tile.task.sequence.key_len, *key) } {
+                    merge_kinds(reached, kinds);
                 }
             }
         }
@@ -149,7 +154,7 @@ impl Careful {
     unsafe fn write_as<T: Kind>(&self, tile: &Tile<'_>) {
         let call = tile.call;
         for (row, reached) in tile.rows.iter().zip(self.reached.chunks_exact(call.dim)) {
-            let sequence = &tile.unit.sequence;
+            let sequence = &tile.task.sequence;
             let at = call.problem.o_at(sequence, row.head, row.position);
             for (column, kinds) in reached.iter().enumerate().filter(|(_, kinds)| **kinds != 0) {
                 // SAFETY: the row of O is there, and this tile's alone.
@@ -169,69 +174,6 @@ impl Careful {
 }
 
 /// Adds `more` to what reached a row.
-pub(super) fn join(reached: &mut [Kinds], more: &[Kinds]) {
+pub(super) fn merge_kinds(reached: &mut [Kinds], more: &[Kinds]) {
     reached.iter_mut().zip(more).for_each(|(a, b)| *a |= b);
-}
-
-/// Whether mask and tile classes leave a row a key that its bounds leave it.
-///
-/// # Safety
-/// The job's promises hold, and the key is below `key_len`.
-pub(super) unsafe fn is_shown(call: &Call<'_>, row: &Row, key_len: usize, key: usize) -> bool {
-    let Some(cells) = call.cells else {
-        return true;
-    };
-    if !call.at.tile_classes.is_null() {
-        // SAFETY: there is a class for each tile.
-        let class = unsafe { *span::classes(call, row, key_len).add(key / call.class_tile.bk) };
-        if class != TileClass::Mixed as u8 {
-            return class != TileClass::Skip as u8;
-        }
-    }
-    // SAFETY: the mask has this cell, of its type.
-    with_cells!(cells, T => unsafe {
-        <T as Shown>::shown(*call.at.mask.cast::<T>().add(row.mask + key))
-    })
-}
-
-/// Whether mask and tile classes may leave a row any of `keys`: not where the mask alone hides all.
-///
-/// # Safety
-/// The job's promises hold, and the keys are below `key_len`.
-pub(super) unsafe fn may_show(call: &Call<'_>, row: &Row, keys: Range<usize>) -> bool {
-    // A class of 2 shows what the mask hides.
-    let Some(cells) = call.cells.filter(|_| call.at.tile_classes.is_null()) else {
-        return true;
-    };
-    // SAFETY: the mask has these cells, of its type.
-    with_cells!(cells, T => unsafe {
-        let at = call.at.mask.cast::<T>().add(row.mask + keys.start);
-        // Without a way out of the loop, which would keep the compiler from using vectors.
-        std::slice::from_raw_parts(at, keys.len()).iter().fold(false, |any, cell| any | cell.shown())
-    })
-}
-
-/// A mask cell that leaves a key visible or not.
-trait Shown: Copy {
-    fn shown(self) -> bool;
-}
-impl Shown for u8 {
-    fn shown(self) -> bool {
-        self != 0
-    }
-}
-impl Shown for bf16 {
-    fn shown(self) -> bool {
-        self != Self::NEG_INFINITY
-    }
-}
-impl Shown for f16 {
-    fn shown(self) -> bool {
-        self != Self::NEG_INFINITY
-    }
-}
-impl Shown for f32 {
-    fn shown(self) -> bool {
-        self != Self::NEG_INFINITY
-    }
 }

@@ -3,23 +3,21 @@
 
 use std::ops::Range;
 
-use super::call::{Call, STRIP, Values};
+use super::call::{Call, STRIP};
+use super::kv_rows::{KvRows, StripRows};
 use super::micro::{Kernel, Vector};
+use super::products::{Products, Strip};
 use super::running::GROUP;
 use super::simd::{Elem, Simd};
-use super::step::{Products, Strip};
 use super::types::{Float, with_elements, with_float};
-
-/// Most query rows of a unit whose K and V are not packed.
-pub(super) const FEW_ROWS: usize = 8;
 
 /// Keys whose values are added up in registers before the next columns are.
 const KEYS: usize = 32;
 
 /// Products that a lane of a score sums up before lanes are joined: rounding grows with their number.
-const RUN: usize = 32;
+const CHAIN: usize = 32;
 
-/// How many keys ahead memory is asked for: the processor's own prefetcher falls behind when each
+/// How many keys ahead memory is prefetched: the processor's own prefetcher falls behind when each
 /// key is worked on for several rows.
 const AHEAD: usize = 32;
 
@@ -30,13 +28,7 @@ const fn columns_at_once(rows: usize) -> usize {
 
 /// A strip of K and V where the caller has them.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct InPlace {
-    /// Elements before the strip's first key.
-    pub(super) k: usize,
-    pub(super) v: Values,
-    /// Keys that are there.
-    pub(super) count: usize,
-}
+pub(super) struct InPlace(pub(super) StripRows);
 
 impl Strip for InPlace {
     #[inline(always)]
@@ -47,7 +39,7 @@ impl Strip for InPlace {
     ) {
         // SAFETY: as promised by the caller.
         unsafe {
-            with_elements!(K, of.call.kv_float, T => scores::<K, T, MR, NR>(self, kernel, of))
+            with_elements!(K, of.call.kv_float, T => scores::<K, T, MR, NR>(self.0.k, kernel, of))
         }
     }
 
@@ -59,39 +51,38 @@ impl Strip for InPlace {
     ) {
         // SAFETY: as promised by the caller.
         unsafe {
-            with_elements!(K, of.call.kv_float, T => values::<K, T, MR, NR>(self, kernel, of))
+            with_elements!(K, of.call.kv_float, T => values::<K, T, MR, NR>(self.0.v, kernel, of))
         }
     }
 }
 
-/// Asks for the cache lines of `count` elements.
+/// Prefetches the cache lines of `count` elements from byte `offset` of the row of `key`, which may lie
+/// past the last row.
 #[inline(always)]
-fn ask_for<S: Simd, T>(s: S, at: *const T, count: usize) {
-    for i in (0..count).step_by(64 / size_of::<T>()) {
-        s.prefetch(at.wrapping_add(i).cast());
+fn prefetch<S: Simd, T>(s: S, rows: KvRows, key: usize, offset: usize, count: usize) {
+    let row = rows.prefetch_address(key).wrapping_add(offset);
+    for byte in (0..count * size_of::<T>()).step_by(64) {
+        s.prefetch(row.wrapping_add(byte));
     }
 }
 
 #[inline(always)]
 unsafe fn scores<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
-    strip: InPlace,
+    keys: KvRows,
     kernel: K,
     of: &Products<'_>,
 ) {
     let call: &Call<'_> = of.call;
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
-    let keys = call.at.k.cast::<T>().wrapping_add(strip.k);
     let scale = s.splat(call.scale);
     for first in (of.all.first * NR..of.all.end * NR).map(|vector| vector * lanes) {
-        let there = strip.count.saturating_sub(first).min(lanes);
         for r in 0..MR {
             let mut total = s.splat(0.0);
-            for run in (0..call.dim_units).step_by(RUN * lanes) {
-                let units = run..(run + RUN * lanes).min(call.dim_units);
+            for chain in (0..call.dim_words).step_by(CHAIN * lanes) {
+                let words = chain..(chain + CHAIN * lanes).min(call.dim_words);
                 // SAFETY: as promised by the caller.
-                let sums =
-                    unsafe { products_with::<K, T>(kernel, of, keys, r, first, there, units) };
+                let sums = unsafe { products_with::<K, T>(kernel, of, keys, r, first, words) };
                 total = s
                     .transpose(sums)
                     .as_ref()
@@ -104,45 +95,45 @@ unsafe fn scores<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
     }
 }
 
-/// Sums the products of `units` of row `r` with the `there` keys from `first` on: a vector for each
-/// key, a lane for every so many units.
+/// Sums the products of `words` of row `r` with a vector of keys from `first` on, as far as they are
+/// there: a vector for each key, a lane for every so many words.
 #[inline(always)]
 unsafe fn products_with<K: Kernel, T: Elem>(
     kernel: K,
     of: &Products<'_>,
-    keys: *const T,
+    keys: KvRows,
     r: usize,
     first: usize,
-    there: usize,
-    units: Range<usize>,
+    words: Range<usize>,
 ) -> <K::S as Simd>::Block {
     let call: &Call<'_> = of.call;
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
+    let there = keys.len().saturating_sub(first).min(lanes);
+    let run = keys.run_of(first, lanes);
     let mut sums = s.zeros();
-    for c in units.step_by(lanes) {
+    for c in words.step_by(lanes) {
         if r == 0 {
             // In the order of addresses, a share with each step.
-            let share = |c: usize| first + AHEAD + c.min(call.dim_units) * lanes / call.dim_units;
+            let share = |c: usize| first + AHEAD + c.min(call.dim_words) * lanes / call.dim_words;
             for key in share(c)..share(c + lanes) {
-                ask_for(s, keys.wrapping_add(key * call.key_stride), call.dim);
+                prefetch::<_, T>(s, keys, key, 0, call.dim);
             }
         }
         // SAFETY: the keys are there, and so are the queries.
         unsafe {
             let query = s.load(of.queries.add(r * of.query_row + c).cast());
-            let add = |i: usize, sum: &mut Vector<K>| {
-                let at = keys.add((first + i) * call.key_stride + c * K::PAIR);
-                let key = kernel.row_units(at, call.dim_units - c);
+            let add = |row: *const T, sum: &mut Vector<K>| {
+                let key = kernel.row_words(row.add(c * K::PAIR), call.dim_words - c);
                 *sum = kernel.multiply(query, key, *sum);
             };
-            if there == lanes {
+            if let Some(run) = run {
                 for (i, sum) in sums.as_mut().iter_mut().enumerate() {
-                    add(i, sum);
+                    add(run.row(i), sum);
                 }
             } else {
                 for (i, sum) in sums.as_mut().iter_mut().take(there).enumerate() {
-                    add(i, sum);
+                    add(keys.row(first + i), sum);
                 }
             }
         }
@@ -152,33 +143,33 @@ unsafe fn products_with<K: Kernel, T: Elem>(
 
 #[inline(always)]
 unsafe fn values<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
-    strip: InPlace,
+    values: KvRows,
     kernel: K,
     of: &Products<'_>,
 ) {
     // SAFETY: as promised by the caller.
     unsafe {
         if columns_at_once(MR) == 4 {
-            values_by::<K, T, MR, NR, 4>(strip, kernel, of)
+            values_by::<K, T, MR, NR, 4>(values, kernel, of)
         } else {
-            values_by::<K, T, MR, NR, 2>(strip, kernel, of)
+            values_by::<K, T, MR, NR, 2>(values, kernel, of)
         }
     }
 }
 
 #[inline(always)]
 unsafe fn values_by<K: Kernel, T: Elem, const MR: usize, const NR: usize, const NV: usize>(
-    strip: InPlace,
+    values: KvRows,
     kernel: K,
     of: &Products<'_>,
 ) {
     let lanes = <K::S as Simd>::LANES;
     let width = NV * lanes;
     let dim = of.call.dim;
-    let end = (of.all.end * NR * lanes).min(strip.count);
-    // What is multiplied in with the first keys counts for all of them.
+    let end = (of.all.end * NR * lanes).min(values.len());
+    // The first block of keys rescales the outputs; the others add to them.
     let more = Products {
-        keep: Some(&[1.0; GROUP]),
+        rescale: Some(&[1.0; GROUP]),
         ..*of
     };
     let begin = of.all.first * NR * lanes;
@@ -188,18 +179,19 @@ unsafe fn values_by<K: Kernel, T: Elem, const MR: usize, const NR: usize, const 
         // SAFETY: rows, keys and columns are there.
         unsafe {
             for column in (0..dim / width * width).step_by(width) {
-                columns::<K, T, MR, NV>(strip, kernel, of, keys.clone(), column);
+                columns::<K, T, MR, NV>(values, kernel, of, keys.clone(), column);
             }
             for column in (dim / width * width..dim).step_by(lanes) {
-                columns::<K, T, MR, 1>(strip, kernel, of, keys.clone(), column);
+                columns::<K, T, MR, 1>(values, kernel, of, keys.clone(), column);
             }
         }
     }
 }
 
+/// Adds the products of the probabilities of `keys` with `NV` vectors of columns of V.
 #[inline(always)]
 unsafe fn columns<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
-    strip: InPlace,
+    values: KvRows,
     kernel: K,
     of: &Products<'_>,
     keys: Range<usize>,
@@ -207,37 +199,71 @@ unsafe fn columns<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
 ) {
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
-    let values = strip.v.first.cast::<T>().wrapping_add(column);
     let mut acc: [[Vector<K>; NV]; MR] = [[s.splat(0.0); NV]; MR];
-    for key in keys.step_by(K::PAIR) {
-        // SAFETY: the keys below `count` are there, and so are the columns; probabilities are set
-        // in all panels.
+    let mut key = keys.start;
+    while key < keys.end {
+        let run = values.run(key);
+        // Keys of this run that fill whole words of probabilities.
+        let whole = (keys.end - key).min(run.len() / K::PAIR * K::PAIR);
+        // SAFETY: the keys are there, and so are the columns; rows that are there have an address;
+        // probabilities are set in all panels.
         unsafe {
-            let row = |key: usize, j: usize| {
-                if key < strip.count {
-                    values.add(key * strip.v.stride + j * lanes)
-                } else {
-                    std::ptr::null()
-                }
-            };
-            for i in 0..K::PAIR {
-                let ahead = values.wrapping_add((key + i + AHEAD) * strip.v.stride);
-                ask_for(s, ahead, NV * lanes);
+            for i in (0..whole).step_by(K::PAIR) {
+                let rows = [run.row::<T>(i), run.row(i + 1)];
+                std::hint::assert_unchecked(rows[..K::PAIR].iter().all(|row| !row.is_null()));
+                add_keys(values, kernel, of, key + i, rows, column, &mut acc);
             }
-            let p = of.scores.cast::<u32>().add(key / K::PAIR);
-            let p: [Vector<K>; MR] = std::array::from_fn(|r| kernel.broadcast(p.add(r * STRIP)));
-            for j in 0..NV {
-                let units = kernel.value_units([row(key, j), row(key + 1, j)]);
-                for (acc, p) in acc.iter_mut().zip(p) {
-                    acc[j] = kernel.multiply(p, units, acc[j]);
-                }
+            key += whole;
+            // The two keys of this word lie in two runs, or the second is past the last key.
+            if K::PAIR > 1 && whole == 0 {
+                let rows = [values.row::<T>(key), values.row_or_null(key + 1)];
+                add_keys(values, kernel, of, key, rows, column, &mut acc);
+                key += K::PAIR;
             }
         }
     }
     for (r, row) in acc.iter().enumerate() {
         for (j, x) in row.iter().enumerate() {
             // SAFETY: the outputs are there.
-            unsafe { of.put(s, r, column + j * lanes, *x) };
+            unsafe { of.accumulate(s, r, column + j * lanes, *x) };
+        }
+    }
+}
+
+/// Adds the product of one word of probabilities, that of `key` and the keys after it, with V to `acc`.
+/// `rows` is V of these keys, null past the last key.
+#[inline(always)]
+unsafe fn add_keys<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
+    values: KvRows,
+    kernel: K,
+    of: &Products<'_>,
+    key: usize,
+    rows: [*const T; 2],
+    column: usize,
+    acc: &mut [[Vector<K>; NV]; MR],
+) {
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    for i in 0..K::PAIR {
+        let offset = column * size_of::<T>();
+        prefetch::<_, T>(s, values, key + i + AHEAD, offset, NV * lanes);
+    }
+    // SAFETY: the keys are there, and so are the columns; probabilities are set in all panels.
+    unsafe {
+        let p = of.scores.cast::<u32>().add(key / K::PAIR);
+        let p: [Vector<K>; MR] = std::array::from_fn(|r| kernel.broadcast(p.add(r * STRIP)));
+        for j in 0..NV {
+            let at = |row: *const T| {
+                if row.is_null() {
+                    row
+                } else {
+                    row.add(column + j * lanes)
+                }
+            };
+            let words = kernel.value_words(rows.map(at));
+            for (acc, p) in acc.iter_mut().zip(p) {
+                acc[j] = kernel.multiply(p, words, acc[j]);
+            }
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The micro-kernel: `MR` rows of A times `NR` vectors of B, held in registers. Both matrix products
-//! use it; only where A's units lie differs.
+//! use it; only where A's words lie differs.
 //!
-//! A unit is four bytes: one f32, or two neighbouring bf16 under a kernel with dot products. Where an
-//! instruction multiplies small matrices, it takes `SIDE` rows of A at once, and `SIDE` units of each;
+//! A word is four bytes: one f32, or two neighbouring bf16 under a kernel with dot products. Where an
+//! instruction multiplies small matrices, it takes `SIDE` rows of A at once, and `SIDE` words of each;
 //! B and the sums then lie in its own order while the micro-kernel runs. Where there are registers for
 //! whole tiles, they take the place of all of it.
 
@@ -10,25 +10,28 @@ use std::mem::MaybeUninit;
 
 use super::simd::{Elem, Simd};
 
-/// How units are multiplied, on top of an instruction set's vectors.
+/// Most rows of a micro-kernel.
+pub(super) const MOST_ROWS: usize = 16;
+
+/// How words are multiplied, on top of an instruction set's vectors.
 pub(super) trait Kernel: Copy + 'static {
     type S: Simd;
-    /// Elements in a unit.
+    /// Elements in a word.
     const PAIR: usize;
-    /// Rows of A that a multiplication takes, and units of each: 1, or 2 with products of matrices.
+    /// Rows of A that a multiplication takes, and words of each: 1, or 2 with products of matrices.
     const SIDE: usize = 1;
-    /// Rows of A in a tile, and units of each, where there are tiles; `MR` is then the same. Or 0.
+    /// Rows of A in a tile, and words of each, where there are tiles; `MR` is then the same. Or 0.
     const TILE: usize = 0;
     /// Degree of exp2's polynomial for probabilities.
     const DEGREE: usize;
 
     fn simd(self) -> Self::S;
-    /// `acc + a * b`, the unit at `a` taken for every lane, `b` being `LANES` units.
+    /// `acc + a * b`, the word at `a` taken for every lane, `b` being `LANES` words.
     fn multiply(self, a: Vector<Self>, b: Vector<Self>, acc: Vector<Self>) -> Vector<Self>;
-    /// The unit at `at` in every lane.
+    /// The word at `at` in every lane.
     #[inline(always)]
     unsafe fn broadcast(self, at: *const u32) -> Vector<Self> {
-        // SAFETY: the caller's address is a unit's.
+        // SAFETY: the caller's address is a word's.
         self.simd().splat(f32::from_bits(unsafe { *at }))
     }
     /// As [`Self::multiply`], with `a` from [`Self::rows_at`].
@@ -36,21 +39,21 @@ pub(super) trait Kernel: Copy + 'static {
     fn multiply_rows(self, a: Vector<Self>, b: Vector<Self>, acc: Vector<Self>) -> Vector<Self> {
         self.multiply(a, b, acc)
     }
-    /// `SIDE` units of each of `SIDE` rows, one `row` units after the other.
+    /// `SIDE` words of each of `SIDE` rows, one `row` words after the other.
     #[inline(always)]
     unsafe fn rows_at(self, at: *const u32, _row: usize) -> Vector<Self> {
         // SAFETY: as promised by the caller.
         unsafe { self.broadcast(at) }
     }
-    /// Vectors of B for two units, one after the other, as [`Self::multiply_rows`] takes them. Only
+    /// Vectors of B for two words, one after the other, as [`Self::multiply_rows`] takes them. Only
     /// for a `SIDE` of 2, as the next.
     #[inline(always)]
-    fn weave(self, units: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
-        units
+    fn interleave(self, words: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
+        words
     }
     /// Sums of two rows from the order of [`Self::multiply_rows`].
     #[inline(always)]
-    fn exchange(self, sums: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
+    fn separate_rows(self, sums: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
         sums
     }
     /// Makes tiles ready on this thread, before [`Self::product_of_tiles`].
@@ -77,11 +80,11 @@ pub(super) trait Kernel: Copy + 'static {
             )
         }
     }
-    /// The first `count` of `LANES` units of a row of Q or K, zeros after them.
-    unsafe fn row_units<T: Elem>(self, at: *const T, count: usize) -> Vector<Self>;
-    /// `LANES` columns of V as units of `PAIR` keys; `rows` null where there is no key.
-    unsafe fn value_units<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self>;
-    /// Stores `NR * LANES` probabilities as units.
+    /// The first `count` of `LANES` words of a row of Q or K, zeros after them.
+    unsafe fn row_words<T: Elem>(self, at: *const T, count: usize) -> Vector<Self>;
+    /// `LANES` columns of V as words of `PAIR` keys; `rows` null where there is no key.
+    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self>;
+    /// Stores `NR * LANES` probabilities as words.
     unsafe fn store_probabilities<const NR: usize>(self, at: *mut u32, p: [Vector<Self>; NR]);
 }
 
@@ -105,12 +108,12 @@ impl<S: Simd> Kernel for MultiplyAdd<S> {
         self.0.fma(a, b, acc)
     }
     #[inline(always)]
-    unsafe fn row_units<T: Elem>(self, at: *const T, _: usize) -> S::V {
+    unsafe fn row_words<T: Elem>(self, at: *const T, _: usize) -> S::V {
         // SAFETY: head dimensions are multiples of 16, so of `LANES`.
         unsafe { T::load(self.0, at) }
     }
     #[inline(always)]
-    unsafe fn value_units<T: Elem>(self, rows: [*const T; 2]) -> S::V {
+    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> S::V {
         if rows[0].is_null() {
             return self.0.splat(0.0);
         }
@@ -126,24 +129,24 @@ impl<S: Simd> Kernel for MultiplyAdd<S> {
     }
 }
 
-/// Brings vectors of B, of units one after another, into the order in which [`product`] reads them.
+/// Brings vectors of B, of words one after another, into the order in which [`product`] reads them.
 #[inline(always)]
-pub(super) fn weave<K: Kernel>(kernel: K, units: &mut [Vector<K>]) {
+pub(super) fn interleave<K: Kernel>(kernel: K, words: &mut [Vector<K>]) {
     if K::SIDE == 2 {
-        for pair in units.chunks_exact_mut(2) {
-            [pair[0], pair[1]] = kernel.weave([pair[0], pair[1]]);
+        for pair in words.chunks_exact_mut(2) {
+            [pair[0], pair[1]] = kernel.interleave([pair[0], pair[1]]);
         }
     }
 }
 
 /// Sums out of the order of [`Kernel::multiply_rows`].
 #[inline(always)]
-fn exchange<K: Kernel, const NR: usize>(kernel: K, acc: &mut [[Vector<K>; NR]]) {
+fn separate_rows<K: Kernel, const NR: usize>(kernel: K, acc: &mut [[Vector<K>; NR]]) {
     if K::SIDE == 2 {
         for pair in acc.chunks_exact_mut(2) {
             if let [upper, lower] = pair {
                 for (upper, lower) in upper.iter_mut().zip(lower) {
-                    [*upper, *lower] = kernel.exchange([*upper, *lower]);
+                    [*upper, *lower] = kernel.separate_rows([*upper, *lower]);
                 }
             }
         }
@@ -155,8 +158,8 @@ pub(super) const fn side<K: Kernel>() -> usize {
     if K::TILE > 0 { K::TILE } else { K::SIDE }
 }
 
-/// The product over `steps` units: row `r`'s unit `k` is `a[r * row + k]`, and `b` holds `NR` vectors
-/// for each step, brought into order by [`weave`]. [`side`] divides `MR` and `steps`.
+/// The product over `steps` words: row `r`'s word `k` is `a[r * row + k]`, and `b` holds `NR` vectors
+/// for each step, brought into order by [`interleave`]. [`side`] divides `MR` and `steps`.
 #[inline(always)]
 pub(super) unsafe fn product<K: Kernel, const MR: usize, const NR: usize>(
     kernel: K,
@@ -185,9 +188,9 @@ pub(super) unsafe fn product<K: Kernel, const MR: usize, const NR: usize>(
                     *column = s.load(b.cast::<f32>().add(j * lanes));
                 }
                 for (i, rows) in acc.chunks_exact_mut(K::SIDE).enumerate() {
-                    let units = kernel.rows_at(a.add(i * K::SIDE * row), row);
+                    let words = kernel.rows_at(a.add(i * K::SIDE * row), row);
                     for (acc, column) in rows[part].iter_mut().zip(column) {
-                        *acc = kernel.multiply_rows(units, column, *acc);
+                        *acc = kernel.multiply_rows(words, column, *acc);
                     }
                 }
                 b = b.add(NR * lanes);
@@ -195,6 +198,6 @@ pub(super) unsafe fn product<K: Kernel, const MR: usize, const NR: usize>(
         }
         a = a.wrapping_add(K::SIDE);
     }
-    exchange(kernel, &mut acc);
+    separate_rows(kernel, &mut acc);
     acc
 }

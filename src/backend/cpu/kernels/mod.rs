@@ -1,6 +1,6 @@
 //! Attention on the CPU. The keys and values of a head are packed once, in strips; query rows take
 //! them strip by strip with an online softmax, in f32. Everything is written once, over the vectors
-//! of [`simd::Simd`] and the units of [`micro::Kernel`], and made for each instruction set in
+//! of [`simd::Simd`] and the words of [`micro::Kernel`], and made for each instruction set in
 //! [`table`].
 
 #[cfg(target_arch = "x86_64")]
@@ -11,12 +11,17 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512bf16;
+mod bound_call;
+mod buffer;
 mod call;
 mod careful;
 mod chunks;
 mod flush;
 mod in_place;
+mod kv_rows;
+mod mask_lookup;
 mod mask_map;
+mod mask_scan;
 mod math;
 mod micro;
 #[cfg(target_arch = "aarch64")]
@@ -24,8 +29,12 @@ mod neon;
 #[cfg(target_arch = "aarch64")]
 mod neonbf16;
 mod pack;
+mod packed;
+mod pass;
 mod peak;
 mod portable;
+mod products;
+mod query_row;
 mod running;
 mod schedule;
 mod scratch;
@@ -46,10 +55,9 @@ use super::job::Job;
 use crate::DType;
 use crate::attention::Problem;
 use crate::error::Result;
-#[cfg(all(target_arch = "x86_64", not(miri)))]
-pub(crate) use amxbf16::available as tiles_available;
+use bound_call::BoundCall;
+pub(crate) use buffer::room;
 use mask_map::MaskMap;
-pub(crate) use scratch::room;
 pub(crate) use team::Team;
 use types::Float;
 
@@ -67,8 +75,8 @@ pub(crate) fn run(job: &Job<'_>, isa: Isa, team: Team<'_>) -> Result<()> {
 }
 
 fn run_with(job: &Job<'_>, kernels: &'static table::Kernels, team: Team<'_>) -> Result<()> {
-    let mut call = call::Call::new(job, kernels)?;
-    call.map = MaskMap::of(&call, team);
+    let mut call = BoundCall::new(job, kernels)?;
+    call.call.map = MaskMap::of(&call, team);
     schedule::run(&call, team)
 }
 
@@ -76,5 +84,7 @@ fn run_with(job: &Job<'_>, kernels: &'static table::Kernels, team: Team<'_>) -> 
 /// of the current rayon pool; nothing where there are no kernels for them.
 pub(crate) fn peak(isa: Isa, dtype: DType) -> Option<f64> {
     let float = Float::of(dtype).ok()?;
-    Some(peak::measure(table::select(isa, float)))
+    let kernels = table::select(isa, float);
+    // SAFETY: `select` gives only kernels that this processor runs.
+    Some(unsafe { peak::measure(kernels.rounds) })
 }

@@ -7,7 +7,7 @@ use super::micro::{Kernel, Vector};
 use super::neon::Neon;
 use super::simd::{Elem, Simd};
 
-/// bf16 products: a unit is two bf16, and a multiplication takes two units of two rows.
+/// bf16 products: a word is two bf16, and a multiplication takes two words of two rows.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bf16Matrix(Neon);
 
@@ -55,16 +55,16 @@ impl Kernel for Bf16Matrix {
     }
     #[inline(always)]
     unsafe fn rows_at(self, at: *const u32, row: usize) -> Vector<Self> {
-        // SAFETY: two units of each row are there.
+        // SAFETY: two words of each row are there.
         unsafe { vcombine_f32(vld1_f32(at.cast()), vld1_f32(at.add(row).cast())) }
     }
     #[inline(always)]
-    fn weave(self, [first, second]: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
+    fn interleave(self, [first, second]: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
         // SAFETY: the token proves the features.
         unsafe { [vzip1q_f32(first, second), vzip2q_f32(first, second)] }
     }
     #[inline(always)]
-    fn exchange(self, [upper, lower]: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
+    fn separate_rows(self, [upper, lower]: [Vector<Self>; 2]) -> [Vector<Self>; 2] {
         // SAFETY: the token proves the features.
         unsafe {
             let (upper, lower) = (vreinterpretq_f64_f32(upper), vreinterpretq_f64_f32(lower));
@@ -75,12 +75,12 @@ impl Kernel for Bf16Matrix {
         }
     }
     #[inline(always)]
-    unsafe fn row_units<T: Elem>(self, at: *const T, _: usize) -> Vector<Self> {
-        // SAFETY: head dimensions are multiples of 16, so the units are there. T is bf16.
+    unsafe fn row_words<T: Elem>(self, at: *const T, _: usize) -> Vector<Self> {
+        // SAFETY: head dimensions are multiples of 16, so the words are there. T is bf16.
         unsafe { vreinterpretq_f32_u16(vld1q_u16(at.cast())) }
     }
     #[inline(always)]
-    unsafe fn value_units<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
+    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
         // SAFETY: a row that is there covers 4 columns of bf16.
         unsafe {
             let columns = |row: *const T| {
@@ -91,14 +91,14 @@ impl Kernel for Bf16Matrix {
                 }
             };
             let (even, odd) = (columns(rows[0]), columns(rows[1]));
-            let units = vcombine_u16(vzip1_u16(even, odd), vzip2_u16(even, odd));
-            vreinterpretq_f32_u16(units)
+            let words = vcombine_u16(vzip1_u16(even, odd), vzip2_u16(even, odd));
+            vreinterpretq_f32_u16(words)
         }
     }
     #[inline(always)]
     unsafe fn store_probabilities<const NR: usize>(self, at: *mut u32, p: [Vector<Self>; NR]) {
         for (i, p) in p.into_iter().enumerate() {
-            // SAFETY: the caller's address covers `NR / 2` vectors of units; the token proves the
+            // SAFETY: the caller's address covers `NR / 2` vectors of words; the token proves the
             // features.
             unsafe {
                 let narrow: uint16x4_t;

@@ -1,51 +1,46 @@
 //! Packing a strip of K and V into the order in which the micro-kernel reads them, converted on the
-//! way. K: panels of `NR` vectors of keys, `[panel][unit of D][keys]`. V: panels of `NR` vectors of
-//! columns, then single vectors for what is left, `[panel][unit of keys][columns]`. Units that one
-//! multiplication takes together are woven. Keys that are not there are zeros up to the end of their
+//! way. K: panels of `NR` vectors of keys, `[panel][word of D][keys]`. V: panels of `NR` vectors of
+//! columns, then single vectors for what is left, `[panel][word of keys][columns]`. Words that one
+//! multiplication takes together are interleaved. Keys that are not there are zeros up to the end of their
 //! panel, so that nothing past the last key is read.
 
 use std::ops::Range;
 
-use super::call::{Call, Unit, Values};
-use super::micro::{Kernel, weave};
+use super::call::Call;
+use super::kv_rows::{KvRows, StripRows};
+use super::micro::{Kernel, interleave};
 use super::simd::{Elem, Simd};
 use super::types::{Float, with_elements, with_float};
 
-/// Packs strip `strip` of a unit, with `values` as its V.
+/// Packs the strip of `rows`.
 ///
 /// # Safety
-/// The job's promises hold; `values` has a row for each key of the strip; `k` and `v` have room for [`Call::strip_units`].
+/// The job's promises hold; `rows` has a row of K and of V for each key of a strip; `k` and `v` have room
+/// for [`Call::strip_words`].
 #[inline(always)]
 pub(super) unsafe fn pack<K: Kernel, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
-    unit: &Unit,
-    strip: usize,
-    values: Values,
+    rows: StripRows,
     k: *mut u32,
     v: *mut u32,
 ) {
     // SAFETY: as promised by the caller; the type is the operands'.
     unsafe {
         with_elements!(K, call.kv_float, T => {
-            both::<K, T, NR>(kernel, call, unit, strip, values, k, v)
+            pack_keys::<K, T, NR>(kernel, call, rows.k, k.cast());
+            pack_values::<K, T, NR>(kernel, call, rows.v, v.cast());
         })
     }
 }
 
-/// Asks for the lines of some keys of K and V.
+/// Prefetches K and V of some keys of a strip.
 #[inline(always)]
-pub(super) fn ask_for<S: Simd>(s: S, call: &Call<'_>, unit: &Unit, keys: Range<usize>) {
-    let size = call.kv_float.size_of();
-    let row = |base: *const u8, at: usize, stride: usize, key: usize| {
-        base.wrapping_add((at + (key - keys.start) * stride) * size)
-    };
-    let k = call.problem.k_at(&unit.sequence, unit.kv_head, keys.start);
-    let v = call.problem.v_at(&unit.sequence, unit.kv_head, keys.start);
-    for key in keys.clone() {
-        let k = row(call.at.k.cast(), k, call.key_stride, key);
-        let v = row(call.at.v.cast(), v, call.value_stride, key);
-        for line in (0..call.dim * size).step_by(64) {
+pub(super) fn prefetch<S: Simd>(s: S, call: &Call<'_>, rows: StripRows, keys: Range<usize>) {
+    let row_bytes = call.dim * call.kv_float.size_of();
+    for key in keys {
+        let (k, v) = (rows.k.row::<u8>(key), rows.v.row::<u8>(key));
+        for line in (0..row_bytes).step_by(64) {
             s.prefetch_far(k.wrapping_add(line));
             s.prefetch_far(v.wrapping_add(line));
         }
@@ -53,73 +48,41 @@ pub(super) fn ask_for<S: Simd>(s: S, call: &Call<'_>, unit: &Unit, keys: Range<u
 }
 
 #[inline(always)]
-unsafe fn both<K: Kernel, T: Elem, const NR: usize>(
-    kernel: K,
-    call: &Call<'_>,
-    unit: &Unit,
-    strip: usize,
-    values: Values,
-    k: *mut u32,
-    v: *mut u32,
-) {
-    let keys = unit.strip_keys(call, strip);
-    let k_at = call.problem.k_at(&unit.sequence, unit.kv_head, keys.start);
-    // SAFETY: rows `keys` of K and V are there.
-    unsafe {
-        pack_keys::<K, T, NR>(
-            kernel,
-            call,
-            call.at.k.cast::<T>().add(k_at),
-            keys.len(),
-            k.cast(),
-        );
-        pack_values::<K, T, NR>(
-            kernel,
-            call,
-            (values.first.cast::<T>(), values.stride),
-            keys.len(),
-            v.cast(),
-        );
-    }
-}
-
-#[inline(always)]
 unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
-    rows: *const T,
-    count: usize,
+    rows: KvRows,
     to: *mut f32,
 ) {
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
     let width = NR * lanes;
-    let depth = call.depth;
+    let (depth, count) = (call.depth, rows.len());
     for block in 0..count.div_ceil(width) * NR {
         let first = block * lanes;
         let there = count.saturating_sub(first).min(lanes);
         // SAFETY: block `block` lies in a panel of this strip.
         let panel = unsafe { to.add(first / width * depth * width + first % width) };
+        let run = rows.run_of(first, lanes);
         for c in (0..depth).step_by(lanes) {
             let columns = (depth - c).min(lanes);
-            let held = call.dim_units.saturating_sub(c).min(lanes);
+            let held = call.dim_words.saturating_sub(c).min(lanes);
             let mut tile = s.zeros();
-            // SAFETY: rows below `there` and units below `depth` exist.
+            // SAFETY: rows below `there` and words below `depth` exist.
             unsafe {
-                if there == lanes {
+                if let Some(run) = run {
                     for (r, v) in tile.as_mut().iter_mut().enumerate() {
-                        let at = rows.add((first + r) * call.key_stride + c * K::PAIR);
-                        s.prefetch_far(at.wrapping_add(lanes * call.key_stride).cast());
-                        *v = kernel.row_units(at, held);
+                        let ahead = run.row::<T>(r + lanes).wrapping_add(c * K::PAIR);
+                        s.prefetch_far(ahead.cast());
+                        *v = kernel.row_words(run.row::<T>(r).add(c * K::PAIR), held);
                     }
                 } else {
                     for (r, v) in tile.as_mut().iter_mut().take(there).enumerate() {
-                        let at = rows.add((first + r) * call.key_stride + c * K::PAIR);
-                        *v = kernel.row_units(at, held);
+                        *v = kernel.row_words(rows.row::<T>(first + r).add(c * K::PAIR), held);
                     }
                 }
                 let mut tile = s.transpose(tile);
-                weave(kernel, tile.as_mut());
+                interleave(kernel, tile.as_mut());
                 for (i, v) in tile.as_ref().iter().take(columns).enumerate() {
                     s.store(panel.add((c + i) * width), *v);
                 }
@@ -132,23 +95,15 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
 unsafe fn pack_values<K: Kernel, T: Elem, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
-    (rows, stride): (*const T, usize),
-    count: usize,
+    rows: KvRows,
     to: *mut f32,
 ) {
     let lanes = <K::S as Simd>::LANES;
     let width = NR * lanes;
     let height = call.strip / K::PAIR;
     let panelled = call.dim / width * width;
-    let row = |key: usize| {
-        if key < count {
-            // SAFETY: the key exists.
-            unsafe { rows.add(key * stride) }
-        } else {
-            std::ptr::null()
-        }
-    };
-    for step in (0..count.div_ceil(width) * width / K::PAIR).step_by(K::SIDE) {
+    let row = |key: usize| rows.row_or_null::<T>(key);
+    for step in (0..rows.len().div_ceil(width) * width / K::PAIR).step_by(K::SIDE) {
         let keys = [step, step + 1].map(|step| [row(step * K::PAIR), row(step * K::PAIR + 1)]);
         // SAFETY: the steps lie in the strip, and the columns exist.
         unsafe {
@@ -164,7 +119,7 @@ unsafe fn pack_values<K: Kernel, T: Elem, const NR: usize>(
     }
 }
 
-/// Packs `NV` vectors of columns of `SIDE` units of keys; null where there is no key.
+/// Packs `NV` vectors of columns of `SIDE` words of keys; null where there is no key.
 #[inline(always)]
 unsafe fn pack_columns<K: Kernel, T: Elem, const NV: usize>(
     kernel: K,
@@ -183,15 +138,15 @@ unsafe fn pack_columns<K: Kernel, T: Elem, const NV: usize>(
             }
         };
         let mut block = s.zeros();
-        let units = &mut block.as_mut()[..K::SIDE];
+        let words = &mut block.as_mut()[..K::SIDE];
         // SAFETY: as promised by the caller.
         unsafe {
-            for (units, keys) in units.iter_mut().zip(keys) {
-                *units = kernel.value_units(keys.map(at));
+            for (words, keys) in words.iter_mut().zip(keys) {
+                *words = kernel.value_words(keys.map(at));
             }
-            weave(kernel, units);
-            for (i, units) in units.iter().enumerate() {
-                s.store(to.add((i * NV + j) * lanes), *units);
+            interleave(kernel, words);
+            for (i, words) in words.iter().enumerate() {
+                s.store(to.add((i * NV + j) * lanes), *words);
             }
         }
     }

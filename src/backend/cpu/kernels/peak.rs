@@ -4,12 +4,11 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use super::buffer::Buffer;
 use super::micro::{self, Kernel};
-use super::scratch::Buffer;
 use super::simd::Simd;
-use super::table::Kernels;
 
-/// Units of the inner loop: A and B together take well under 32 KiB.
+/// Words of the inner loop: A and B together take well under 32 KiB.
 const STEPS: usize = 128;
 
 /// How long one measurement takes, and how many there are.
@@ -29,7 +28,7 @@ pub(super) unsafe fn rounds<K: Kernel, const MR: usize, const NR: usize>(
     let mut totals = [[s.splat(0.0); NR]; MR];
     kernel.open_tiles();
     for _ in 0..rounds {
-        // SAFETY: A holds `MR` rows of `STEPS` units, B `NR` vectors for each step.
+        // SAFETY: A holds `MR` rows of `STEPS` words, B `NR` vectors for each step.
         let sums = unsafe { micro::product::<K, MR, NR>(kernel, STEPS, STEPS, black_box(a), b) };
         for (totals, sums) in totals.iter_mut().zip(sums) {
             for (total, sum) in totals.iter_mut().zip(sums) {
@@ -45,13 +44,16 @@ pub(super) unsafe fn rounds<K: Kernel, const MR: usize, const NR: usize>(
 }
 
 /// Operations a second on all threads of the current rayon pool: the best of a few measurements.
-pub(super) fn measure(kernels: &Kernels) -> f64 {
+///
+/// # Safety
+/// `rounds` is [`rounds`] for an instruction set that this processor has.
+pub(super) unsafe fn measure(rounds: unsafe fn(usize) -> f64) -> f64 {
     let once = || {
         let begun = Instant::now();
         let mut operations = 0.0;
         while begun.elapsed() < LENGTH {
-            // SAFETY: `table::select` gives only kernels that this processor runs.
-            operations += unsafe { (kernels.rounds)(256) };
+            // SAFETY: as promised by the caller.
+            operations += unsafe { rounds(256) };
         }
         operations / begun.elapsed().as_secs_f64()
     };

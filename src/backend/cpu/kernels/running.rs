@@ -4,8 +4,8 @@
 
 use std::ops::Range;
 
+use super::buffer::Buffer;
 use super::math::LOG2_E;
-use super::scratch::Buffer;
 use super::simd::Simd;
 
 /// Most rows that are worked on together, rounded up to whole vectors.
@@ -22,9 +22,9 @@ pub(super) struct Running {
     sums: *mut f32,
 }
 
-/// What a strip's largest scores did to some rows.
+/// Running maxima of some rows after a strip, and how they changed.
 #[derive(Debug)]
-pub(super) struct Raised {
+pub(super) struct MaxUpdate {
     /// The largest score of each row.
     pub(super) maxima: Lanes,
     /// What earlier sums of each row must be multiplied by.
@@ -77,8 +77,13 @@ impl Running {
     /// # Safety
     /// There are such rows, and lanes past the last hold `-inf`.
     #[inline(always)]
-    pub(super) unsafe fn raise<S: Simd>(self, s: S, rows: Range<usize>, largest: &Lanes) -> Raised {
-        let mut raised = Raised {
+    pub(super) unsafe fn update_max<S: Simd>(
+        self,
+        s: S,
+        rows: Range<usize>,
+        largest: &Lanes,
+    ) -> MaxUpdate {
+        let mut update = MaxUpdate {
             maxima: [0.0; GROUP],
             factors: [0.0; GROUP],
             first: true,
@@ -92,15 +97,15 @@ impl Running {
                 let max = s.min(max, s.splat(f32::MAX));
                 // The difference is taken before the product, so that an unchanged maximum gives 1.
                 let top = s.pick(s.gt(max, hidden), max, zero);
-                let factor = factors(s, s.sub(before, top));
+                let factor = rescale_factors(s, s.sub(before, top));
                 let seen = s.gt(before, hidden) << lane;
-                raised.first &= seen & ((1 << rows.len()) - 1) == 0;
+                update.first &= seen & ((1 << rows.len()) - 1) == 0;
                 s.store(self.maxima.add(rows.start + lane), max);
-                s.store(raised.maxima.as_mut_ptr().add(lane), max);
-                s.store(raised.factors.as_mut_ptr().add(lane), factor);
+                s.store(update.maxima.as_mut_ptr().add(lane), max);
+                s.store(update.factors.as_mut_ptr().add(lane), factor);
             }
         }
-        raised
+        update
     }
 
     /// Adds the sums of a strip to those of `rows`.
@@ -108,18 +113,18 @@ impl Running {
     /// # Safety
     /// There are such rows, and lanes past the last of these rows hold 0.
     #[inline(always)]
-    pub(super) unsafe fn add<S: Simd>(
+    pub(super) unsafe fn add_sums<S: Simd>(
         self,
         s: S,
         rows: Range<usize>,
-        raised: &Raised,
+        update: &MaxUpdate,
         sums: &Lanes,
     ) {
         for lane in (0..rows.len()).step_by(S::LANES) {
             // SAFETY: as promised by the caller.
             unsafe {
                 let at = self.sums.add(rows.start + lane);
-                let factor = s.load(raised.factors.as_ptr().add(lane));
+                let factor = s.load(update.factors.as_ptr().add(lane));
                 let sum = s.load(sums.as_ptr().add(lane));
                 s.store(at, s.fma(s.load(at), factor, sum));
             }
@@ -130,7 +135,7 @@ impl Running {
 /// `exp(difference)`, with what the product with `log2(e)` loses made good: the error of a factor is
 /// that of all sums before it.
 #[inline(always)]
-fn factors<S: Simd>(s: S, difference: S::V) -> S::V {
+fn rescale_factors<S: Simd>(s: S, difference: S::V) -> S::V {
     // Far below what is not 0, and finite.
     let d = s.max(difference, s.splat(-1000.0));
     let (high, low) = (s.splat(LOG2_E), s.splat(LOG2_E_REST));
@@ -144,6 +149,6 @@ fn factors<S: Simd>(s: S, difference: S::V) -> S::V {
 const LOG2_E_REST: f32 = (std::f64::consts::LOG2_E - LOG2_E as f64) as f32;
 
 /// What sums must be multiplied by when the maximum rises from `before` to `max`.
-pub(super) fn factor(before: f32, max: f32) -> f32 {
+pub(super) fn rescale_factor(before: f32, max: f32) -> f32 {
     ((f64::from(before) - f64::from(max)) * std::f64::consts::LOG2_E).exp2() as f32
 }

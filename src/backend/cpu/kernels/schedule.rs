@@ -3,95 +3,84 @@
 
 use std::ops::Range;
 
-use super::call::{Call, Unit};
-use super::careful::Careful;
+use super::bound_call::BoundCall;
+use super::buffer::{room, with_shared};
+use super::call::HeadTask;
 use super::chunks;
-use super::scratch::{Scratch, room, with_scratch, with_shared};
+use super::packed::Packed;
+use super::pass::Pass;
+use super::scratch::{Scratch, with_scratch};
 use super::split::Split;
-use super::step::Packed;
-use super::team::Team;
+use super::team::{Shared, Team};
 use super::tile::Tile;
 use crate::error::Result;
 
-/// Packed K and V that a wave of units shares, in bytes; a single unit may take more.
+/// Packed K and V that a wave of head tasks shares, in bytes; a single head task may take more.
 const WAVE_BYTES: usize = 8 << 20;
 
-/// Most packed K and V of a single unit, in bytes. Where it has more keys, its tiles pack them anew, a
+/// Most packed K and V of a single head task, in bytes. Where it has more keys, its tiles pack them anew, a
 /// strip at a time: a stride of 0 makes keys without end out of one.
-const UNIT_BYTES: usize = 512 << 20;
+const TASK_BYTES: usize = 512 << 20;
 
 /// State of the rows of one tile, in bytes: beside a packed strip it stays in a core's second-level
 /// cache.
 const TILE_BYTES: usize = 192 << 10;
 
-/// Most state of all rows of a unit, in bytes, for one thread to take the unit as a whole.
+/// Most state of all rows of a head task, in bytes, for one thread to take the head task as a whole.
 const WHOLE_BYTES: usize = 2 << 20;
 
-/// An address that threads share.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Shared<T>(pub(super) *mut T);
-// SAFETY: an address; whoever uses it keeps to parts of its own, or only reads.
-unsafe impl<T> Send for Shared<T> {}
-// SAFETY: as above.
-unsafe impl<T> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    pub(super) fn get(self) -> *mut T {
-        self.0
+/// Runs a call. Whether a head task is packed depends on the head task alone, as its bits do.
+pub(super) fn run(call: &BoundCall<'_>, team: Team<'_>) -> Result<()> {
+    let tasks = call.tasks()?;
+    if let Some(split) = Split::plan(call, &tasks)? {
+        return chunks::run(call, &tasks, &split, team);
     }
-}
-
-/// Runs a call. Whether a unit is packed depends on the unit alone, as its bits do.
-pub(super) fn run(call: &Call<'_>, team: Team<'_>) -> Result<()> {
-    let units = call.units()?;
-    if let Some(split) = Split::plan(call, &units)? {
-        return chunks::run(call, &units, &split, team);
-    }
-    let fits = units
+    let fits = tasks
         .iter()
-        .all(|u| u.rows(call) * call.row_bytes() <= WHOLE_BYTES);
+        .all(|task| task.rows(call) * call.row_bytes() <= WHOLE_BYTES);
     let threads = team.threads;
-    let spread = units.len() >= 4 * threads || units.len().is_multiple_of(threads);
-    let few = units.iter().all(|u| u.in_place(call));
+    let spread = tasks.len() >= 4 * threads || tasks.len().is_multiple_of(threads);
+    let few = tasks.iter().all(|task| task.in_place(call));
     if few || fits && spread {
-        whole_units(call, &units, team)
+        whole_tasks(call, &tasks, team)
     } else {
-        by_tiles(call, &units, team, UNIT_BYTES)
+        by_tiles(call, &tasks, team, TASK_BYTES)
     }
 }
 
-/// One task for each unit: it packs a strip and takes all rows over it, while both are in cache.
-fn whole_units(call: &Call<'_>, units: &[Unit], team: Team<'_>) -> Result<()> {
-    let mut order: Vec<usize> = room(units.len())?;
-    order.extend(0..units.len());
+/// One thread takes a whole head task: it packs a strip and takes all rows over it, while both are in
+/// cache.
+fn whole_tasks(call: &BoundCall<'_>, tasks: &[HeadTask], team: Team<'_>) -> Result<()> {
+    let mut order: Vec<usize> = room(tasks.len())?;
+    order.extend(0..tasks.len());
     order.sort_by_key(|i| {
-        let unit = &units[*i];
-        std::cmp::Reverse(unit.rows(call).saturating_mul(unit.strips.len()))
+        let task = &tasks[*i];
+        std::cmp::Reverse(task.rows(call).saturating_mul(task.strips.len()))
     });
-    team.for_each(units.len(), |i| {
-        let unit = &units[order[i]];
+    team.for_each(tasks.len(), |i| {
+        let task = &tasks[order[i]];
         // Most likely this thread's next.
-        let next = order.get(i + team.threads).map(|index| &units[*index]);
+        let next = order.get(i + team.threads).map(|index| &tasks[*index]);
         with_scratch(|scratch| {
-            by_itself(call, unit, 0..unit.rows(call), &unit.strips, next, scratch);
+            by_itself(call, task, 0..task.rows(call), &task.strips, next, scratch);
         });
     });
     Ok(())
 }
 
-/// Some rows of a unit from their first strip to their outputs, packing the strips on the way unless
+/// Some rows of a head task from their first strip to their outputs, packing the strips on the way unless
 /// there are too few rows to pay for it.
 fn by_itself(
-    call: &Call<'_>,
-    unit: &Unit,
+    call: &BoundCall<'_>,
+    task: &HeadTask,
     rows: Range<usize>,
     strips: &Range<usize>,
-    next: Option<&Unit>,
+    next: Option<&HeadTask>,
     scratch: &mut Scratch,
 ) {
     let pass = Pass {
         call,
-        unit,
+        task,
         rows,
         strips: strips.clone(),
         last: strips.clone().last(),
@@ -125,87 +114,24 @@ fn carefully(pass: Pass<'_>, scratch: &mut Scratch) {
     });
 }
 
-/// Some rows of a unit on their way through some of its strips.
-#[derive(Debug)]
-pub(super) struct Pass<'a> {
-    pub(super) call: &'a Call<'a>,
-    pub(super) unit: &'a Unit,
-    pub(super) rows: Range<usize>,
-    pub(super) strips: Range<usize>,
-    /// The strip with which the rows are written out.
-    pub(super) last: Option<usize>,
-    /// What this thread will pass after it.
-    pub(super) next: Option<&'a Unit>,
-    /// Whether keys whose V is not finite may be among them.
-    pub(super) careful: bool,
-}
-
-impl Pass<'_> {
-    /// Takes the rows over the strips, packing these on the way unless there are too few rows to pay
-    /// for it; `end` gets what came of it.
-    pub(super) fn run<R>(
-        &self,
-        scratch: &mut Scratch,
-        end: impl FnOnce(&mut Tile<'_>, &mut Careful) -> R,
-    ) -> R {
-        let (call, unit) = (self.call, self.unit);
-        let (mut parts, keys, values, careful) = scratch.split();
-        let mut tile = Tile::new(call, unit, self.rows.clone(), self.last, &mut parts);
-        if self.careful {
-            careful.begin(call, tile.rows.len());
-        }
-        let in_place = unit.in_place(call);
-        let units = if in_place { 0 } else { call.strip_units() };
-        let (k, v) = (keys.reserve(units), values.reserve(units));
-        let next = self.next.map(|unit| (unit, unit.strips.start));
-        // SAFETY: the job's promises hold, the kernels suit this machine, and the buffers have room
-        // for a strip.
-        unsafe {
-            (call.kernels.begin)(&mut tile);
-            for strip in self.strips.clone() {
-                let values = if self.careful {
-                    careful.clean(call, unit, strip)
-                } else {
-                    unit.values(call, strip)
-                };
-                if in_place {
-                    (call.kernels.step_in_place)(&mut tile, strip, values);
-                } else {
-                    (call.kernels.pack)(call, unit, strip, values, k, v);
-                    let packed = Packed {
-                        strip,
-                        k,
-                        v,
-                        next: if strip + 1 < self.strips.end {
-                            Some((unit, strip + 1))
-                        } else {
-                            next
-                        },
-                    };
-                    (call.kernels.step)(&mut tile, packed);
-                }
-                if self.careful {
-                    careful.note(&tile);
-                }
-            }
-        }
-        end(&mut tile, careful)
-    }
-}
-
-/// Waves of units: their K and V are packed once, by all threads, then tiles of rows share them. A unit
+/// Waves of head tasks: their K and V are packed once, by all threads, then tiles of rows share them. A head task
 /// whose packed K and V would take more than `most` bytes, or more than there are, is not packed at once.
-pub(super) fn by_tiles(call: &Call<'_>, units: &[Unit], team: Team<'_>, most: usize) -> Result<()> {
+pub(super) fn by_tiles(
+    call: &BoundCall<'_>,
+    tasks: &[HeadTask],
+    team: Team<'_>,
+    most: usize,
+) -> Result<()> {
     // One buffer for all waves: an allocator keeps the pages of one that was freed beside the next.
     with_shared(|buffer| {
         let mut wave = 0;
-        while wave < units.len() {
-            let mut bytes = call.packed_bytes(&units[wave]);
+        while wave < tasks.len() {
+            let mut bytes = call.packed_bytes(&tasks[wave]);
             let mut end = wave + 1;
-            while end < units.len()
-                && bytes.saturating_add(call.packed_bytes(&units[end])) <= WAVE_BYTES
+            while end < tasks.len()
+                && bytes.saturating_add(call.packed_bytes(&tasks[end])) <= WAVE_BYTES
             {
-                bytes += call.packed_bytes(&units[end]);
+                bytes += call.packed_bytes(&tasks[end]);
                 end += 1;
             }
             let packed = if bytes <= most {
@@ -213,7 +139,7 @@ pub(super) fn by_tiles(call: &Call<'_>, units: &[Unit], team: Team<'_>, most: us
             } else {
                 None
             };
-            run_wave(call, &units[wave..end], packed, team)?;
+            run_wave(call, &tasks[wave..end], packed, team)?;
             wave = end;
         }
         Ok(())
@@ -221,22 +147,22 @@ pub(super) fn by_tiles(call: &Call<'_>, units: &[Unit], team: Team<'_>, most: us
 }
 
 fn run_wave(
-    call: &Call<'_>,
-    units: &[Unit],
+    call: &BoundCall<'_>,
+    tasks: &[HeadTask],
     packed: Option<Shared<u32>>,
     team: Team<'_>,
 ) -> Result<()> {
-    // Strips of all units in a row; V's follow K's strip by strip.
+    // Strips of all head tasks in a row; V's follow K's strip by strip.
     let mut strips = Vec::new();
-    let mut first = room(units.len())?;
-    for (index, unit) in units.iter().enumerate() {
+    let mut first = room(tasks.len())?;
+    for (index, task) in tasks.iter().enumerate() {
         first.push(strips.len());
-        if unit.in_place(call) || packed.is_none() {
+        if task.in_place(call) || packed.is_none() {
             continue;
         }
-        strips.extend(unit.strips.clone().map(|strip| (index, strip)));
+        strips.extend(task.strips.clone().map(|strip| (index, strip)));
     }
-    let size = call.strip_units();
+    let size = call.strip_words();
     let place = |packed: Shared<u32>, slot: usize| {
         // SAFETY: there is room for every slot.
         let k = unsafe { packed.get().add(2 * slot * size) };
@@ -247,32 +173,31 @@ fn run_wave(
         team.for_each(strips.len(), |slot| {
             let (index, strip) = strips[slot];
             let (k, v) = place(packed, slot);
-            let unit = &units[index];
-            let values = unit.values(call, strip);
+            let task = &tasks[index];
+            let rows = task.strip_rows(call, strip);
             // SAFETY: the job's promises hold, the kernels suit this machine, and the slot is this
-            // task's.
-            unsafe { (call.kernels.pack)(call, unit, strip, values, k, v) };
+            // head task's.
+            unsafe { (call.kernels.pack)(call, rows, k, v) };
         });
     }
 
-    let tiles = tiles(call, units, team.threads)?;
+    let tiles = tiles(call, tasks, team.threads)?;
     team.for_each(tiles.len(), |i| {
         let (index, rows) = &tiles[i];
-        let unit = &units[*index];
-        let strips = call.strips(&unit.keys(call, rows));
+        let task = &tasks[*index];
+        let strips = call.strips(&task.keys(call, rows));
         with_scratch(|scratch| {
-            let Some(packed) = packed.filter(|_| !unit.in_place(call)) else {
-                return by_itself(call, unit, rows.clone(), &strips, None, scratch);
+            let Some(packed) = packed.filter(|_| !task.in_place(call)) else {
+                return by_itself(call, task, rows.clone(), &strips, None, scratch);
             };
-            let mut parts = scratch.split().0;
             let last = strips.clone().last();
-            let mut tile = Tile::new(call, unit, rows.clone(), last, &mut parts);
+            let mut tile = Tile::new(call, task, rows.clone(), last, &mut scratch.tile);
             // SAFETY: the job's promises hold, the kernels suit this machine, and all strips are
             // packed.
             unsafe {
                 (call.kernels.begin)(&mut tile);
                 for strip in strips.clone() {
-                    let (k, v) = place(packed, first[*index] + strip - unit.strips.start);
+                    let (k, v) = place(packed, first[*index] + strip - task.strips.start);
                     let packed = Packed {
                         strip,
                         k,
@@ -286,7 +211,7 @@ fn run_wave(
             if tile.tainted {
                 let pass = Pass {
                     call,
-                    unit,
+                    task,
                     rows: rows.clone(),
                     strips,
                     last,
@@ -301,16 +226,20 @@ fn run_wave(
 }
 
 /// Tiles of rows, those with the most keys first.
-fn tiles(call: &Call<'_>, units: &[Unit], threads: usize) -> Result<Vec<(usize, Range<usize>)>> {
-    let total: usize = units.iter().map(|u| u.rows(call)).sum();
-    let quantum = call.kernels.rows;
-    // As many as cache holds, but several tasks for each thread.
+fn tiles(
+    call: &BoundCall<'_>,
+    tasks: &[HeadTask],
+    threads: usize,
+) -> Result<Vec<(usize, Range<usize>)>> {
+    let total: usize = tasks.iter().map(|u| u.rows(call)).sum();
+    let quantum = call.kernels.shape.rows;
+    // As many as cache holds, but several head tasks for each thread.
     let rows = (TILE_BYTES / call.row_bytes()).min(total / (6 * threads));
     let rows = (rows / quantum * quantum).max(quantum);
-    let counts = units.iter().map(|u| u.rows(call).div_ceil(rows));
+    let counts = tasks.iter().map(|u| u.rows(call).div_ceil(rows));
     let mut tiles = room(counts.sum())?;
-    for (index, unit) in units.iter().enumerate() {
-        let count = unit.rows(call);
+    for (index, task) in tasks.iter().enumerate() {
+        let count = task.rows(call);
         tiles.extend(
             (0..count)
                 .step_by(rows)
@@ -318,7 +247,7 @@ fn tiles(call: &Call<'_>, units: &[Unit], threads: usize) -> Result<Vec<(usize, 
         );
     }
     tiles.sort_by_key(|(index, rows)| {
-        let keys = units[*index].keys(call, rows).len();
+        let keys = tasks[*index].keys(call, rows).len();
         std::cmp::Reverse(rows.len().saturating_mul(keys))
     });
     Ok(tiles)

@@ -1,15 +1,15 @@
-//! The softmax of one row over one strip, in place: its scores are decorated and searched for the
-//! largest, then turned into probabilities.
+//! The softmax of one row over one strip, in place: softcap, mask and ALiBi change its scores, then their
+//! maximum is taken, then they become probabilities.
 
 use std::ops::Range;
 
 use super::call::Call;
-use super::careful;
+use super::mask_lookup::{self, classes};
 use super::math::{self, LOG2_E};
 use super::micro::{Kernel, Vector};
+use super::query_row::QueryRow;
 use super::simd::{Cell, Simd, load_first};
-use super::span::{self, Span};
-use super::tile::Row;
+use super::span::Span;
 use super::types::{Cells, Float, with_cells, with_float};
 use crate::attention::TileClass;
 
@@ -31,23 +31,24 @@ pub(super) struct Place {
 #[inline(always)]
 pub(super) fn are_plain(
     call: &Call<'_>,
-    rows: &[Row],
+    rows: &[QueryRow],
     start: usize,
     all: Span,
     width: usize,
 ) -> bool {
     let keys = start + all.first * width..start + all.end * width;
-    let sees_all = |row: &Row| row.keys.start <= keys.start && row.keys.end >= keys.end;
-    let decorated = all.masked != 0 || call.softcap.is_some() || !call.at.alibi_slopes.is_null();
-    !decorated && rows.iter().all(sees_all)
+    let sees_all = |row: &QueryRow| row.keys.start <= keys.start && row.keys.end >= keys.end;
+    let modified = all.masked != 0 || call.softcap.is_some() || !call.at.alibi_slopes.is_null();
+    !modified && rows.iter().all(sees_all)
 }
 
-/// Decorates the scores at `at`, hides those that the row does not see, and gives the largest.
+/// Applies softcap, mask and ALiBi to the scores at `at`, hides those that the row does not see, and gives
+/// their maximum.
 #[inline(always)]
-pub(super) unsafe fn largest<K: Kernel, const NR: usize>(
+pub(super) unsafe fn row_max<K: Kernel, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
-    row: &Row,
+    row: &QueryRow,
     at: *mut f32,
     place: Place,
 ) -> f32 {
@@ -61,7 +62,7 @@ pub(super) unsafe fn largest<K: Kernel, const NR: usize>(
     unsafe {
         if !place.plain {
             if own.masked != 0 || call.softcap.is_some() || row.slope != 0.0 {
-                decorate::<K, NR>(kernel, call, row, at, place);
+                modify_scores::<K, NR>(kernel, call, row, at, place);
             }
             hide_edges::<K, NR>(kernel, row, at, place);
         }
@@ -81,15 +82,15 @@ pub(super) unsafe fn largest<K: Kernel, const NR: usize>(
     }
 }
 
-/// The largest score where [`largest`] found none above `-inf`: the row sees no key there, or its scores
+/// The largest score where [`row_max`] found none above `-inf`: the row sees no key there, or its scores
 /// are NaN, or they overflowed. Those that overflowed become the lowest finite number, so that the keys
 /// count as seen whatever else the row sees. Panels are `width` keys.
 ///
 /// # Safety
 /// The job's promises hold, and the row's span of the strip is at `at`.
-pub(super) unsafe fn largest_of_none(
+pub(super) unsafe fn recheck_row_max(
     call: &Call<'_>,
-    row: &Row,
+    row: &QueryRow,
     at: *mut f32,
     place: Place,
     width: usize,
@@ -98,7 +99,7 @@ pub(super) unsafe fn largest_of_none(
         return f32::NEG_INFINITY;
     }
     let span = place.own.first * width..place.own.end * width;
-    // Without a way out of the loop, which would keep the compiler from using vectors.
+    // An early exit would keep the compiler from vectorising the loop.
     let any_nan = span.clone().fold(false, |any, i| {
         // SAFETY: the span lies in the strip.
         any | unsafe { *at.add(i) }.is_nan()
@@ -110,14 +111,14 @@ pub(super) unsafe fn largest_of_none(
     let keys =
         (place.start + span.start).max(row.keys.start)..(place.start + span.end).min(row.keys.end);
     // SAFETY: the keys are the row's own; the mask has them.
-    if keys.is_empty() || !unsafe { careful::may_show(call, row, keys.clone()) } {
+    if keys.is_empty() || !unsafe { mask_lookup::may_show(call, row, keys.clone()) } {
         return f32::NEG_INFINITY;
     }
     let mut largest = f32::NEG_INFINITY;
     for key in keys {
         // SAFETY: the key is the row's own; its score lies in the span.
         unsafe {
-            if careful::is_shown(call, row, place.key_len, key) {
+            if mask_lookup::is_shown(call, row, place.key_len, key) {
                 *at.add(key - place.start) = f32::MIN;
                 largest = f32::MIN;
             }
@@ -140,24 +141,24 @@ pub(super) unsafe fn probabilities<K: Kernel, const NR: usize>(
     // SAFETY: the spans lie in the strip, whose scores are at `at`.
     unsafe {
         if own.is_empty() || max == f32::NEG_INFINITY {
-            hide::<K, NR>(kernel, at, all.first..all.end);
+            zero_probabilities::<K, NR>(kernel, at, all.first..all.end);
             return 0.0;
         }
         // Before the probabilities of the row itself, which may begin where these end.
-        hide::<K, NR>(kernel, at, all.first..own.first);
+        zero_probabilities::<K, NR>(kernel, at, all.first..own.first);
         // The maximum is taken away before the product, so that its own exponent is exactly 0. A
         // score that overflowed counts as the largest finite one.
-        let (unit, top) = (s.splat(LOG2_E), s.splat(max));
+        let (log2_e, top) = (s.splat(LOG2_E), s.splat(max));
         let sum = if max == f32::MAX {
             let finite = s.splat(f32::MAX);
             exponentials::<K, NR>(kernel, at, own, |x| {
                 // In this order NaN passes.
-                s.mul(s.sub(s.min(finite, x), top), unit)
+                s.mul(s.sub(s.min(finite, x), top), log2_e)
             })
         } else {
-            exponentials::<K, NR>(kernel, at, own, |x| s.mul(s.sub(x, top), unit))
+            exponentials::<K, NR>(kernel, at, own, |x| s.mul(s.sub(x, top), log2_e))
         };
-        hide::<K, NR>(kernel, at, own.end..all.end);
+        zero_probabilities::<K, NR>(kernel, at, own.end..all.end);
         sum
     }
 }
@@ -202,7 +203,11 @@ unsafe fn exponentials<K: Kernel, const NR: usize>(
 
 /// Sets the probabilities of some panels to 0.
 #[inline(always)]
-unsafe fn hide<K: Kernel, const NR: usize>(kernel: K, at: *mut f32, panels: Range<usize>) {
+unsafe fn zero_probabilities<K: Kernel, const NR: usize>(
+    kernel: K,
+    at: *mut f32,
+    panels: Range<usize>,
+) {
     let width = NR * <K::S as Simd>::LANES / K::PAIR;
     for panel in panels {
         // SAFETY: the panel lies in the strip.
@@ -215,7 +220,12 @@ unsafe fn hide<K: Kernel, const NR: usize>(kernel: K, at: *mut f32, panels: Rang
 
 /// Sets scores of the row's span that lie outside its visible keys to `-inf`.
 #[inline(always)]
-unsafe fn hide_edges<K: Kernel, const NR: usize>(kernel: K, row: &Row, at: *mut f32, place: Place) {
+unsafe fn hide_edges<K: Kernel, const NR: usize>(
+    kernel: K,
+    row: &QueryRow,
+    at: *mut f32,
+    place: Place,
+) {
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
     let (first, end) = (place.own.first * NR, place.own.end * NR);
@@ -236,7 +246,7 @@ unsafe fn hide_edges<K: Kernel, const NR: usize>(kernel: K, row: &Row, at: *mut 
     }
 }
 
-/// From this cap on, what is flushed of a score divided by it could be seen.
+/// From this cap on, a score divided by it may be subnormal, and flushing it would change the result.
 const HUGE_CAP: f32 = 1e30;
 
 /// Up to this part of the cap, a score is what it is without one, to the last bit of f32.
@@ -244,29 +254,29 @@ const LINEAR: f32 = 1.0 / 8192.0;
 
 /// Applies the softcap, then the mask and ALiBi.
 #[inline(always)]
-unsafe fn decorate<K: Kernel, const NR: usize>(
+unsafe fn modify_scores<K: Kernel, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
-    row: &Row,
+    row: &QueryRow,
     at: *mut f32,
     place: Place,
 ) {
     // SAFETY: the mask holds cells of its type.
     unsafe {
         match call.cells.filter(|_| place.own.masked != 0) {
-            None => bias::<K, f32, NR>(kernel, call, row, at, place, false),
+            None => modify_vectors::<K, f32, NR>(kernel, call, row, at, place, false),
             Some(cells) => {
-                with_cells!(cells, T => bias::<K, T, NR>(kernel, call, row, at, place, true))
+                with_cells!(cells, T => modify_vectors::<K, T, NR>(kernel, call, row, at, place, true))
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
+unsafe fn modify_vectors<K: Kernel, T: Cell, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
-    row: &Row,
+    row: &QueryRow,
     at: *mut f32,
     place: Place,
     masked: bool,
@@ -277,7 +287,7 @@ unsafe fn bias<K: Kernel, T: Cell, const NR: usize>(
     let hidden = s.splat(f32::NEG_INFINITY);
     let everywhere = call.softcap.is_some() || row.slope != 0.0;
     let classed = masked && !call.at.tile_classes.is_null();
-    let classes = span::classes(call, row, place.key_len);
+    let classes = classes(call, row, place.key_len);
     for vector in place.own.first * NR..place.own.end * NR {
         let mut masked = masked && place.own.masked >> (vector / NR) & 1 != 0;
         if !masked && !everywhere {

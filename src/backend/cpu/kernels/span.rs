@@ -1,8 +1,9 @@
 //! Which part of a strip a row needs: its visible keys, narrowed by what the mask hides wholly.
 
 use super::call::Call;
+use super::mask_lookup::classes;
 use super::mask_map::Panels;
-use super::tile::Row;
+use super::query_row::QueryRow;
 use crate::attention::{Sequence, TileClass};
 
 /// The panels of a strip that a row needs.
@@ -44,7 +45,7 @@ impl Span {
 pub(super) unsafe fn of_row(
     call: &Call<'_>,
     sequence: &Sequence,
-    row: &Row,
+    row: &QueryRow,
     strip: usize,
     width: usize,
 ) -> Span {
@@ -56,7 +57,10 @@ pub(super) unsafe fn of_row(
     }
     let (first, end) = ((low - start) / width, (high - start).div_ceil(width));
     let panels = match &call.map {
-        Some(map) => map.at(sequence, row, strip),
+        Some(map) => {
+            let query_row = sequence.q_start + row.position;
+            map.at(sequence.batch, row.head, query_row, strip)
+        }
         // SAFETY: the classes cover all rows and keys.
         None if !call.at.tile_classes.is_null() => unsafe {
             by_classes(call, row, low..high, sequence.key_len, start, width)
@@ -64,7 +68,7 @@ pub(super) unsafe fn of_row(
         None if call.mask.is_some() => {
             let mut panels = Panels::default();
             // SAFETY: the mask has this row; the kernels suit this machine.
-            unsafe { (call.kernels.map)(call, row.mask, strip..strip + 1, &raw mut panels) };
+            unsafe { (call.scan_mask)(call, row.mask, strip..strip + 1, &raw mut panels) };
             panels
         }
         None => {
@@ -92,20 +96,12 @@ fn bits(panels: std::ops::Range<usize>) -> u32 {
     (((1u64 << panels.end) - 1) & !((1u64 << panels.start) - 1)) as u32
 }
 
-/// First class of a row's tiles.
-#[inline(always)]
-pub(super) fn classes(call: &Call<'_>, row: &Row, key_len: usize) -> *const u8 {
-    let tile = call.class_tile;
-    let first = row.position / tile.bq * key_len.div_ceil(tile.bk);
-    call.at.tile_classes.wrapping_add(first)
-}
-
 /// The panels by the tile classes alone. A panel may hold tiles of several classes, which
 /// [`super::softmax`] tells apart where the panel is masked.
 #[inline(always)]
 unsafe fn by_classes(
     call: &Call<'_>,
-    row: &Row,
+    row: &QueryRow,
     keys: std::ops::Range<usize>,
     key_len: usize,
     start: usize,

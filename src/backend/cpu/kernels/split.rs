@@ -1,36 +1,36 @@
 //! Few query rows over many keys: chunks of keys are worked on apart, and their partial results
-//! joined in order. Where chunks begin depends on the problem alone, and so do the result's bits.
+//! merged in order. Where chunks begin depends on the problem alone, and so do the result's bits.
 
-use super::call::{Call, Unit};
+use super::buffer::room;
+use super::call::{Call, HeadTask};
 use super::careful;
-use super::running::factor;
-use super::scratch::room;
+use super::running::rescale_factor;
 use super::tile::Tile;
 use crate::error::Result;
 
 /// Keys of a chunk.
 const CHUNK: usize = 1024;
 
-/// Most rows of a unit that is split.
+/// Most rows of a head task that is split.
 const MOST_ROWS: usize = 64;
 
-/// A split of every unit.
+/// A split of every head task.
 #[derive(Debug)]
 pub(super) struct Split {
     /// Strips of a chunk.
     pub(super) strips: usize,
-    /// First chunk of each unit; at the end, their number.
+    /// First chunk of each head task; at the end, their number.
     pub(super) first: Vec<usize>,
     /// Rows that each chunk has room for.
     rows: usize,
-    /// Units of a partial row: the maximum and the sum, O, and what reached it, a byte for each column.
+    /// Words of a partial row: the maximum and the sum, O, and what reached it, a byte for each column.
     width: usize,
 }
 
 impl Split {
-    /// Splits the units, if they are to be split.
-    pub(super) fn plan(call: &Call<'_>, units: &[Unit]) -> Result<Option<Self>> {
-        let most = |size: &dyn Fn(&Unit) -> usize| units.iter().map(size).max().unwrap_or(0);
+    /// Splits the head tasks, if they are to be split.
+    pub(super) fn plan(call: &Call<'_>, tasks: &[HeadTask]) -> Result<Option<Self>> {
+        let most = |size: &dyn Fn(&HeadTask) -> usize| tasks.iter().map(size).max().unwrap_or(0);
         let rows = most(&|u| u.rows(call));
         let strips = CHUNK / call.strip;
         if rows > MOST_ROWS || most(&|u| u.strips.len()) <= strips {
@@ -43,18 +43,18 @@ impl Split {
             rows,
             width,
         };
-        split.of(call, units).map(Some)
+        split.of(call, tasks).map(Some)
     }
 
-    /// The same split of some of its units.
-    pub(super) fn of(&self, call: &Call<'_>, units: &[Unit]) -> Result<Self> {
-        debug_assert!(units.iter().all(|u| u.rows(call) <= self.rows));
-        let mut first = room(units.len() + 1)?;
+    /// The same split of some of its head tasks.
+    pub(super) fn of(&self, call: &Call<'_>, tasks: &[HeadTask]) -> Result<Self> {
+        debug_assert!(tasks.iter().all(|u| u.rows(call) <= self.rows));
+        let mut first = room(tasks.len() + 1)?;
         first.push(0);
         let mut chunks = 0;
-        for unit in units {
-            // A unit without a visible key has rows to write all the same.
-            chunks += unit.strips.len().div_ceil(self.strips);
+        for task in tasks {
+            // A head task without a visible key has rows to write all the same.
+            chunks += task.strips.len().div_ceil(self.strips);
             first.push(chunks);
         }
         Ok(Self { first, ..*self })
@@ -65,7 +65,7 @@ impl Split {
         self.first.last().copied().unwrap_or(0)
     }
 
-    /// Units of a partial result.
+    /// Words of a partial result.
     pub(super) fn slot(&self) -> usize {
         self.rows * self.width
     }
@@ -74,16 +74,16 @@ impl Split {
         4 * self.slot()
     }
 
-    /// Unit of a chunk.
-    pub(super) fn unit_of(&self, chunk: usize) -> usize {
+    /// Task of a chunk.
+    pub(super) fn task_of(&self, chunk: usize) -> usize {
         self.first.partition_point(|first| *first <= chunk) - 1
     }
 
-    /// Keeps a tile's rows as a partial result, with what `reached` them.
+    /// Saves a tile's rows as a partial result, with what `reached` them.
     ///
     /// # Safety
-    /// `to` has room for [`Split::slot`] units, which are nobody else's.
-    pub(super) unsafe fn keep(&self, tile: &Tile<'_>, reached: Option<&[u8]>, to: *mut u32) {
+    /// `to` has room for [`Split::slot`] words, which are nobody else's.
+    pub(super) unsafe fn save(&self, tile: &Tile<'_>, reached: Option<&[u8]>, to: *mut u32) {
         let dim = tile.call.dim;
         for r in 0..tile.rows.len() {
             // SAFETY: as promised by the caller; the tile has this row.
@@ -103,8 +103,8 @@ impl Split {
     /// Sets a tile's rows to a partial result.
     ///
     /// # Safety
-    /// `from` holds what [`Split::keep`] wrote, with what reached the rows if `reached` is given.
-    pub(super) unsafe fn restore(
+    /// `from` holds what [`Split::save`] wrote, with what reached the rows if `reached` is given.
+    pub(super) unsafe fn load(
         &self,
         tile: &mut Tile<'_>,
         reached: Option<&mut [u8]>,
@@ -122,15 +122,15 @@ impl Split {
         }
         if let Some(reached) = reached {
             // SAFETY: as promised by the caller.
-            unsafe { self.join_reached(dim, reached, from) };
+            unsafe { self.merge_reached(dim, reached, from) };
         }
     }
 
-    /// Joins a partial result to a tile's rows.
+    /// Merges a partial result into a tile's rows.
     ///
     /// # Safety
-    /// As for [`Self::restore`].
-    pub(super) unsafe fn join(
+    /// As for [`Self::load`].
+    pub(super) unsafe fn merge(
         &self,
         tile: &mut Tile<'_>,
         reached: Option<&mut [u8]>,
@@ -139,7 +139,7 @@ impl Split {
         let dim = tile.call.dim;
         if let Some(reached) = reached {
             // SAFETY: as promised by the caller.
-            unsafe { self.join_reached(dim, reached, from) };
+            unsafe { self.merge_reached(dim, reached, from) };
         }
         for r in 0..tile.rows.len() {
             // SAFETY: as promised by the caller; the tile has this row.
@@ -159,7 +159,7 @@ impl Split {
                 }
                 (before, part) => {
                     let max = before.max(part);
-                    (max, factor(before, max), factor(part, max))
+                    (max, rescale_factor(before, max), rescale_factor(part, max))
                 }
             };
             for (o, p) in outputs.iter_mut().zip(&from[2..]) {
@@ -170,14 +170,14 @@ impl Split {
         }
     }
 
-    unsafe fn join_reached(&self, dim: usize, reached: &mut [u8], from: *const u32) {
+    unsafe fn merge_reached(&self, dim: usize, reached: &mut [u8], from: *const u32) {
         for (r, reached) in reached.chunks_exact_mut(dim).enumerate() {
             // SAFETY: as promised by the caller; a byte for each column follows the row's outputs.
             let more = unsafe {
                 let at = from.add(r * self.width + 2 + dim).cast::<u8>();
                 std::slice::from_raw_parts(at, dim)
             };
-            careful::join(reached, more);
+            careful::merge_kinds(reached, more);
         }
     }
 }

@@ -2,69 +2,50 @@
 
 use std::ops::Range;
 
-use super::call::{Call, STRIP, Unit, Values};
-use super::in_place::{FEW_ROWS, InPlace};
-use super::micro::{self, Kernel, product};
-use super::pack;
+use super::call::{Call, FEW_ROWS, STRIP};
+use super::in_place::InPlace;
+use super::kv_rows::StripRows;
+use super::micro::{self, Kernel, MOST_ROWS};
+use super::packed::Packed;
+use super::products::{Products, Strip};
+use super::query_row::QueryRow;
 use super::running::{GROUP, Lanes};
 use super::simd::Simd;
 use super::softmax::{self, Place};
 use super::span::{self, Span};
-use super::tile::{self, Row, Tile};
+use super::tile::{self, Tile};
 
-/// Most rows of a micro-kernel.
-pub(super) const MOST_ROWS: usize = 16;
 const _: () = assert!(MOST_ROWS <= GROUP);
-
-/// Packed K and V of a strip.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Packed<'a> {
-    pub(super) strip: usize,
-    pub(super) k: *const u32,
-    pub(super) v: *const u32,
-    /// What will be packed next, so that it is in cache by then.
-    pub(super) next: Option<(&'a Unit, usize)>,
-}
-
-/// Elements of K in what is asked for during the whole of the strip before it.
-const EARLY: usize = 16 << 10;
 
 /// Takes all rows of a tile one strip further.
 ///
 /// # Safety
-/// The job's promises hold, and `packed` is the unit's strip.
+/// The job's promises hold, and `packed` is the task's strip.
 #[inline(always)]
 pub(super) unsafe fn step<K: Kernel, const MR: usize, const NR: usize>(
     kernel: K,
     tile: &mut Tile<'_>,
-    packed: Packed<'_>,
+    packed: Packed,
 ) {
     kernel.open_tiles();
     // SAFETY: as promised by the caller.
-    unsafe { step_through::<K, Packed<'_>, MR, NR>(kernel, tile, packed.strip, packed) }
+    unsafe { step_through::<K, Packed, MR, NR>(kernel, tile, packed.strip, packed) }
     kernel.close_tiles();
 }
 
-/// As [`step`], with K and V as they lie in memory, `values` being the strip's V.
+/// As [`step`], with K and V as they lie in memory.
 ///
 /// # Safety
-/// The job's promises hold, the unit has this strip, and `values` a row for each of its keys.
+/// The job's promises hold, and `keys` has a row of K and of V for each key of the strip.
 #[inline(always)]
 pub(super) unsafe fn step_in_place<K: Kernel, const NR: usize>(
     kernel: K,
     tile: &mut Tile<'_>,
     strip: usize,
-    values: Values,
+    keys: StripRows,
 ) {
-    let (problem, unit) = (tile.call.problem, tile.unit);
-    let keys = unit.strip_keys(tile.call, strip);
-    let from = InPlace {
-        k: problem.k_at(&unit.sequence, unit.kv_head, keys.start),
-        v: values,
-        count: keys.len(),
-    };
     // SAFETY: as promised by the caller.
-    unsafe { step_through::<K, InPlace, FEW_ROWS, NR>(kernel, tile, strip, from) }
+    unsafe { step_through::<K, InPlace, FEW_ROWS, NR>(kernel, tile, strip, InPlace(keys)) }
 }
 
 #[inline(always)]
@@ -77,39 +58,18 @@ unsafe fn step_through<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     let rows = tile.rows.len();
     for first in (0..rows).step_by(MR) {
         let end = (first + MR).min(rows);
-        from.ahead(kernel.simd(), tile.call, first..end, rows);
+        from.prefetch_next(kernel.simd(), tile.call, first..end, rows);
         // SAFETY: as promised by the caller; the rows are the tile's.
         unsafe {
             step_rows::<K, P, MR, NR>(kernel, tile, strip, from, first..end);
             if tile.last == Some(strip) {
-                // Their sums are in the nearest cache still, and the next rows hide the writing.
+                // The outputs are still in the first-level cache, and the stores overlap with the work on the
+                // next rows.
                 let tainted = tile::write(kernel, tile, first..end);
                 tile.tainted |= tainted;
             }
         }
     }
-}
-
-/// K and V of a strip, in some form.
-pub(super) trait Strip: Copy {
-    /// What the rows of a micro-kernel must be a multiple of.
-    fn side<K: Kernel>() -> usize {
-        1
-    }
-    /// Asks memory for the share that some of all `rows` have in what comes after this strip.
-    fn ahead<S: Simd>(self, _s: S, _call: &Call<'_>, _share: Range<usize>, _rows: usize) {}
-    /// Writes the scaled scores of `MR` rows.
-    unsafe fn scores<K: Kernel, const MR: usize, const NR: usize>(
-        self,
-        kernel: K,
-        of: &Products<'_>,
-    );
-    /// Adds the probabilities' product with V to the outputs of `MR` rows.
-    unsafe fn values<K: Kernel, const MR: usize, const NR: usize>(
-        self,
-        kernel: K,
-        of: &Products<'_>,
-    );
 }
 
 /// Runs a method of [`Strip`] with the smallest size of micro-kernel that holds `rows`.
@@ -134,10 +94,10 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     rows: Range<usize>,
 ) {
     let call = tile.call;
-    let keys = tile.unit.strip_keys(call, strip);
+    let keys = tile.task.strip_keys(call, strip);
     let s = kernel.simd();
     let width = NR * <K::S as Simd>::LANES;
-    let key_len = tile.unit.sequence.key_len;
+    let key_len = tile.task.sequence.key_len;
     let mut spans = [Span::EMPTY; MOST_ROWS];
     let mut all = Span::EMPTY;
     for (i, r) in rows.clone().enumerate() {
@@ -147,7 +107,7 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
             spans[i - 1]
         } else {
             // SAFETY: the job's promises hold.
-            unsafe { span::of_row(call, &tile.unit.sequence, row, strip, width) }
+            unsafe { span::of_row(call, &tile.task.sequence, row, strip, width) }
         };
         all = all.join(spans[i]);
     }
@@ -161,12 +121,12 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
         let mut products = Products {
             call,
             all,
-            keys: seen::<K>(&tile.rows[rows.clone()], keys.start, all, width),
+            keys: visible_words::<K>(&tile.rows[rows.clone()], keys.start, all, width),
             queries,
             query_row,
             scores: tile.scores,
             outputs: tile.outputs.add(rows.start * call.dim),
-            keep: None,
+            rescale: None,
         };
         by_rows!(rows.len(), from.scores(kernel, &products));
         let plain = softmax::are_plain(call, &tile.rows[rows.clone()], keys.start, all, width);
@@ -177,206 +137,72 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
             all,
             plain,
         };
-        let mut largest = [f32::NEG_INFINITY; GROUP];
+        let mut maxima = [f32::NEG_INFINITY; GROUP];
         for (i, r) in rows.clone().enumerate() {
             let at = products.scores.add(i * STRIP);
-            largest[i] = softmax::largest::<K, NR>(kernel, call, &tile.rows[r], at, place(i));
+            maxima[i] = softmax::row_max::<K, NR>(kernel, call, &tile.rows[r], at, place(i));
         }
-        let lowest = largest[..rows.len()]
+        let lowest = maxima[..rows.len()]
             .iter()
             .fold(f32::INFINITY, |a, b| a.min(*b));
         if lowest == f32::NEG_INFINITY {
-            find_largest(
+            recheck_row_maxima(
                 call,
                 &tile.rows[rows.clone()],
                 products.scores,
                 place,
                 width,
-                &mut largest,
+                &mut maxima,
             );
         }
-        let raised = tile.running.raise(s, rows.clone(), &largest);
+        let update = tile.running.update_max(s, rows.clone(), &maxima);
         let mut sums = [0.0; GROUP];
         for (i, sum) in sums[..rows.len()].iter_mut().enumerate() {
             let at = products.scores.add(i * STRIP);
-            *sum = softmax::probabilities::<K, NR>(kernel, at, place(i), raised.maxima[i]);
+            *sum = softmax::probabilities::<K, NR>(kernel, at, place(i), update.maxima[i]);
         }
-        tile.running.add(s, rows.clone(), &raised, &sums);
-        products.keep = (!raised.first).then_some(&raised.factors);
+        tile.running.add_sums(s, rows.clone(), &update, &sums);
+        products.rescale = (!update.first).then_some(&update.factors);
         by_rows!(rows.len(), from.values(kernel, &products));
     }
 }
 
-/// Looks again at rows whose largest score is `-inf`. Apart from the loop over rows, which a call would
-/// cost its registers.
+/// Looks again at rows whose largest score is `-inf`. Not inlined: the loop over rows would spill its
+/// registers around this rare case.
 #[cold]
 #[inline(never)]
-unsafe fn find_largest(
+unsafe fn recheck_row_maxima(
     call: &Call<'_>,
-    rows: &[Row],
+    rows: &[QueryRow],
     scores: *mut f32,
     place: impl Fn(usize) -> Place,
     width: usize,
-    largest: &mut Lanes,
+    maxima: &mut Lanes,
 ) {
-    for (i, (row, largest)) in rows.iter().zip(largest).enumerate() {
-        if *largest == f32::NEG_INFINITY {
+    for (i, (row, max)) in rows.iter().zip(maxima).enumerate() {
+        if *max == f32::NEG_INFINITY {
             // SAFETY: as promised by the caller, whose rows' scores are at `scores`.
             unsafe {
                 let at = scores.add(i * STRIP);
-                *largest = softmax::largest_of_none(call, row, at, place(i), width);
+                *max = softmax::recheck_row_max(call, row, at, place(i), width);
             }
         }
     }
 }
 
-/// The first unit of a strip's keys, which begin at key `start`, that some row sees, and one past the
+/// The first word of a strip's keys, which begin at key `start`, that some row sees, and one past the
 /// last; in steps of what the micro-kernel takes at once.
-fn seen<K: Kernel>(rows: &[Row], start: usize, all: Span, width: usize) -> [usize; 2] {
+fn visible_words<K: Kernel>(
+    rows: &[QueryRow],
+    start: usize,
+    all: Span,
+    width: usize,
+) -> [usize; 2] {
     let side = micro::side::<K>();
     let panels = all.first * width..all.end * width;
     let low = rows.iter().map(|row| row.keys.start).min().unwrap_or(0);
     let high = rows.iter().map(|row| row.keys.end).max().unwrap_or(0);
     let inside = |key: usize| key.saturating_sub(start).clamp(panels.start, panels.end);
-    let unit = |key: usize| key / (K::PAIR * side) * side;
-    [unit(inside(low)), unit(inside(high) + K::PAIR * side - 1)]
-}
-
-/// The two matrix products of some rows with a strip.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Products<'a> {
-    pub(super) call: &'a Call<'a>,
-    /// The panels to compute.
-    pub(super) all: Span,
-    /// Of their units of keys, the first that some row sees, and one past the last.
-    pub(super) keys: [usize; 2],
-    pub(super) queries: *const u32,
-    /// Units from one row of Q to the next.
-    pub(super) query_row: usize,
-    pub(super) scores: *mut f32,
-    pub(super) outputs: *mut f32,
-    /// What the outputs so far are multiplied by; nothing where there are none yet.
-    pub(super) keep: Option<&'a Lanes>,
-}
-
-impl Products<'_> {
-    /// Adds a vector of row `r` to the outputs.
-    #[inline(always)]
-    pub(super) unsafe fn put<S: Simd>(&self, s: S, r: usize, column: usize, x: S::V) {
-        // SAFETY: the outputs are there.
-        unsafe {
-            let at = self.outputs.add(r * self.call.dim + column);
-            let x = match self.keep {
-                Some(factors) => s.fma(s.load(at), s.splat(factors[r]), x),
-                None => x,
-            };
-            s.store(at, x);
-        }
-    }
-}
-
-impl Strip for Packed<'_> {
-    fn side<K: Kernel>() -> usize {
-        micro::side::<K>()
-    }
-
-    #[inline(always)]
-    fn ahead<S: Simd>(self, s: S, call: &Call<'_>, share: Range<usize>, rows: usize) {
-        let Some((unit, strip)) = self.next else {
-            return;
-        };
-        let keys = unit.strip_keys(call, strip);
-        // Not too early, unless it is small: other rows' outputs go through the cache before it is used.
-        let late = if keys.len() * call.dim <= EARLY {
-            0
-        } else {
-            rows - rows / 4
-        };
-        let at =
-            |row: usize| keys.start + row.saturating_sub(late) * keys.len() / (rows - late).max(1);
-        pack::ask_for(s, call, unit, at(share.start)..at(share.end));
-    }
-
-    #[inline(always)]
-    unsafe fn scores<K: Kernel, const MR: usize, const NR: usize>(
-        self,
-        kernel: K,
-        of: &Products<'_>,
-    ) {
-        let s = kernel.simd();
-        let lanes = <K::S as Simd>::LANES;
-        let width = NR * lanes;
-        let depth = of.call.depth;
-        let scale = s.splat(of.call.scale);
-        for panel in of.all.first..of.all.end {
-            // SAFETY: rows and panels are there.
-            unsafe {
-                let b = self.k.add(panel * depth * width);
-                let scores = of.scores.add(panel * width);
-                let mut from = 0;
-                while from < depth {
-                    let run = of.call.run.min(depth - from);
-                    let (a, b) = (of.queries.add(from), b.add(from * width));
-                    let acc = product::<K, MR, NR>(kernel, run, of.query_row, a, b);
-                    let (first, last) = (from == 0, from + run == depth);
-                    for (r, row) in acc.iter().enumerate() {
-                        for (j, x) in row.iter().enumerate() {
-                            let at = scores.add(r * STRIP + j * lanes);
-                            let x = if first { *x } else { s.add(s.load(at), *x) };
-                            s.store(at, if last { s.mul(x, scale) } else { x });
-                        }
-                    }
-                    from += run;
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn values<K: Kernel, const MR: usize, const NR: usize>(
-        self,
-        kernel: K,
-        of: &Products<'_>,
-    ) {
-        let width = NR * <K::S as Simd>::LANES;
-        let panelled = of.call.dim / width * width;
-        // SAFETY: rows, keys and columns are there.
-        unsafe {
-            for column in (0..panelled).step_by(width) {
-                self.columns::<K, MR, NR>(kernel, of, column);
-            }
-            for column in (panelled..of.call.dim).step_by(<K::S as Simd>::LANES) {
-                self.columns::<K, MR, 1>(kernel, of, column);
-            }
-        }
-    }
-}
-
-impl Packed<'_> {
-    /// `NV` vectors of columns of [`Strip::values`].
-    #[inline(always)]
-    unsafe fn columns<K: Kernel, const MR: usize, const NV: usize>(
-        self,
-        kernel: K,
-        of: &Products<'_>,
-        column: usize,
-    ) {
-        let s = kernel.simd();
-        let lanes = <K::S as Simd>::LANES;
-        let [first, end] = of.keys;
-        // SAFETY: rows, keys and columns are there.
-        unsafe {
-            let a = of.scores.cast::<u32>().add(first);
-            let b = self
-                .v
-                .add(column * of.call.strip / K::PAIR + first * NV * lanes);
-            // From 0 in each strip: the sum of a long row is the more exact for it.
-            let acc = product::<K, MR, NV>(kernel, end - first, STRIP, a, b);
-            for (r, row) in acc.iter().enumerate() {
-                for (j, x) in row.iter().enumerate() {
-                    of.put(s, r, column + j * lanes, *x);
-                }
-            }
-        }
-    }
+    let word = |key: usize| key / (K::PAIR * side) * side;
+    [word(inside(low)), word(inside(high) + K::PAIR * side - 1)]
 }

@@ -3,13 +3,16 @@
 
 use std::ops::Range;
 
-use super::call::{Call, Unit, Values};
-use super::mask_map::{self, Panels};
+use super::call::{Call, KernelShape, ScanMask};
+use super::kv_rows::StripRows;
+use super::mask_map::Panels;
+use super::mask_scan;
 use super::micro::{self, Kernel, MultiplyAdd};
 use super::pack;
+use super::packed::Packed;
 use super::peak;
 use super::portable::Portable;
-use super::step::{self, Packed};
+use super::step;
 use super::tile::{self, Tile};
 use super::types::Float;
 use crate::backend::cpu::isa::Isa;
@@ -18,18 +21,13 @@ use crate::backend::cpu::isa::Isa;
 /// instruction set, and what the generic function of the same name requires.
 #[derive(Debug)]
 pub(super) struct Kernels {
-    /// Elements in a unit.
-    pub(super) pair: usize,
-    /// What the rows of a micro-kernel must be a multiple of.
-    pub(super) side: usize,
-    /// Rows of the micro-kernel.
-    pub(super) rows: usize,
-    pub(super) pack: unsafe fn(&Call<'_>, &Unit, usize, Values, *mut u32, *mut u32),
+    pub(super) shape: KernelShape,
+    pub(super) pack: unsafe fn(&Call<'_>, StripRows, *mut u32, *mut u32),
     pub(super) begin: unsafe fn(&mut Tile<'_>),
-    pub(super) step: unsafe fn(&mut Tile<'_>, Packed<'_>),
-    pub(super) step_in_place: unsafe fn(&mut Tile<'_>, usize, Values),
+    pub(super) step: unsafe fn(&mut Tile<'_>, Packed),
+    pub(super) step_in_place: unsafe fn(&mut Tile<'_>, usize, StripRows),
     pub(super) finish: unsafe fn(&mut Tile<'_>),
-    pub(super) map: unsafe fn(&Call<'_>, usize, Range<usize>, *mut Panels),
+    pub(super) scan_mask: ScanMask,
     pub(super) rounds: unsafe fn(usize) -> f64,
 }
 
@@ -44,11 +42,9 @@ macro_rules! kernels {
             const _: () = assert!(ROWS.is_multiple_of(micro::side::<$kernel>()));
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn pack(
-                call: &Call<'_>, unit: &Unit, strip: usize, values: Values, k: *mut u32, v: *mut u32,
-            ) {
+            unsafe fn pack(call: &Call<'_>, rows: StripRows, k: *mut u32, v: *mut u32) {
                 // SAFETY: as promised by the caller.
-                unsafe { pack::pack::<$kernel, $nr>($token, call, unit, strip, values, k, v) }
+                unsafe { pack::pack::<$kernel, $nr>($token, call, rows, k, v) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn begin(tile: &mut Tile<'_>) {
@@ -56,19 +52,19 @@ macro_rules! kernels {
                 unsafe { tile::begin::<$kernel>($token, tile) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn step(tile: &mut Tile<'_>, packed: Packed<'_>) {
+            unsafe fn step(tile: &mut Tile<'_>, packed: Packed) {
                 // SAFETY: as promised by the caller.
                 unsafe { step::step::<$kernel, $mr, $nr>($token, tile, packed) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn step_in_place(tile: &mut Tile<'_>, strip: usize, values: Values) {
+            unsafe fn step_in_place(tile: &mut Tile<'_>, strip: usize, rows: StripRows) {
                 // SAFETY: as promised by the caller.
-                unsafe { step::step_in_place::<$kernel, $nr>($token, tile, strip, values) }
+                unsafe { step::step_in_place::<$kernel, $nr>($token, tile, strip, rows) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn map(call: &Call<'_>, offset: usize, strips: Range<usize>, to: *mut Panels) {
+            unsafe fn scan_mask(call: &Call<'_>, offset: usize, strips: Range<usize>, to: *mut Panels) {
                 // SAFETY: as promised by the caller.
-                unsafe { mask_map::map::<_, $nr>($token.simd(), call, offset, strips, to) }
+                unsafe { mask_scan::scan::<_, $nr>($token.simd(), call, offset, strips, to) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn finish(tile: &mut Tile<'_>) {
@@ -82,15 +78,17 @@ macro_rules! kernels {
             }
 
             pub(super) static $name: Kernels = Kernels {
-                pair: <$kernel as Kernel>::PAIR,
-                side: micro::side::<$kernel>(),
-                rows: ROWS,
+                shape: KernelShape {
+                    pair: <$kernel as Kernel>::PAIR,
+                    side: micro::side::<$kernel>(),
+                    rows: ROWS,
+                },
                 pack,
                 begin,
                 step,
                 step_in_place,
                 finish,
-                map,
+                scan_mask,
                 rounds,
             };
         }

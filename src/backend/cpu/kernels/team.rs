@@ -8,6 +8,20 @@ use super::flush::flushed;
 /// microseconds.
 const SPINS: usize = 1000;
 
+/// An address that threads share.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shared<T>(pub(super) *mut T);
+// SAFETY: an address; whoever uses it keeps to parts of its own, or only reads.
+unsafe impl<T> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    pub(super) fn get(self) -> *mut T {
+        self.0
+    }
+}
+
 /// Threads that work on a call together.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Team<'p> {

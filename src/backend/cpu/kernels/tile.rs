@@ -3,46 +3,20 @@
 
 use std::ops::Range;
 
-use super::call::{Call, STRIP, Unit};
-use super::careful::Careful;
-use super::in_place::FEW_ROWS;
-use super::micro::Kernel;
+use super::buffer::Buffer;
+use super::call::{Call, FEW_ROWS, HeadTask, STRIP};
+use super::micro::{Kernel, MOST_ROWS};
+use super::query_row::QueryRow;
 use super::running::Running;
-use super::scratch::{Buffer, Scratch};
 use super::simd::{Elem, Simd};
-use super::step::MOST_ROWS;
 use super::types::{Float, with_elements, with_float};
 
-/// What is kept of one query row.
-#[derive(Debug, Clone)]
-pub(super) struct Row {
-    pub(super) head: usize,
-    pub(super) position: usize,
-    /// The keys that it sees, mask apart.
-    pub(super) keys: Range<usize>,
-    /// Key that stands at its own position.
-    pub(super) diagonal: i64,
-    /// ALiBi slope; 0 without.
-    pub(super) slope: f32,
-    /// Its row in the mask.
-    pub(super) mask: usize,
-}
-
-impl Row {
-    /// Whether visibility and mask treat this row as `other`.
-    pub(super) fn sees_as(&self, other: &Self, call: &Call<'_>) -> bool {
-        let masked_alike =
-            || call.mask.is_none() || self.position == other.position && self.mask == other.mask;
-        self.keys == other.keys && masked_alike()
-    }
-}
-
-/// Rows of one unit, in a thread's scratch.
+/// Rows of one head task, in a thread's scratch.
 #[derive(Debug)]
 pub(super) struct Tile<'a> {
     pub(super) call: &'a Call<'a>,
-    pub(super) unit: &'a Unit,
-    pub(super) rows: &'a mut [Row],
+    pub(super) task: &'a HeadTask,
+    pub(super) rows: &'a mut [QueryRow],
     /// The strip with which the rows are written out; without one [`finish`] does.
     pub(super) last: Option<usize>,
     /// The first rows of Q are read where the caller has them.
@@ -59,7 +33,7 @@ pub(super) struct Tile<'a> {
 }
 
 impl<'a> Tile<'a> {
-    /// Where the micro-kernel finds Q of some rows, from `row` on, and the units from one to the
+    /// Where the micro-kernel finds Q of some rows, from `row` on, and the words from one to the
     /// next.
     #[inline(always)]
     pub(super) fn queries_at(&self, row: usize) -> (*const u32, usize) {
@@ -67,110 +41,78 @@ impl<'a> Tile<'a> {
             let step = self.call.query_row;
             return (self.queries.wrapping_add(row * step), step);
         }
-        let q = query_at(self.call, self.unit, &self.rows[row]);
-        (q.cast(), self.call.query_stride / self.call.kernels.pair)
+        let q = query_at(self.call, self.task, &self.rows[row]);
+        (q.cast(), self.call.query_stride / self.call.kernel.pair)
     }
 
-    /// Rows `rows` of a unit, with no key seen yet; Q is still to be packed.
+    /// Rows `rows` of a head task, with no key seen yet; Q is still to be packed.
     pub(super) fn new(
         call: &'a Call<'a>,
-        unit: &'a Unit,
+        task: &'a HeadTask,
         rows: Range<usize>,
         last: Option<usize>,
-        scratch: &'a mut TileScratch<'_>,
+        buffers: &'a mut TileBuffers,
     ) -> Self {
         // Micro-kernels work on rows past the last one.
-        let padded = rows.len().next_multiple_of(call.kernels.rows).max(FEW_ROWS);
-        scratch.rows.clear();
-        scratch.rows.extend(rows.map(|f| row_state(call, unit, f)));
-        let in_place = queries_in_place(call, unit, scratch.rows);
+        let padded = rows.len().next_multiple_of(call.kernel.rows).max(FEW_ROWS);
+        let new_row = |f: usize| QueryRow::new(call, task, f);
+        buffers.rows.clear();
+        buffers.rows.extend(rows.map(new_row));
+        let in_place = queries_in_place(call, task, &buffers.rows);
         Self {
             call,
-            unit,
-            rows: scratch.rows,
+            task,
+            rows: &mut buffers.rows,
             last,
             in_place,
-            queries: scratch.queries.reserve(padded * call.query_row),
-            running: Running::new(scratch.running, padded),
-            outputs: scratch.outputs.reserve(padded * call.dim).cast(),
-            scores: scratch.scores.reserve(MOST_ROWS * STRIP).cast(),
+            queries: buffers.queries.reserve(padded * call.query_row),
+            running: Running::new(&mut buffers.running, padded),
+            outputs: buffers.outputs.reserve(padded * call.dim).cast(),
+            scores: buffers.scores.reserve(MOST_ROWS * STRIP).cast(),
             tainted: false,
         }
     }
 }
 
-/// The parts of [`Scratch`] that a tile takes.
-#[derive(Debug)]
-pub(super) struct TileScratch<'a> {
-    queries: &'a mut Buffer,
-    running: &'a mut Buffer,
-    outputs: &'a mut Buffer,
-    scores: &'a mut Buffer,
-    rows: &'a mut Vec<Row>,
-}
-
-impl Scratch {
-    /// The parts for a tile, those for its packed K and V, and what a careful run takes.
-    pub(super) fn split(&mut self) -> (TileScratch<'_>, &mut Buffer, &mut Buffer, &mut Careful) {
-        let tile = TileScratch {
-            queries: &mut self.queries,
-            running: &mut self.running,
-            outputs: &mut self.outputs,
-            scores: &mut self.scores,
-            rows: &mut self.rows,
-        };
-        (tile, &mut self.keys, &mut self.values, &mut self.careful)
-    }
-}
-
-fn row_state(call: &Call<'_>, unit: &Unit, f: usize) -> Row {
-    let (position, head) = (f / call.group, unit.kv_head * call.group + f % call.group);
-    let sequence = &unit.sequence;
-    let slope = if call.at.alibi_slopes.is_null() {
-        0.0
-    } else {
-        // SAFETY: there is a slope for each head.
-        unsafe { *call.at.alibi_slopes.add(head) }
-    };
-    Row {
-        head,
-        position,
-        keys: sequence.visibility.keys(position as i64, sequence.key_len),
-        diagonal: position as i64 + sequence.visibility.q_offset,
-        slope,
-        mask: call.problem.mask_at(sequence, head, position),
-    }
+/// A thread's memory for the rows of a tile.
+#[derive(Debug, Default)]
+pub(super) struct TileBuffers {
+    queries: Buffer,
+    running: Buffer,
+    outputs: Buffer,
+    scores: Buffer,
+    rows: Vec<QueryRow>,
 }
 
 /// Where a row of Q begins.
-fn query_at(call: &Call<'_>, unit: &Unit, row: &Row) -> *const u8 {
-    let at = call.problem.q_at(&unit.sequence, row.head, row.position);
+fn query_at(call: &Call<'_>, task: &HeadTask, row: &QueryRow) -> *const u8 {
+    let at = call.problem.q_at(&task.sequence, row.head, row.position);
     call.at.q.wrapping_add(at * call.float.size_of())
 }
 
 /// How many of the first rows the micro-kernel can read where the caller has Q: none unless Q holds
-/// units, one row a fixed step after the other.
-fn queries_in_place(call: &Call<'_>, unit: &Unit, rows: &[Row]) -> usize {
+/// words, one row a fixed step after the other.
+fn queries_in_place(call: &Call<'_>, task: &HeadTask, rows: &[QueryRow]) -> usize {
     let Some(first) = rows.first() else {
         return 0;
     };
-    let units = match call.kernels.pair {
+    let words = match call.kernel.pair {
         1 => call.float == Float::F32,
         _ => call.float == Float::Bf16,
     };
     let step = call.query_stride * call.float.size_of();
-    let aligned = (query_at(call, unit, first).addr() | step).is_multiple_of(4);
+    let aligned = (query_at(call, task, first).addr() | step).is_multiple_of(4);
     // Rows that far apart would share the same few sets of the first-level cache.
-    let packed = !unit.in_place(call);
-    let whole_tiles = call.depth == call.dim_units;
-    if !units || !aligned || !packed || !whole_tiles || call.group != 1 || step.is_multiple_of(4096)
+    let packed = !task.in_place(call);
+    let whole_tiles = call.depth == call.dim_words;
+    if !words || !aligned || !packed || !whole_tiles || call.group != 1 || step.is_multiple_of(4096)
     {
         return 0;
     }
-    let whole = rows.len() / call.kernels.rows * call.kernels.rows;
+    let whole = rows.len() / call.kernel.rows * call.kernel.rows;
     // The micro-kernel reads no row past the last of these.
     let rest = match rows.len() - whole {
-        rest @ (1 | 2 | 4 | 8) if rest.is_multiple_of(call.kernels.side) => rest,
+        rest @ (1 | 2 | 4 | 8) if rest.is_multiple_of(call.kernel.side) => rest,
         _ => 0,
     };
     whole + rest
@@ -191,14 +133,14 @@ unsafe fn pack_queries<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
     let (call, s) = (tile.call, kernel.simd());
     let lanes = <K::S as Simd>::LANES;
     for (r, row) in tile.rows.iter().enumerate().skip(tile.in_place) {
-        let from = query_at(call, tile.unit, row).cast::<T>();
+        let from = query_at(call, tile.task, row).cast::<T>();
         // SAFETY: the row of Q and its packed place are there.
         unsafe {
             let to = tile.queries.add(r * call.query_row);
             for c in (0..call.depth).step_by(lanes) {
-                let units =
-                    kernel.row_units(from.add(c * K::PAIR), call.dim_units.saturating_sub(c));
-                s.store(to.add(c).cast(), units);
+                let words =
+                    kernel.row_words(from.add(c * K::PAIR), call.dim_words.saturating_sub(c));
+                s.store(to.add(c).cast(), words);
             }
         }
     }
@@ -230,7 +172,7 @@ pub(super) unsafe fn write<K: Kernel>(kernel: K, tile: &Tile<'_>, rows: Range<us
 #[inline(always)]
 unsafe fn write_as<K: Kernel, T: Elem>(kernel: K, tile: &Tile<'_>, rows: Range<usize>) -> bool {
     let (call, s) = (tile.call, kernel.simd());
-    let sequence = &tile.unit.sequence;
+    let sequence = &tile.task.sequence;
     // Stays 0 as long as all are finite.
     let zero = s.splat(0.0);
     let mut taint = zero;
@@ -272,33 +214,4 @@ unsafe fn write_as<K: Kernel, T: Elem>(kernel: K, tile: &Tile<'_>, rows: Range<u
         }
     }
     s.ne(taint, taint) != 0
-}
-
-impl Row {
-    /// What the row's sums are to be multiplied by, and its log-sum-exp, the sink included.
-    fn close(&self, call: &Call<'_>, max: f32, sum: f32) -> (f32, f32) {
-        let max = f64::from(max) * std::f64::consts::LOG2_E;
-        let lse = |max: f64, sum: f64| {
-            if call.at.lse.is_null() {
-                0.0
-            } else {
-                (max * std::f64::consts::LN_2 + sum.ln()) as f32
-            }
-        };
-        if call.at.sinks.is_null() {
-            return (1.0 / sum, lse(max, f64::from(sum)));
-        }
-        // SAFETY: there is a sink for each head.
-        let sink = f64::from(unsafe { *call.at.sinks.add(self.head) });
-        let sink = sink * std::f64::consts::LOG2_E;
-        let sum = f64::from(sum);
-        if sink <= max {
-            let sum = sum + (sink - max).exp2();
-            ((1.0 / sum) as f32, lse(max, sum))
-        } else {
-            let own = (max - sink).exp2();
-            let sum = sum * own + 1.0;
-            ((own / sum) as f32, lse(sink, sum))
-        }
-    }
 }

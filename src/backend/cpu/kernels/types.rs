@@ -52,7 +52,7 @@ impl Cells {
     }
 }
 
-/// Evaluates an expression with a name for the type of elements that a kernel takes. Units of two
+/// Evaluates an expression with a name for the type of elements that a kernel takes. Words of two
 /// elements hold bf16 and nothing else, which [`super::call::Call::new`] makes sure of.
 macro_rules! with_elements {
     ($kernel:ty, $float:expr, $element:ident => $body:expr) => {

@@ -195,7 +195,7 @@ fn keys_in_other_chunks_add_nothing() {
 }
 
 #[test]
-fn tiles_of_a_long_unit_add_nothing() {
+fn tiles_of_a_long_task_add_nothing() {
     let problem = Problem::builder(DType::BF16, shape(1, (1, 1), (700, 700), 256)).causal(true);
     by_bounds("tiles", problem, 8);
 }

@@ -4,7 +4,7 @@ use super::harness::{Data, Random, build, isas, kernels_for, shape};
 use crate::DType;
 use crate::attention::{MaskSpec, Problem, QueryOffset, Role, Strides};
 use crate::backend::cpu::job::Job;
-use crate::backend::cpu::kernels::call::Call;
+use crate::backend::cpu::kernels::bound_call::BoundCall;
 use crate::backend::cpu::kernels::mask_map::MaskMap;
 use crate::backend::cpu::kernels::split::Split;
 use crate::backend::cpu::kernels::{Team, chunks, schedule};
@@ -38,10 +38,10 @@ fn waves_of_chunks_give_the_bits_of_one() {
                 let expected = data.run(isa, 1);
                 for slots in [3, 4, 6] {
                     let got = data.run_by(kernels_for(isa, dtype), |job, kernels| {
-                        let call = Call::new(job, kernels).unwrap();
-                        let units = call.units().unwrap();
-                        let split = Split::plan(&call, &units).unwrap().unwrap();
-                        chunks::run_in(&call, &units, &split, TEAM, slots).unwrap();
+                        let call = BoundCall::new(job, kernels).unwrap();
+                        let tasks = call.tasks().unwrap();
+                        let split = Split::plan(&call, &tasks).unwrap().unwrap();
+                        chunks::run_in(&call, &tasks, &split, TEAM, slots).unwrap();
                     });
                     assert!(got.bits == expected.bits, "{isa} {dtype} {slots}");
                     assert!(
@@ -57,7 +57,7 @@ fn waves_of_chunks_give_the_bits_of_one() {
 }
 
 #[test]
-fn a_unit_too_large_to_pack_gives_the_same_bits() {
+fn a_task_too_large_to_pack_gives_the_same_bits() {
     let problem = Problem::builder(DType::BF16, shape(2, (4, 2), (90, 700), 64)).causal(true);
     let problem = problem.query_offset(QueryOffset::BottomRight).lse(true);
     let data = Data::new(build(problem), 3);
@@ -65,9 +65,9 @@ fn a_unit_too_large_to_pack_gives_the_same_bits() {
         let expected = data.run(isa, 1);
         for most in [0, usize::MAX] {
             let got = data.run_by(kernels_for(isa, DType::BF16), |job, kernels| {
-                let call = Call::new(job, kernels).unwrap();
-                let units = call.units().unwrap();
-                schedule::by_tiles(&call, &units, TEAM, most).unwrap();
+                let call = BoundCall::new(job, kernels).unwrap();
+                let tasks = call.tasks().unwrap();
+                schedule::by_tiles(&call, &tasks, TEAM, most).unwrap();
             });
             assert!(got == expected, "{isa} {most}");
         }
@@ -91,7 +91,7 @@ fn a_mask_too_large_to_map_gives_the_same_bits() {
         for isa in isas() {
             let expected = data.run(isa, 1);
             let got = data.run_by(kernels_for(isa, DType::F32), |job, kernels| {
-                schedule::run(&Call::new(job, kernels).unwrap(), TEAM).unwrap();
+                schedule::run(&BoundCall::new(job, kernels).unwrap(), TEAM).unwrap();
             });
             assert!(got == expected, "{isa} {cells}");
         }
@@ -138,13 +138,13 @@ fn working_memory_does_not_grow_with_strides_of_zero() {
                 at: job.at,
             };
             let job = of(&long);
-            let call = Call::new(&job, kernels).unwrap();
-            let units = call.units().unwrap();
-            let split = Split::plan(&call, &units).unwrap().unwrap();
+            let call = BoundCall::new(&job, kernels).unwrap();
+            let tasks = call.tasks().unwrap();
+            let split = Split::plan(&call, &tasks).unwrap().unwrap();
             assert!(chunks::slots(&split) * split.slot_bytes() <= 64 << 20);
             assert_eq!(split.chunks(), keys.div_ceil(1024));
             let job = of(&masked);
-            let call = Call::new(&job, kernels).unwrap();
+            let call = BoundCall::new(&job, kernels).unwrap();
             assert!(MaskMap::of(&call, TEAM).is_none());
         }
     });

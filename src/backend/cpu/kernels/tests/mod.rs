@@ -7,6 +7,7 @@ mod harness;
 mod hidden;
 mod interpreted;
 mod memory;
+mod runs;
 mod shapes;
 mod speed;
 pub(super) mod tiles;

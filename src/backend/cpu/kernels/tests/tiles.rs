@@ -20,15 +20,15 @@ thread_local! {
 #[derive(Debug, Clone, Copy)]
 pub(in crate::backend::cpu::kernels) struct PlainTiles;
 
-/// The two bf16 of a unit.
-fn pair(unit: u32) -> [f32; 2] {
+/// The two bf16 of a word.
+fn pair(word: u32) -> [f32; 2] {
     [
-        f32::from_bits(unit << 16),
-        f32::from_bits(unit & 0xffff_0000),
+        f32::from_bits(word << 16),
+        f32::from_bits(word & 0xffff_0000),
     ]
 }
 
-fn unit(low: u16, high: u16) -> f32 {
+fn word(low: u16, high: u16) -> f32 {
     f32::from_bits(u32::from(low) | u32::from(high) << 16)
 }
 
@@ -75,29 +75,29 @@ impl Kernel for PlainTiles {
             }
         }
     }
-    unsafe fn row_units<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
+    unsafe fn row_words<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
         from_fn(|i| match i < count {
-            // SAFETY: the unit is there; T is bf16.
+            // SAFETY: the word is there; T is bf16.
             true => unsafe { at.cast::<f32>().add(i).read_unaligned() },
             false => 0.0,
         })
     }
-    unsafe fn value_units<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
+    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
         from_fn(|i| {
             let [low, high] = rows.map(|row| match row.is_null() {
                 true => 0,
                 // SAFETY: a row that is there covers a vector; T is bf16.
                 false => unsafe { *row.cast::<u16>().add(i) },
             });
-            unit(low, high)
+            word(low, high)
         })
     }
     unsafe fn store_probabilities<const NR: usize>(self, at: *mut u32, p: [Vector<Self>; NR]) {
         let p = p.as_flattened();
         for (i, p) in p.chunks_exact(2).enumerate() {
             let [low, high] = [p[0], p[1]].map(|p| bf16::from_f32(p).to_bits());
-            // SAFETY: the caller's address covers `NR / 2` vectors of units.
-            unsafe { *at.add(i) = unit(low, high).to_bits() };
+            // SAFETY: the caller's address covers `NR / 2` vectors of words.
+            unsafe { *at.add(i) = word(low, high).to_bits() };
         }
     }
 }
