@@ -19,6 +19,8 @@ pub struct Poisoned {
     pub seen: usize,
     /// Rows that see no poisoned key and must keep their bits.
     pub kept: usize,
+    /// A hash of the output's and the log-sum-exp's bits; all NaN count as one.
+    pub digest: u64,
     /// What was wrong, a line each.
     pub failures: Vec<String>,
 }
@@ -245,6 +247,7 @@ impl Plan {
             hidden: self.hidden,
             seen: self.seen,
             kept,
+            digest: got.digest(),
             failures,
         }
     }

@@ -30,6 +30,8 @@ use crate::runtime::registry::KernelRegistry;
 pub struct Outcome {
     /// The output against the oracle.
     pub comparison: Comparison,
+    /// A hash of the output's and the log-sum-exp's bits; all NaN count as one.
+    pub digest: u64,
     /// What was wrong, a line each.
     pub failures: Vec<String>,
 }
@@ -107,8 +109,24 @@ impl Results {
     }
 }
 
+impl Results {
+    /// FNV-1a over the bits of O and of the log-sum-exp; all NaN count as one.
+    pub(super) fn digest(&self) -> u64 {
+        let lse = self.lse.iter().flatten().map(|x| f64::from(*x));
+        let bits = self.o.iter().copied().chain(lse).map(|x| match x.is_nan() {
+            true => u64::MAX,
+            false => x.to_bits(),
+        });
+        bits.flat_map(u64::to_le_bytes)
+            .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+            })
+    }
+}
+
 /// Holds results against the oracle.
 fn judge(data: &Data, results: Results) -> Result<Outcome> {
+    let digest = results.digest();
     let Results {
         o,
         lse,
@@ -137,6 +155,7 @@ fn judge(data: &Data, results: Results) -> Result<Outcome> {
     }
     Ok(Outcome {
         comparison,
+        digest,
         failures,
     })
 }

@@ -128,6 +128,10 @@ pub(crate) struct VerifyArgs {
     /// Run every Nth case, from the Kth on, so that N runs cover all
     #[arg(long, value_name = "K/N", default_value = "1/1", value_parser = args::part)]
     pub(crate) part: (usize, usize),
+    /// Write a hash of each case's results and its name to this file, a line each: two builds that give the
+    /// same bits write the same file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) digests: Option<std::path::PathBuf>,
     /// Print one JSON object: device, cases, passed, failed, skipped
     #[arg(long)]
     pub(crate) json: bool,

@@ -50,18 +50,21 @@ pub(crate) fn execute(args: &VerifyArgs, results: &mut Results) -> Result<Status
         device.cuda_warm_up(&problems).unwrap_or(());
     }
     let mut registry = KernelRegistry::new();
+    let mut digests = String::new();
     let bar = progress::bar(cases.len() as u64, "verifying", args.json);
     for case in &cases {
-        if args.poison {
-            let [plain, poisoned] = judge_both(case, &device, &mut registry);
-            report.add(case, plain);
-            report.add(case, poisoned);
-        } else {
-            report.add(case, judge(case, &device, &mut registry));
+        for judged in judge(case, &device, &mut registry, args.poison) {
+            if let Some((form, digest)) = judged.digest {
+                digests += &format!("{digest:016x} {}{form}\n", case.name());
+            }
+            report.add(case, judged.wrong);
         }
         bar.inc(1);
     }
     bar.finish_and_clear();
+    if let Some(path) = &args.digests {
+        std::fs::write(path, digests)?;
+    }
     let line = report.line(&device);
     if args.json {
         results.json(&line)?;
@@ -79,26 +82,43 @@ pub(crate) fn execute(args: &VerifyArgs, results: &mut Results) -> Result<Status
     Ok(report.status())
 }
 
-/// What is wrong with a case; nothing if it passed.
-fn judge(case: &Case, device: &MlxDevice, registry: &mut KernelRegistry) -> Option<String> {
-    match verify::run(case, device, registry) {
-        Ok(outcome) if outcome.ok() => None,
-        Ok(outcome) => Some(outcome.failures.join("; ")),
-        Err(error) => Some(error.to_string()),
-    }
+/// One form of a case, judged.
+struct Judged {
+    /// What is wrong; nothing if it passed.
+    wrong: Option<String>,
+    /// The form's name after the case's, and a hash of the results.
+    digest: Option<(&'static str, u64)>,
 }
 
-/// As [`judge`], of a case's plain and its poison form.
-fn judge_both(
+/// A case's plain form, and its poison form if that is asked for.
+fn judge(
     case: &Case,
     device: &MlxDevice,
     registry: &mut KernelRegistry,
-) -> [Option<String>; 2] {
-    let wrong = |failures: Vec<String>| (!failures.is_empty()).then(|| failures.join("; "));
-    match verify::run_poisoned(case, device, registry) {
-        Ok((plain, poisoned)) => [wrong(plain.failures), wrong(poisoned.failures)],
-        Err(error) => [(); 2].map(|()| Some(error.to_string())),
-    }
+    poison: bool,
+) -> Vec<Judged> {
+    let judged = |form, digest, failures: Vec<String>| Judged {
+        wrong: (!failures.is_empty()).then(|| failures.join("; ")),
+        digest: Some((form, digest)),
+    };
+    let forms = if poison {
+        verify::run_poisoned(case, device, registry).map(|(plain, poisoned)| {
+            vec![
+                judged("", plain.digest, plain.failures),
+                judged(" poisoned", poisoned.digest, poisoned.failures),
+            ]
+        })
+    } else {
+        verify::run(case, device, registry)
+            .map(|plain| vec![judged("", plain.digest, plain.failures)])
+    };
+    forms.unwrap_or_else(|error| {
+        let failed = |_| Judged {
+            wrong: Some(error.to_string()),
+            digest: None,
+        };
+        (0..1 + usize::from(poison)).map(failed).collect()
+    })
 }
 
 /// How many cases of a kind passed, failed, or have no kernel on the device.
