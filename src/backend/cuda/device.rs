@@ -163,11 +163,17 @@ impl Backend for Cuda {
             max_threads: threads.max(32),
             static_threadgroup_bytes: 0,
         };
-        Ok(Arc::new(Kernel::new(kernel, constants, limits, ())))
+        let gpu = Arc::clone(&self.gpu);
+        Ok(Arc::new(Kernel::new(kernel, constants, limits, gpu)))
     }
 
     fn owns_memory(&self, memory: &dyn Memory) -> bool {
         CudaMemory::of(memory, &self.gpu).is_some()
+    }
+
+    fn owns_kernel(&self, kernel: &Kernel) -> bool {
+        let gpu = kernel.state.downcast_ref::<Arc<Gpu>>();
+        gpu.is_some_and(|gpu| Arc::ptr_eq(gpu, &self.gpu))
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {
