@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::buffer::MlxBuffer;
 use super::device::DeviceHandle;
-use super::encoder::MTLSize;
+use super::size::MTLSize;
 use crate::attention::bindings::{Access, Constants};
 use crate::backend::Kernel;
 use crate::backend::command::{Slot, Task};

@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytemuck::Pod;
 
 use super::buffer::MlxBuffer;
-use super::encoder::CommandEncoder;
 use crate::attention::Problem;
 use crate::attention::plan::PlanOptions;
 use crate::backend::command::{Planned, Work};
@@ -184,11 +183,6 @@ impl MlxDevice {
     /// A reference that [`super::registry::KernelRegistry`] takes; callers only pass it on.
     pub fn metal_device(&self) -> &DeviceHandle {
         &self.0
-    }
-
-    /// An encoder for this device's commands.
-    pub fn command_encoder(&self) -> Result<CommandEncoder> {
-        Ok(CommandEncoder::new(self.0.clone()))
     }
 
     /// A zeroed buffer of `byte_len` bytes, which must hold `shape`.

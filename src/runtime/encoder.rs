@@ -7,49 +7,14 @@ use bytemuck::Pod;
 use super::buffer::MlxBuffer;
 use super::capture::{CapturedDispatch, Name, RawDispatch, Run};
 pub use super::capture::{CapturedNode, CapturedOpKind};
-use super::device::DeviceHandle;
+use super::device::{DeviceHandle, MlxDevice};
 use super::hazards::{Hazards, Use};
+pub use super::size::MTLSize;
 use super::uses::Hold;
 use crate::attention::bindings::Access;
 use crate::backend::command::{Task, Work};
 use crate::backend::{Done, Pending, Timing};
 use crate::error::{MlxError, Result};
-
-/// Sizes along x, y and z.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct MTLSize {
-    /// Along x.
-    pub width: u64,
-    /// Along y.
-    pub height: u64,
-    /// Along z.
-    pub depth: u64,
-}
-
-impl MTLSize {
-    /// Sizes along x, y and z.
-    pub const fn new(width: u64, height: u64, depth: u64) -> Self {
-        Self {
-            width,
-            height,
-            depth,
-        }
-    }
-
-    pub(crate) const fn to_array(self) -> [u64; 3] {
-        [self.width, self.height, self.depth]
-    }
-}
-
-impl From<[u64; 3]> for MTLSize {
-    fn from([width, height, depth]: [u64; 3]) -> Self {
-        Self {
-            width,
-            height,
-            depth,
-        }
-    }
-}
 
 /// What to bind at an index.
 #[derive(Debug, Clone, Copy)]
@@ -112,6 +77,13 @@ impl std::fmt::Debug for CommandEncoder {
             .field("recorded", &self.recorded.len())
             .field("captured", &self.captured.as_ref().map(Vec::len))
             .finish_non_exhaustive()
+    }
+}
+
+impl MlxDevice {
+    /// An encoder for this device's commands.
+    pub fn command_encoder(&self) -> Result<CommandEncoder> {
+        Ok(CommandEncoder::new(self.metal_device().clone()))
     }
 }
 

@@ -15,6 +15,7 @@ pub mod registry;
 mod guards;
 mod hazards;
 mod host;
+mod size;
 mod snapshot;
 mod submit;
 mod turns;

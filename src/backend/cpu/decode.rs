@@ -2,9 +2,9 @@
 //! of each head's partial results holds all keys and the others none; the join treats them as it treats
 //! a GPU's.
 
-use super::Cpu;
 use super::job::{Job, Pointers};
 use super::kernels;
+use super::processors::Cpu;
 use crate::attention::Role;
 use crate::backend::command::{DecodePartials, JoinPartials, Slot, Span, Task};
 use crate::error::Result;

@@ -3,7 +3,7 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::Cpu;
+use super::processors::Cpu;
 use crate::attention::Role;
 use crate::attention::mask::TileClass;
 use crate::backend::command::{ClassifyTiles, FillMask, Slot, Span, Task};

@@ -1,0 +1,120 @@
+//! The CPU device: each kind of work as a native function.
+
+use std::any::Any;
+use std::sync::{Arc, LazyLock};
+use std::time::Instant;
+
+use super::isa::Isa;
+use super::job::Job;
+use super::processors::Cpu;
+use super::{decode, kernels, masks};
+use crate::attention::Problem;
+use crate::attention::bindings::{Constants, is_own};
+use crate::attention::variant::{self, HEAD_DIMS};
+use crate::backend::command::{Span, Task, Work};
+use crate::backend::host_memory::HostMemory;
+use crate::backend::{Backend, DeviceKind, Done, Kernel, Limits, Memory, Pending, Step, Timing};
+use crate::dtype::DType;
+use crate::error::{MlxError, Result};
+
+impl Cpu {
+    /// Runs steps one after another, each on all threads, so that barriers hold by themselves.
+    fn run(&self, steps: &[Step]) -> Result<()> {
+        steps.iter().try_for_each(|step| match step {
+            Step::Barrier => Ok(()),
+            Step::Task(task) => self.task(task),
+            Step::Foreign(dispatch) => Err(no_text(&dispatch.kernel.name)),
+        })
+    }
+
+    fn task(&self, task: &Task<Span>) -> Result<()> {
+        match task.work() {
+            Work::Attention(problem, _) => {
+                let at = task.pointers()?;
+                kernels::run(&Job { problem, at }, self.isa, self.team())
+            }
+            Work::FillMask(fill) => masks::fill(self, fill, task),
+            Work::ClassifyTiles(classify) => masks::classify(self, classify, task),
+            Work::DecodePartials(decode) => decode::partials(self, decode, task),
+            Work::JoinPartials(join) => decode::join(join, task),
+        }
+    }
+}
+
+fn no_text(kernel: &str) -> MlxError {
+    MlxError::ShaderCompilationError {
+        name: kernel.into(),
+        message: "the CPU device runs this crate's own kernels only".into(),
+    }
+}
+
+impl Backend for Cpu {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Cpu
+    }
+
+    fn name(&self) -> String {
+        format!("CPU ({}, {} threads)", self.isa, self.team().threads)
+    }
+
+    fn details(&self) -> Vec<(&'static str, String)> {
+        let available = Isa::ALL
+            .into_iter()
+            .filter(|isa| isa.is_available())
+            .map(Isa::name);
+        vec![
+            ("instruction set", self.isa.to_string()),
+            ("available", available.collect::<Vec<_>>().join(", ")),
+            ("threads", self.team().threads.to_string()),
+        ]
+    }
+
+    fn measured_peak(&self, dtype: DType) -> Option<f64> {
+        self.install(|| kernels::peak(self.isa, dtype))
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>> {
+        Ok(Arc::new(HostMemory::zeroed(bytes)?))
+    }
+
+    fn supports(&self, problem: &Problem) -> Result<()> {
+        let dim = problem.shape().head_dim;
+        if !HEAD_DIMS.contains(&dim) {
+            return Err(MlxError::expected(
+                "head_dim",
+                format!("one of {HEAD_DIMS:?}"),
+                dim,
+            ));
+        }
+        kernels::takes(problem)
+    }
+
+    fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
+        if let Work::Attention(problem, _) = work {
+            self.supports(problem)?;
+        }
+        Ok(Box::new(()))
+    }
+
+    fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Arc<Kernel>> {
+        if !is_own(kernel) {
+            return Err(no_text(kernel));
+        }
+        let threads = variant::by_name(kernel).map_or(1024, |v| v.threads() as u64);
+        let limits = Limits {
+            thread_execution_width: 32,
+            max_threads: threads.max(32),
+            static_threadgroup_bytes: 0,
+        };
+        Ok(Arc::new(Kernel::new(kernel, constants, limits, ())))
+    }
+
+    fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {
+        static CLOCK: LazyLock<Instant> = LazyLock::new(Instant::now);
+        let clock = *CLOCK;
+        let start = clock.elapsed().as_secs_f64();
+        let result = self.run(&steps);
+        let end = clock.elapsed().as_secs_f64();
+        Arc::new(Done(result.map(|()| Timing { start, end })))
+    }
+}
