@@ -8,7 +8,7 @@
 //! use half::bf16;
 //! use mlx_flash_attn::attention::{Problem, Shape};
 //! use mlx_flash_attn::ops::{self, Operands};
-//! use mlx_flash_attn::{DType, KernelRegistry, MlxDevice};
+//! use mlx_flash_attn::{DType, MlxDevice};
 //!
 //! # fn main() -> mlx_flash_attn::Result<()> {
 //! let shape = Shape { batch: 1, heads: 8, kv_heads: 2, query_len: 100, key_len: 100, head_dim: 64 };
@@ -22,7 +22,6 @@
 //! let (q, k, v) = (buffer(8)?, buffer(2)?, buffer(2)?);
 //! let out = device.alloc_buffer(8 * 100 * 64 * 2, DType::BF16, vec![1, 8, 100, 64])?;
 //!
-//! let mut registry = KernelRegistry::new();
 //! let mut encoder = device.command_encoder()?;
 //! ops::attention(&mut encoder, &problem, &Operands::new(&q, &k, &v, &out))?;
 //! encoder.commit_and_wait()?;
