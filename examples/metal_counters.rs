@@ -6,7 +6,8 @@
 //! ```
 #![allow(clippy::print_stdout)]
 
-use mlx_flash_attn::attention::variant::{self, Family, HEAD_DIMS, MaskKind};
+use mlx_flash_attn::abi::table::{self, MaskKind};
+use mlx_flash_attn::attention::HEAD_DIMS;
 use mlx_flash_attn::attention::{Problem, ProblemBuilder, Shape};
 use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::{DType, EmulatorCounters, EmulatorOptions, MlxDevice, Result};
@@ -106,7 +107,7 @@ fn count(
 }
 
 fn ours(device: &MlxDevice, dtype: DType, dim: usize) -> Result<Figures> {
-    let variant = variant::select(Family::Apple, dtype, dim, MaskKind::Additive)?;
+    let variant = table::select(dtype, dim, MaskKind::Additive)?;
     let counters = count(device, dtype, dim, |b| b)?;
     let each = |n: u64| n as f64 / (LEN * LEN) as f64;
     let rows = if variant.tile.bq == 8 { 8 } else { 32 };

@@ -6,7 +6,7 @@
 #![allow(clippy::print_stdout)]
 
 use half::f16;
-use mlx_flash_attn::attention::variant::class_tile;
+use mlx_flash_attn::attention::class_tile;
 use mlx_flash_attn::attention::{Problem, Shape, TileClass};
 use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::{DType, MlxDevice, Result};

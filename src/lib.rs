@@ -41,6 +41,18 @@
 //! [absent]: https://github.com/mlx-flash-attn/mlx-flash-attn/blob/main/docs/guide.md#what-is-not-there-of-063
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+/// The Metal kernels as a raw dispatch must know them: names, constants, bindings, params.
+pub mod abi {
+    pub use crate::backend::metal::{bindings, table};
+
+    /// The structs that the kernels read.
+    pub mod params {
+        pub use crate::backend::metal::params::{
+            AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu,
+        };
+        pub use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
+    }
+}
 pub mod attention;
 mod backend;
 mod compat;
@@ -48,7 +60,6 @@ mod dtype;
 pub mod error;
 pub mod ops;
 pub mod runtime;
-mod sources;
 pub mod verify;
 
 pub use backend::DeviceKind;

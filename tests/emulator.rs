@@ -6,9 +6,9 @@
 mod common;
 
 use common::{Plain, Qkv, assert_close, attend, download, normal, shape, to_bytes, upload};
+use mlx_flash_attn::abi::table::{APPLE_THREADGROUP_BYTES, PREFILL};
 use mlx_flash_attn::attention::oracle::{self, Inputs, Precision, Values};
 use mlx_flash_attn::attention::tolerance::compare;
-use mlx_flash_attn::attention::variant::{APPLE_THREADGROUP_BYTES, PREFILL};
 use mlx_flash_attn::attention::{MaskSpec, Problem, ProblemBuilder, QueryOffset, Role, Strides};
 use mlx_flash_attn::ops::Operands;
 use mlx_flash_attn::ops::flash_attn_prefill_blk::{

@@ -6,7 +6,7 @@ mod common;
 
 use bytemuck::Zeroable;
 use common::{Qkv, commit, devices, output, shape};
-use mlx_flash_attn::attention::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use mlx_flash_attn::abi::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
 use mlx_flash_attn::encoder::{KernelArg, MTLSize, as_bytes};
 use mlx_flash_attn::{DType, KernelRegistry, MlxDevice};
 

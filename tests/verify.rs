@@ -5,9 +5,9 @@ mod common;
 
 use std::collections::{BTreeSet, HashSet};
 
+use mlx_flash_attn::attention::HEAD_DIMS;
 use mlx_flash_attn::attention::oracle::{self, Precision};
 use mlx_flash_attn::attention::tolerance::compare;
-use mlx_flash_attn::attention::variant::HEAD_DIMS;
 use mlx_flash_attn::verify::{self, Case, Data, Scope};
 use mlx_flash_attn::{DeviceKind, KernelRegistry, MlxDevice};
 

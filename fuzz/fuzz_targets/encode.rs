@@ -4,12 +4,10 @@
 use std::cell::RefCell;
 
 use libfuzzer_sys::fuzz_target;
-use mlx_flash_attn::attention::bindings::names;
-use mlx_flash_attn::attention::params::{
-    AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu, BlkParamsGpu, MaskFillParamsGpu,
-    VecParamsGpu,
-};
-use mlx_flash_attn::attention::variant::PREFILL;
+use mlx_flash_attn::abi::bindings::names;
+use mlx_flash_attn::abi::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use mlx_flash_attn::abi::params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
+use mlx_flash_attn::abi::table::PREFILL;
 use mlx_flash_attn::encoder::{KernelArg, MTLSize, as_bytes};
 use mlx_flash_attn::{CpuOptions, DType, KernelRegistry, MlxBuffer, MlxDevice};
 

@@ -2,9 +2,10 @@
 
 use super::layout::{Extent, Layout, Strides};
 use super::mask::MaskSpec;
+use super::mask::class_tile;
 use super::operand::Role;
+use super::problem::HEAD_DIMS;
 use super::problem::{Elements, Problem, QueryOffset, Shape};
-use super::variant;
 use super::varlen::Boundaries;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
@@ -137,7 +138,7 @@ impl ProblemBuilder {
         self
     }
 
-    /// Tile classes of the mask are given too, of tiles of [`class_tile`](super::variant::class_tile): for an
+    /// Tile classes of the mask are given too, of tiles of [`class_tile`](super::mask::class_tile): for an
     /// additive mask of one plane `[qL, kL]` for all batches and heads, and dense sequences.
     /// [`crate::ops::flash_attn_prefill_blk`] makes them of a bf16 mask. They are
     /// obeyed tile by tile, whatever the mask holds there: class 0 skips exactly its tile, as if each
@@ -389,7 +390,7 @@ impl ProblemBuilder {
                 format!("{mask:?}"),
             ));
         }
-        let tile = variant::class_tile(shape.head_dim);
+        let tile = class_tile(shape.head_dim);
         let (nq, nk) = tile.count(shape.query_len, shape.key_len);
         nq.checked_mul(nk)
             .ok_or_else(|| MlxError::InvalidArgument(format!("blk: {nq} x {nk} tiles overflow")))
@@ -447,10 +448,10 @@ fn check_shape(shape: &Shape) -> Result<()> {
             shape.heads, shape.kv_heads
         )));
     }
-    if !variant::HEAD_DIMS.contains(&shape.head_dim) {
+    if !HEAD_DIMS.contains(&shape.head_dim) {
         return Err(MlxError::expected(
             "head_dim",
-            format!("one of {:?}", variant::HEAD_DIMS),
+            format!("one of {:?}", HEAD_DIMS),
             shape.head_dim,
         ));
     }

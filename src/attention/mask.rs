@@ -208,6 +208,35 @@ impl MaskSpec {
     }
 }
 
+/// A tile of query rows by keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Query rows.
+    pub bq: usize,
+    /// Keys.
+    pub bk: usize,
+}
+
+impl Tile {
+    /// How many tiles cover `query_len x key_len`, along each side.
+    pub const fn count(self, query_len: usize, key_len: usize) -> (usize, usize) {
+        // Without rows or keys, a tile is as one of a single row or key.
+        const fn tiles(len: usize, size: usize) -> usize {
+            len.div_ceil(if size == 0 { 1 } else { size })
+        }
+        (tiles(query_len, self.bq), tiles(key_len, self.bk))
+    }
+}
+
+/// The tile that classes are computed over.
+pub const fn class_tile(head_dim: usize) -> Tile {
+    if head_dim >= 512 {
+        Tile { bq: 8, bk: 64 }
+    } else {
+        Tile { bq: 32, bk: 16 }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::{TileClass, Visibility};
@@ -323,7 +352,7 @@ mod tests {
                 let _ = v.tile_class(usize::MAX - 1..usize::MAX, 5..5, 7);
             }
         }
-        let empty = crate::attention::variant::Tile { bq: 0, bk: 0 };
+        let empty = super::Tile { bq: 0, bk: 0 };
         assert_eq!(empty.count(3, 5), (3, 5));
     }
 }

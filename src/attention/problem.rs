@@ -7,6 +7,9 @@ use super::operand::{OperandSpec, Role};
 use super::varlen::Boundaries;
 use crate::dtype::DType;
 
+/// Every head dimension that some device serves, ascending.
+pub const HEAD_DIMS: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
+
 /// The sizes of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Shape {

@@ -5,11 +5,11 @@ use std::any::Any;
 use std::sync::Arc;
 
 use super::Memory;
-use crate::attention::bindings::Access;
+use crate::attention::Tile;
 use crate::attention::mask::Visibility;
-use crate::attention::plan::PlanOptions;
-use crate::attention::variant::Tile;
 use crate::attention::{Problem, Role};
+use crate::backend::access::Access;
+use crate::backend::metal::plan::PlanOptions;
 use crate::error::{MlxError, Result};
 
 /// An operand of some work.

@@ -16,10 +16,10 @@ use super::{
     Arg, Backend, DeviceKind, Dispatch, Done, Kernel, Limits, Memory, Pending, Step, Timing,
 };
 use crate::attention::Problem;
-use crate::attention::bindings::{Constants, constant};
-use crate::attention::variant::{self, APPLE_THREADGROUP_BYTES};
+use crate::backend::metal::bindings::{Constants, constant};
+use crate::backend::metal::sources;
+use crate::backend::metal::table::{self, APPLE_THREADGROUP_BYTES};
 use crate::error::{MlxError, Result};
-use crate::sources;
 
 /// How to open the emulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -100,7 +100,7 @@ impl Emulator {
     fn compile(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Kernel> {
         let library = self.library(kernel, source)?;
         let info = library.kernel(kernel).map_err(|e| failed(kernel, &e))?;
-        let row = variant::by_name(kernel);
+        let row = table::by_name(kernel);
         let own = sources::is_own(kernel, source);
         let values = library
             .constants()
@@ -200,8 +200,8 @@ impl Emulator {
 /// The kernels that are compiled when `kernel` is asked for: of this crate's prefill text those of its
 /// dtype and head dim, of any other text the kernel itself.
 fn compiled_together<'a>(kernel: &'a str, source: &str) -> Vec<&'a str> {
-    match variant::by_name(kernel) {
-        Some(row) if source == sources::PREFILL_TEXT => variant::PREFILL
+    match table::by_name(kernel) {
+        Some(row) if source == sources::PREFILL_TEXT => table::PREFILL
             .iter()
             .filter(|v| (v.dtype, v.head_dim) == (row.dtype, row.head_dim))
             .map(|v| v.kernel)
@@ -268,6 +268,10 @@ impl Backend for Emulator {
         } else {
             build().map(|kernel| Arc::new(kernel.into_foreign()))
         }
+    }
+
+    fn runs_text(&self) -> bool {
+        true
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {

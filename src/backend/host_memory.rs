@@ -3,8 +3,8 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 
-use crate::attention::bindings::Access;
 use crate::backend::Memory;
+use crate::backend::access::Access;
 use crate::error::{MlxError, Result};
 
 /// Alignment of every buffer: a cache line, and the widest vector.
@@ -99,8 +99,8 @@ impl Memory for CallersMemory {
 #[cfg(test)]
 mod tests {
     use super::{ALIGN, HostMemory};
-    use crate::attention::bindings::Access;
     use crate::backend::Memory;
+    use crate::backend::access::Access;
 
     #[test]
     fn memory_is_zeroed_on_cache_lines_and_as_long_as_asked() {

@@ -6,33 +6,23 @@ use std::fmt;
 use std::sync::Arc;
 
 use self::command::{Span, Task, Work};
+use self::metal::bindings::{self, Accesses, Constants};
 use crate::attention::Problem;
-use crate::attention::bindings::{self, Access, Accesses, Constants};
+use crate::backend::access::Access;
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{MlxError, Result};
 
+pub(crate) mod access;
 pub(crate) mod command;
-#[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
-pub(crate) mod constants;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 #[cfg(feature = "emulator")]
 pub(crate) mod emulator;
+pub(crate) mod gpu_struct;
 pub(crate) mod host_memory;
-#[cfg(any(
-    test,
-    feature = "emulator",
-    all(feature = "metal", target_vendor = "apple")
-))]
 pub(crate) mod metal;
-#[cfg(any(
-    test,
-    feature = "cuda",
-    feature = "emulator",
-    all(feature = "metal", target_vendor = "apple")
-))]
-mod params;
+pub(crate) mod shared_params;
 
 /// Kinds of device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -125,11 +115,21 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
+    #[allow(dead_code)] // Devices that run texts build kernels.
     pub(crate) fn new(
         name: &str,
         constants: &Constants,
         limits: Limits,
         state: impl Any + Send + Sync,
+    ) -> Self {
+        Self::with_state(name, constants, limits, Box::new(state))
+    }
+
+    pub(crate) fn with_state(
+        name: &str,
+        constants: &Constants,
+        limits: Limits,
+        state: Box<dyn Any + Send + Sync>,
     ) -> Self {
         Self {
             name: name.into(),
@@ -137,7 +137,7 @@ impl Kernel {
             limits,
             accesses: bindings::accesses(name),
             foreign: false,
-            state: Box::new(state),
+            state,
         }
     }
 
@@ -241,8 +241,24 @@ pub(crate) trait Backend: Any + Send + Sync {
     fn supports(&self, problem: &Problem) -> Result<()>;
     /// Prepares work that it supports, for any operands.
     fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>>;
-    /// The kernel of this name in a text, which a caller asked for.
-    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Arc<Kernel>>;
+    /// Whether it runs the kernels' text, and so a caller's own.
+    fn runs_text(&self) -> bool {
+        false
+    }
+    /// The kernel of this name in a text, on a device that runs texts.
+    fn build(&self, kernel: &str, _source: &str, _constants: &Constants) -> Result<Arc<Kernel>> {
+        Err(MlxError::ShaderCompilationError {
+            name: kernel.into(),
+            message: format!(
+                "the {} device runs this crate's own kernels only",
+                self.kind()
+            ),
+        })
+    }
+    /// What a kernel that is only named holds on a device that runs no texts.
+    fn named_kernel(&self) -> Box<dyn Any + Send + Sync> {
+        Box::new(())
+    }
     /// Whether its kernels can use `memory` of a device of its kind: for a GPU, memory of that very
     /// GPU. Host memory serves every device of a kind.
     fn owns_memory(&self, _memory: &dyn Memory) -> bool {

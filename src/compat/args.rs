@@ -2,7 +2,7 @@
 
 use bytemuck::{AnyBitPattern, Pod};
 
-use crate::attention::bindings::Access;
+use crate::backend::access::Access;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::runtime::buffer::MlxBuffer;

@@ -1,12 +1,10 @@
 //! Where a kernel of this crate finds its params.
 
-use crate::attention::bindings::{constant, names, other, prefill};
-use crate::attention::params::{
-    AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu, BlkParamsGpu, MaskFillParamsGpu,
-    VecParamsGpu,
-};
-use crate::attention::variant;
 use crate::backend::Kernel;
+use crate::backend::metal::bindings::{constant, names, other, prefill};
+use crate::backend::metal::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use crate::backend::metal::table;
+use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
 
 /// Params at one index.
 #[derive(Debug, Clone, Copy)]
@@ -64,7 +62,7 @@ pub(super) fn params(kernel: &Kernel) -> impl Iterator<Item = Param> {
         names::BLK => BLK,
         names::VEC_F32 | names::VEC_F16 => VEC,
         names::VEC_REDUCE => REDUCE,
-        name if variant::by_name(name).is_some() => PREFILL,
+        name if table::by_name(name).is_some() => PREFILL,
         _ => &[],
     };
     // Without packed sequences, what is bound as boundaries is not read.

@@ -5,19 +5,19 @@ use std::sync::Arc;
 
 use super::args::Args;
 use super::params::params;
-use crate::attention::bindings::{Access, coded_dtype, constant, is_own, names, other, prefill};
+use crate::attention::Tile;
 use crate::attention::layout::{Layout, Strides};
 use crate::attention::mask::{MaskSpec, Visibility};
-use crate::attention::params::{
-    AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu, BlkParamsGpu, MaskFillParamsGpu,
-    VecParamsGpu,
-};
-use crate::attention::plan::{self, PlanOptions};
-use crate::attention::variant::{self, MaskKind, Tile, Variant};
 use crate::attention::{Problem, QueryOffset, Role, Shape};
+use crate::backend::access::Access;
 use crate::backend::command::{
     ClassifyTiles, DecodePartials, FillMask, JoinPartials, Slot, Task, Work,
 };
+use crate::backend::metal::bindings::{coded_dtype, constant, is_own, names, other, prefill};
+use crate::backend::metal::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use crate::backend::metal::plan::{self, PlanOptions};
+use crate::backend::metal::table::{self, MaskKind, Variant};
+use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::runtime::buffer::MlxBuffer;
@@ -139,7 +139,7 @@ fn read(device: &DeviceHandle, raw: &RawDispatch) -> Result<Task<MlxBuffer>> {
         names::BLK => classify(&args, raw),
         name @ (names::VEC_F32 | names::VEC_F16) => partials(&args, name),
         names::VEC_REDUCE => join(&args),
-        name => match variant::by_name(name) {
+        name => match table::by_name(name) {
             Some(variant) => attention(&args, raw, variant),
             None => Err(args.fail("is no kernel of this crate")),
         },

@@ -18,17 +18,17 @@
 //! inconsistent sizes, dtype, a buffer too small, an output that overlaps an input, tile classes
 //! without a mask or of another tile. Nothing is encoded then.
 
-pub use crate::attention::params::{AttnMaskParamsGpu, AttnParamsGpu};
-use crate::attention::plan::{self, PlanOptions};
-use crate::attention::variant::{self, MaskKind, Variant};
 use crate::attention::{Layout, MaskSpec, Problem, QueryOffset, Shape};
+pub use crate::backend::metal::params::{AttnMaskParamsGpu, AttnParamsGpu};
+use crate::backend::metal::plan::{self, PlanOptions};
+use crate::backend::metal::sources;
+use crate::backend::metal::table::{self, MaskKind, Variant};
 use crate::error::{MlxError, Result};
 use crate::ops::{Operands, check_buffer};
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
 use crate::runtime::encoder::CommandEncoder;
 use crate::runtime::registry::KernelRegistry;
-use crate::sources;
 
 mod names;
 use names::*;
@@ -118,7 +118,7 @@ impl SeedCall<'_> {
         device: &MlxDevice,
         registry: &mut KernelRegistry,
     ) -> Result<()> {
-        let variant = variant::by_name(self.kernel)
+        let variant = table::by_name(self.kernel)
             .ok_or_else(|| MlxError::KernelNotFound(self.kernel.into()))?;
         plan::simdgroups(variant, self.nsg)?;
         let problem = self.problem(variant)?;
@@ -130,7 +130,7 @@ impl SeedCall<'_> {
         // Without a mask both kernels of a pair do the same; the additive one is the problem's.
         let variant = match self.mask {
             Some(_) => variant,
-            None => variant::PREFILL
+            None => table::PREFILL
                 .iter()
                 .find(|v| {
                     (v.dtype, v.head_dim, v.mask)
@@ -287,7 +287,7 @@ mod tests {
     #[test]
     fn no_kernel_of_the_seed_is_f32() {
         for name in ALL_KERNEL_NAMES {
-            let variant = variant::by_name(name).unwrap();
+            let variant = table::by_name(name).unwrap();
             assert_ne!(variant.dtype, crate::DType::F32);
         }
     }
@@ -295,7 +295,7 @@ mod tests {
     #[test]
     fn tiles_are_the_seeds() {
         for name in ALL_KERNEL_NAMES {
-            let v = variant::by_name(name).unwrap();
+            let v = table::by_name(name).unwrap();
             let expected = if v.head_dim == 512 {
                 (8, 64, 256)
             } else {

@@ -4,9 +4,10 @@
 //! cells are -inf: without classes a finite cell leaves its key visible.
 
 use crate::attention::Role;
-use crate::attention::bindings::{constant, names};
-use crate::attention::variant::Tile;
+use crate::attention::Tile;
 use crate::backend::command::{ClassifyTiles, Slot, Task, Work};
+use crate::backend::metal::bindings::{constant, names};
+use crate::backend::metal::sources;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::ops::check_buffer;
@@ -14,7 +15,6 @@ use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
 use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
 use crate::runtime::registry::KernelRegistry;
-use crate::sources;
 
 /// Text of the mask-fill and tile-class kernels.
 pub static FLASH_ATTN_PREFILL_BLK_SHADER_SOURCE: &str = sources::MASK_TEXT;

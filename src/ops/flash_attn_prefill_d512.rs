@@ -2,13 +2,13 @@
 //!
 //! Operands, masks and errors are those of [`super::flash_attn_prefill`], head-major.
 
-use crate::attention::bindings::constant;
+use crate::backend::metal::bindings::constant;
+use crate::backend::metal::sources;
 use crate::ops::flash_attn_prefill::dispatchers;
 pub use crate::ops::flash_attn_prefill::{
     AttnMaskParamsGpu, AttnParamsGpu, FlashAttnPrefillParams,
 };
 use crate::runtime::registry::KernelRegistry;
-use crate::sources;
 
 /// Query rows of a threadgroup.
 pub const NQPSG_D512: u32 = 8;
@@ -19,7 +19,7 @@ pub const NSG_D512: u32 = 8;
 /// Function constant (int) that holds the simdgroups.
 pub const FC_IDX_NSG: usize = constant::NSG;
 /// Threadgroup memory to budget, in bytes; the kernels keep their output in registers and use less
-/// (see [`crate::attention::variant`]).
+/// (see [`crate::backend::metal::table`]).
 pub const TGMEM_BYTES_D512: u32 = 28_672;
 
 /// Text of the prefill kernels: the same as at the other head dims.
@@ -71,12 +71,12 @@ dispatchers! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::variant;
+    use crate::backend::metal::table;
 
     #[test]
     fn constants_are_the_tables() {
         for name in ALL_KERNEL_NAMES {
-            let v = variant::by_name(name).unwrap();
+            let v = table::by_name(name).unwrap();
             assert_eq!(v.tile.bq as u32, NQPSG_D512);
             assert_eq!(v.tile.bk as u32, NCPSG_D512);
             assert_eq!(v.simdgroups as u32, NSG_D512);

@@ -1,15 +1,15 @@
 //! Builds the bf16 mask of a causal or sliding-window layer on the device.
 
-use crate::attention::bindings::names;
 use crate::attention::{Role, Visibility};
 use crate::backend::command::{FillMask, Slot, Task, Work};
+use crate::backend::metal::bindings::names;
+use crate::backend::metal::sources;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
 use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
 use crate::runtime::registry::KernelRegistry;
-use crate::sources;
 
 /// Text of the mask-fill and tile-class kernels.
 pub static FLASH_ATTN_PREFILL_MASK_SHADER_SOURCE: &str = sources::MASK_TEXT;

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use crate::attention::HEAD_DIMS;
 use crate::attention::Role;
-use crate::attention::bindings::names;
-use crate::attention::params::VecParamsGpu;
-use crate::attention::variant::HEAD_DIMS;
 use crate::backend::command::{DecodePartials, JoinPartials, Slot, Task, Work};
+use crate::backend::metal::bindings::names;
+use crate::backend::metal::sources;
+use crate::backend::shared_params::VecParamsGpu;
 use crate::compat::decode_problem;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
@@ -15,7 +16,6 @@ use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
 use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
 use crate::runtime::registry::KernelRegistry;
-use crate::sources;
 
 /// Text of the decode kernels.
 pub static FLASH_ATTN_VEC_SHADER_SOURCE: &str = sources::VEC_TEXT;

@@ -10,10 +10,9 @@ pub mod flash_attn_vec;
 
 use std::sync::Arc;
 
-use crate::attention::plan::PlanOptions;
-use crate::attention::variant;
 use crate::attention::{Problem, Role};
 use crate::backend::command::{Planned, Slot, Task};
+use crate::backend::metal::plan::PlanOptions;
 use crate::error::{MlxError, Result};
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
@@ -150,7 +149,7 @@ fn check_operands(problem: &Problem, operands: &Operands<'_>) -> Result<()> {
     }
     if let (true, Some(classes)) = (problem.has_tile_classes(), operands.tile_classes) {
         let shape = problem.shape();
-        let tile = variant::class_tile(shape.head_dim);
+        let tile = crate::attention::class_tile(shape.head_dim);
         let (nq, nk) = tile.count(shape.query_len, shape.key_len);
         if classes.shape().len() == 2 && classes.shape() != [nq, nk] {
             return Err(MlxError::expected(

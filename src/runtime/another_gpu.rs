@@ -7,10 +7,11 @@ use super::device::MlxDevice;
 use super::encoder::{KernelArg, MTLSize};
 use super::registry::KernelRegistry;
 use crate::attention::Problem;
-use crate::attention::bindings::{Access, Constants, names};
+use crate::backend::access::Access;
 use crate::backend::command::Work;
 use crate::backend::cpu::{Cpu, CpuOptions};
 use crate::backend::host_memory::HostMemory;
+use crate::backend::metal::bindings::names;
 use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
 use crate::error::Result;
 use crate::{DType, MlxError};
@@ -56,9 +57,8 @@ impl Backend for Numbered {
         self.0.prepare(work)
     }
 
-    fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Arc<Kernel>> {
-        let limits = self.0.build(kernel, source, constants)?.limits;
-        Ok(Arc::new(Kernel::new(kernel, constants, limits, self.1)))
+    fn named_kernel(&self) -> Box<dyn Any + Send + Sync> {
+        Box::new(self.1)
     }
 
     fn owns_memory(&self, memory: &dyn Memory) -> bool {

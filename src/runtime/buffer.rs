@@ -9,7 +9,7 @@ use bytemuck::Pod;
 pub use super::guards::{ReadGuard, WriteGuard};
 use super::snapshot::Snapshots;
 use super::uses::{Storage, overlap};
-use crate::attention::bindings::Access;
+use crate::backend::access::Access;
 use crate::backend::{DeviceKind, Memory};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};

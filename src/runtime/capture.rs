@@ -5,9 +5,10 @@ use std::sync::Arc;
 use super::buffer::MlxBuffer;
 use super::device::DeviceHandle;
 use super::size::MTLSize;
-use crate::attention::bindings::{Access, Constants};
 use crate::backend::Kernel;
+use crate::backend::access::Access;
 use crate::backend::command::{Slot, Task};
+use crate::backend::metal::bindings::Constants;
 use crate::error::Result;
 
 /// What a dispatch computes, for whoever rearranges a capture.

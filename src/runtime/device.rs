@@ -9,11 +9,11 @@ use bytemuck::Pod;
 
 use super::buffer::MlxBuffer;
 use crate::attention::Problem;
-use crate::attention::plan::PlanOptions;
 use crate::backend::command::{Planned, Work};
 use crate::backend::cpu::{Cpu, CpuOptions};
 #[cfg(feature = "emulator")]
 use crate::backend::emulator::{Emulator, EmulatorOptions};
+use crate::backend::metal::plan::PlanOptions;
 use crate::backend::{Backend, DeviceKind};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};

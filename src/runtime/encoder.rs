@@ -11,7 +11,7 @@ use super::device::{DeviceHandle, MlxDevice};
 use super::hazards::{Hazards, Use};
 pub use super::size::MTLSize;
 use super::uses::Hold;
-use crate::attention::bindings::Access;
+use crate::backend::access::Access;
 use crate::backend::command::{Task, Work};
 use crate::backend::{Done, Pending, Timing};
 use crate::error::{MlxError, Result};

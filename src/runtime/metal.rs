@@ -38,7 +38,7 @@ use super::device::{DeviceHandle, MlxDevice, check_fits};
 use super::encoder::CommandEncoder;
 use super::submit::params_are_written;
 use super::uses::Hold;
-pub use crate::attention::bindings::Access;
+pub use crate::backend::access::Access;
 use crate::backend::metal::launch::dispatches;
 pub use crate::backend::metal::{ComputeTarget, DirectTarget};
 use crate::backend::metal::{Metal, MetalMemory, Temporary, encode_into};

@@ -6,13 +6,13 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::device::DeviceHandle;
-use crate::attention::bindings::Constants;
-use crate::attention::plan::Plan;
-use crate::attention::variant::Family;
-use crate::backend::Kernel;
 use crate::backend::command::{Planned, Work};
+use crate::backend::metal::bindings::Constants;
+use crate::backend::metal::plan::Plan;
+use crate::backend::metal::sources;
+use crate::backend::metal::{bindings, table};
+use crate::backend::{Kernel, Limits};
 use crate::error::{MlxError, Result};
-use crate::sources;
 
 /// A kernel built for one device with one set of constants.
 #[derive(Debug, Clone)]
@@ -46,7 +46,7 @@ impl Pipeline {
 
 /// File name under which a text's precompiled library is looked for in `MLX_FLASH_METALLIB_DIR`.
 pub fn metallib_name(source: &str) -> String {
-    crate::sources::metallib_name(source)
+    crate::backend::metal::sources::metallib_name(source)
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -127,7 +127,7 @@ impl KernelRegistry {
         if self.noted.iter().any(|noted| Arc::ptr_eq(noted, planned)) {
             return Ok(());
         }
-        let plan = Plan::new(problem, Family::Apple, *options)?;
+        let plan = Plan::new(problem, *options)?;
         self.get(plan.variant.kernel, device, plan.constants)?;
         self.noted.truncate(REMEMBERED - 1);
         self.noted.push_front(Arc::clone(planned));
@@ -237,7 +237,20 @@ impl KernelRegistry {
             Some(built) => built.clone(),
             None => {
                 let constants = &slot.key().constants;
-                let kernel = device.backend.build(name, source.text, constants)?;
+                let backend = &*device.backend;
+                let kernel = if backend.runs_text() || !bindings::is_own(name) {
+                    backend.build(name, source.text, constants)?
+                } else {
+                    // The device runs the work that a dispatch of it states.
+                    let threads = table::by_name(name).map_or(1024, |row| row.threads() as u64);
+                    let limits = Limits {
+                        thread_execution_width: 32,
+                        max_threads: threads.max(32),
+                        static_threadgroup_bytes: 0,
+                    };
+                    let state = backend.named_kernel();
+                    Arc::new(Kernel::with_state(name, constants, limits, state))
+                };
                 let pipeline = Pipeline(kernel);
                 shared.insert(slot.key().clone(), pipeline.clone());
                 pipeline

@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use super::uses::Storage;
-use crate::attention::bindings::Access;
 use crate::backend::Memory;
+use crate::backend::access::Access;
 use crate::backend::host_memory::HostMemory;
 use crate::error::Result;
 

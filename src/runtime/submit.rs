@@ -11,7 +11,7 @@ use super::encoder::CommandEncoder;
 use super::hazards::Use;
 use super::turns::{Touches, Turn};
 use super::uses::{Hold, overlap};
-use crate::attention::bindings::Access;
+use crate::backend::access::Access;
 use crate::backend::command::Span;
 use crate::backend::{Arg, DeviceKind, Dispatch, Step};
 use crate::error::{MlxError, Result};

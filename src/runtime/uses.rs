@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::snapshot::Snapshot;
-use crate::attention::bindings::Access;
+use crate::backend::access::Access;
 use crate::backend::host_memory::HostMemory;
 use crate::backend::{DeviceKind, Memory};
 use crate::error::{MlxError, Result};

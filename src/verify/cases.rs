@@ -2,8 +2,8 @@
 
 use super::case::{Bounds, Case, Entry, MaskKind, Placement};
 use super::data::Random;
+use crate::attention::HEAD_DIMS;
 use crate::attention::QueryOffset;
-use crate::attention::variant::HEAD_DIMS;
 use crate::attention::{Problem, Shape};
 use crate::dtype::DType;
 use crate::runtime::device::MlxDevice;

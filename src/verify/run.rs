@@ -3,9 +3,9 @@
 use super::case::{Bounds, Case, Entry};
 use super::data::{Data, Host};
 use super::poison::{self, Poisoned};
+use crate::attention::class_tile;
 use crate::attention::oracle::{self, Precision, Values};
 use crate::attention::tolerance::{self, Comparison};
-use crate::attention::variant::class_tile;
 use crate::attention::{Problem, QueryOffset, Role};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};

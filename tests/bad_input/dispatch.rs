@@ -2,7 +2,7 @@
 //! the commit must say what was wrong.
 
 use bytemuck::Zeroable;
-use mlx_flash_attn::attention::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use mlx_flash_attn::abi::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
 use mlx_flash_attn::encoder::{KernelArg, as_bytes};
 use mlx_flash_attn::{DType, MlxBuffer, Result};
 

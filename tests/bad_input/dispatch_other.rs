@@ -1,8 +1,8 @@
 //! Wrong dispatches of the mask fill, the tile classes and decode, given to the encoder itself.
 
 use bytemuck::Zeroable;
-use mlx_flash_attn::attention::bindings::names;
-use mlx_flash_attn::attention::params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
+use mlx_flash_attn::abi::bindings::names;
+use mlx_flash_attn::abi::params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
 use mlx_flash_attn::encoder::{KernelArg, MTLSize, as_bytes};
 use mlx_flash_attn::{DType, MlxBuffer, Result};
 

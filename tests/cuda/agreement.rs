@@ -1,7 +1,7 @@
 //! Problems larger than those of the contract, against the CPU, with everything that changes scores.
 
+use mlx_flash_attn::attention::HEAD_DIMS;
 use mlx_flash_attn::attention::tolerance::relative_bound;
-use mlx_flash_attn::attention::variant::HEAD_DIMS;
 use mlx_flash_attn::attention::{MaskSpec, Problem, ProblemBuilder, QueryOffset};
 use mlx_flash_attn::ops::Operands;
 use mlx_flash_attn::{CpuOptions, DType, MlxBuffer, MlxDevice};

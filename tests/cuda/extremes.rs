@@ -1,7 +1,7 @@
 //! Finite numbers up to the largest, as masks, sinks and scores; and tile classes made by hand.
 
+use mlx_flash_attn::attention::HEAD_DIMS;
 use mlx_flash_attn::attention::tolerance::relative_bound;
-use mlx_flash_attn::attention::variant::HEAD_DIMS;
 use mlx_flash_attn::attention::{MaskSpec, Problem, QueryOffset};
 use mlx_flash_attn::ops::Operands;
 use mlx_flash_attn::{DType, MlxBuffer, MlxDevice};

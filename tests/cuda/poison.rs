@@ -1,7 +1,7 @@
 //! Hidden keys whose K or V is NaN, infinite or as large as numbers go: rows that do not see them keep
 //! their bits, by every family of kernels, and rows that do get them.
 
-use mlx_flash_attn::attention::variant::HEAD_DIMS;
+use mlx_flash_attn::attention::HEAD_DIMS;
 use mlx_flash_attn::attention::{MaskSpec, Problem, ProblemBuilder, QueryOffset};
 use mlx_flash_attn::ops::Operands;
 use mlx_flash_attn::{DType, MlxDevice};

@@ -1,7 +1,7 @@
 //! Values of options, parsed and checked: a wrong one is refused before anything is read.
 
 use clap::ValueEnum;
-use mlx_flash_attn::attention::variant::HEAD_DIMS;
+use mlx_flash_attn::attention::HEAD_DIMS;
 use mlx_flash_attn::attention::{Layout, QueryOffset, Shape};
 use mlx_flash_attn::{DType, DeviceKind, MlxDevice};
 

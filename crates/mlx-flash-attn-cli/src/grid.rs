@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use mlx_flash_attn::attention::variant::Tile;
+use mlx_flash_attn::attention::Tile;
 use mlx_flash_attn::attention::{TileClass, Visibility};
 
 /// The tiles of one score matrix.

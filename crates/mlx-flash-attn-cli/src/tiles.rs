@@ -1,7 +1,7 @@
 //! `tiles`: a picture of the score matrix.
 
 use anyhow::Result;
-use mlx_flash_attn::attention::variant::class_tile;
+use mlx_flash_attn::attention::class_tile;
 use mlx_flash_attn::attention::{QueryOffset, TileClass, Visibility};
 
 use crate::cli::TilesArgs;

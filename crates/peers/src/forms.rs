@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use half::bf16;
-use mlx_flash_attn::attention::variant::class_tile;
+use mlx_flash_attn::attention::class_tile;
 use mlx_flash_attn::attention::{MaskSpec, Problem, QueryOffset, Shape};
 use mlx_flash_attn::ops::flash_attn_prefill_blk::{
     BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::thread;
 
 use mlx_flash_attn::KernelRegistry;
-use mlx_flash_attn::attention::bindings::constant;
+use mlx_flash_attn::abi::bindings::constant;
 use msl_emulator::{CompileOptions, Constant};
 
 /// The constants of a pipeline.

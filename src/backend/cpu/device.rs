@@ -8,12 +8,11 @@ use super::isa::Isa;
 use super::job::Job;
 use super::processors::Cpu;
 use super::{decode, kernels, masks};
+use crate::attention::HEAD_DIMS;
 use crate::attention::Problem;
-use crate::attention::bindings::{Constants, is_own};
-use crate::attention::variant::{self, HEAD_DIMS};
 use crate::backend::command::{Span, Task, Work};
 use crate::backend::host_memory::HostMemory;
-use crate::backend::{Backend, DeviceKind, Done, Kernel, Limits, Memory, Pending, Step, Timing};
+use crate::backend::{Backend, DeviceKind, Done, Memory, Pending, Step, Timing};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
@@ -94,19 +93,6 @@ impl Backend for Cpu {
             self.supports(problem)?;
         }
         Ok(Box::new(()))
-    }
-
-    fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Arc<Kernel>> {
-        if !is_own(kernel) {
-            return Err(no_text(kernel));
-        }
-        let threads = variant::by_name(kernel).map_or(1024, |v| v.threads() as u64);
-        let limits = Limits {
-            thread_execution_width: 32,
-            max_threads: threads.max(32),
-            static_threadgroup_bytes: 0,
-        };
-        Ok(Arc::new(Kernel::new(kernel, constants, limits, ())))
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {

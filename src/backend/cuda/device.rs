@@ -9,16 +9,13 @@ use super::compile::in_parallel;
 use super::driver::{Stream, unavailable};
 use super::gpu::Gpu;
 use super::images::{self, Images};
-use super::launch::no_text;
 use super::memory::CudaMemory;
 use super::prepared::{Attention, Prefill, Prepared};
 use super::submit::{self, Enqueued};
 use super::table::Needs;
 use crate::attention::Problem;
-use crate::attention::bindings::{Constants, is_own};
-use crate::attention::variant;
 use crate::backend::command::Work;
-use crate::backend::{Backend, DeviceKind, Kernel, Limits, Memory, Pending, Step};
+use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
 use crate::error::Result;
 
 /// The variable that names the GPU, a number from 0.
@@ -153,18 +150,8 @@ impl Backend for Cuda {
         Ok(Box::new(prepared))
     }
 
-    fn build(&self, kernel: &str, _source: &str, constants: &Constants) -> Result<Arc<Kernel>> {
-        if !is_own(kernel) {
-            return Err(no_text(kernel));
-        }
-        let threads = variant::by_name(kernel).map_or(1024, |v| v.threads() as u64);
-        let limits = Limits {
-            thread_execution_width: 32,
-            max_threads: threads.max(32),
-            static_threadgroup_bytes: 0,
-        };
-        let gpu = Arc::clone(&self.gpu);
-        Ok(Arc::new(Kernel::new(kernel, constants, limits, gpu)))
+    fn named_kernel(&self) -> Box<dyn Any + Send + Sync> {
+        Box::new(Arc::clone(&self.gpu))
     }
 
     fn owns_memory(&self, memory: &dyn Memory) -> bool {

@@ -11,12 +11,12 @@ use super::modules::Function;
 use super::params;
 use super::prepared::{Attention, Kept, Prefill, Prepared, Ready};
 use super::scratch::Scratch;
-use crate::attention::params::CudaParams;
 use crate::attention::{Problem, Role};
 use crate::backend::Step;
 use crate::backend::command::{
     ClassifyTiles, DecodePartials, FillMask, JoinPartials, Pointers, Slot, Span, Task, Work,
 };
+use crate::backend::cuda::abi::CudaParams;
 use crate::error::{MlxError, Result};
 
 /// What a command needs until it has run.

@@ -8,8 +8,8 @@ use cudarc::driver::{result, sys};
 
 use super::driver::{Stream, failed};
 use super::gpu::Gpu;
-use crate::attention::bindings::Access;
 use crate::backend::Memory;
+use crate::backend::access::Access;
 use crate::backend::host_memory::HostMemory;
 use crate::error::{MlxError, Result};
 

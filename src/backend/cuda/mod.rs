@@ -2,6 +2,7 @@
 //! kernels' text is compiled at first use by NVRTC, which is looked for where pip and the CUDA toolkit
 //! put it, and the images are kept on disk; or they were compiled ahead and need no compiler.
 
+pub(crate) mod abi;
 mod cache;
 mod compile;
 mod device;

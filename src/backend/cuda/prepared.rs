@@ -9,10 +9,10 @@ use super::maps::{self, Maps};
 use super::modules::Function;
 use super::spec::{self, Spec};
 use super::table::{self, Needs, Row};
+use crate::attention::HEAD_DIMS;
 use crate::attention::Problem;
-use crate::attention::params::CudaParams;
-use crate::attention::variant::HEAD_DIMS;
 use crate::backend::command::{Pointers, Work};
+use crate::backend::cuda::abi::CudaParams;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 

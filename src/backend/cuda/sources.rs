@@ -1,7 +1,8 @@
 //! The texts of the CUDA kernels, embedded. A module's text is a list of parts: what all start with,
 //! the parameters' structs, and the kernels. A list is known by its address.
 
-use crate::attention::params;
+use super::abi;
+use crate::backend::shared_params;
 
 const COMMON: &str = include_str!("../../../kernels/cuda/common.cu");
 const CAREFUL: &str = include_str!("../../../kernels/cuda/careful.cu");
@@ -28,7 +29,7 @@ macro_rules! hopper {
 pub(super) static PORTABLE: &[&str] = &[
     COMMON,
     CAREFUL,
-    params::CUDA_PARAMS_TEXT,
+    abi::CUDA_PARAMS_TEXT,
     TILES,
     SCORES,
     include_str!("../../../kernels/cuda/portable.cu"),
@@ -44,7 +45,7 @@ pub(super) static HOPPER_WIDE: &[&str] = hopper!("../../../kernels/cuda/hopper51
 pub(super) static FMA: &[&str] = &[
     COMMON,
     CAREFUL,
-    params::CUDA_PARAMS_TEXT,
+    abi::CUDA_PARAMS_TEXT,
     TILES,
     SCORES,
     include_str!("../../../kernels/cuda/fma.cu"),
@@ -54,7 +55,7 @@ pub(super) static FMA: &[&str] = &[
 pub(super) static COMBINE: &[&str] = &[
     COMMON,
     CAREFUL,
-    params::CUDA_PARAMS_TEXT,
+    abi::CUDA_PARAMS_TEXT,
     SCORES,
     include_str!("../../../kernels/cuda/combine.cu"),
 ];
@@ -62,8 +63,8 @@ pub(super) static COMBINE: &[&str] = &[
 /// The mask fill and the tile classes.
 pub(super) static MASKS: &[&str] = &[
     COMMON,
-    params::MASK_FILL_PARAMS_TEXT,
-    params::BLK_PARAMS_TEXT,
+    shared_params::MASK_FILL_PARAMS_TEXT,
+    shared_params::BLK_PARAMS_TEXT,
     include_str!("../../../kernels/cuda/masks.cu"),
 ];
 
@@ -71,6 +72,6 @@ pub(super) static MASKS: &[&str] = &[
 pub(super) static DECODE: &[&str] = &[
     COMMON,
     CAREFUL,
-    params::VEC_PARAMS_TEXT,
+    shared_params::VEC_PARAMS_TEXT,
     include_str!("../../../kernels/cuda/decode.cu"),
 ];

@@ -3,7 +3,7 @@
 use std::hash::{Hash, Hasher};
 
 use super::sources;
-use crate::attention::variant::HEAD_DIMS;
+use crate::attention::HEAD_DIMS;
 use crate::dtype::DType;
 
 /// A kernel to compile: text, macros, entry point and what a launch of it takes.

@@ -5,8 +5,8 @@ use std::collections::HashSet;
 
 use super::sources;
 use super::spec::Spec;
+use crate::attention::HEAD_DIMS;
 use crate::attention::Problem;
-use crate::attention::variant::HEAD_DIMS;
 use crate::dtype::DType;
 
 /// A GPU's compute capability.
@@ -541,7 +541,7 @@ mod tests {
     fn tiles_hold_whole_class_tiles_or_are_parts_of_one() {
         for row in ATTENTION {
             for d in row.dims.iter().copied() {
-                let class = crate::attention::variant::class_tile(d);
+                let class = crate::attention::class_tile(d);
                 assert!(
                     row.bm.is_multiple_of(class.bq) || class.bq.is_multiple_of(row.bm),
                     "{row:?} {d}"

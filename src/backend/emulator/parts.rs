@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use super::{Emulator, EmulatorOptions};
 use crate::attention::{MaskSpec, Problem, QueryOffset, Shape};
 use crate::ops::{self, Operands};
-use crate::{DType, MlxBuffer, MlxDevice, Result, sources};
+use crate::{DType, MlxBuffer, MlxDevice, Result};
 
 /// Emulators that run `flops` operations at a time, for each of these, with the kernels that the first
 /// of them has compiled.
@@ -16,7 +16,7 @@ fn devices(kernel: &str, flops: &[f64]) -> Result<Vec<MlxDevice>> {
         ..EmulatorOptions::default()
     };
     let first = Emulator::open(options)?;
-    first.library(kernel, sources::PREFILL_TEXT)?;
+    first.library(kernel, crate::backend::metal::sources::PREFILL_TEXT)?;
     let libraries = first.libraries.into_inner().unwrap();
     let device = |part_flops| {
         let mut emulator = Emulator::open(options)?;

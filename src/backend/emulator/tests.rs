@@ -8,17 +8,18 @@ use half::{bf16, f16};
 use msl_emulator::{CompileOptions, Library};
 
 use super::EmulatorOptions;
-use crate::attention::bindings::names;
-use crate::attention::plan::PlanOptions;
-use crate::attention::variant::{self, MaskKind, Tile, Variant};
+use crate::attention::Tile;
 use crate::attention::{MaskSpec, Problem, QueryOffset, Shape};
+use crate::backend::metal::bindings::names;
+use crate::backend::metal::plan::PlanOptions;
+use crate::backend::metal::sources;
+use crate::backend::metal::table::{self, MaskKind, Variant};
 use crate::ops::flash_attn_prefill_blk::{
     BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
 };
 use crate::ops::flash_attn_prefill_mask::{SdpaMaskParams, build_sdpa_mask_bf16};
 use crate::ops::flash_attn_vec::{FlashAttnVecParams, flash_attn_vec, tmp_buffer_bytes};
 use crate::ops::{self, Operands};
-use crate::sources;
 use crate::{DType, KernelRegistry, MlxBuffer, MlxDevice, Result};
 
 const SEEDS: [u64; 3] = [1, 20, 333];
@@ -119,7 +120,7 @@ impl Prefill {
         let one = upload(device, &[0.5], DType::F32);
 
         // Hidden: a whole class tile, and cells of others.
-        let tile = variant::class_tile(dim);
+        let tile = crate::attention::class_tile(dim);
         let hidden = |i: usize, j: usize| {
             (i < tile.bq && (tile.bk..2 * tile.bk).contains(&j))
                 || (j >= 2 * tile.bk && (i + j).is_multiple_of(5))
@@ -294,7 +295,7 @@ fn barriers_order_every_kernel_in_more_orders() {
 /// Runs every kernel in the order of the emulator's, and in random ones, checked and not.
 fn orders(seeds: &[u64]) {
     let mut runs: Vec<(String, Run)> = Vec::new();
-    for variant in variant::PREFILL {
+    for variant in table::PREFILL {
         for (nsg, full) in [(None, false), (None, true), (Some(4), true)] {
             if nsg.is_some() && variant.head_dim != 512 {
                 continue;
@@ -380,7 +381,7 @@ fn a_kernel_without_any_one_barrier_is_rejected() {
     ]
     .into_iter()
     .map(|(kernel, nsg)| Prefill {
-        variant: variant::by_name(kernel).unwrap(),
+        variant: table::by_name(kernel).unwrap(),
         nsg,
         full: false,
         poison: true,

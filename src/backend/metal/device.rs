@@ -15,11 +15,11 @@ use super::limits::Caps;
 use super::memory::MetalMemory;
 use super::submit;
 use crate::attention::Problem;
-use crate::attention::bindings::Constants;
 use crate::backend::command::Work;
+use crate::backend::metal::bindings::Constants;
+use crate::backend::metal::sources;
 use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
 use crate::error::{MlxError, Result};
-use crate::sources;
 
 // Without it a program that draws nothing is given no default device.
 #[link(name = "CoreGraphics", kind = "framework")]
@@ -165,6 +165,10 @@ impl Backend for Metal {
         } else {
             build().map(|kernel| Arc::new(kernel.into_foreign()))
         }
+    }
+
+    fn runs_text(&self) -> bool {
+        true
     }
 
     fn owns_memory(&self, memory: &dyn Memory) -> bool {

@@ -10,7 +10,7 @@ use super::library::Built;
 use super::lowering::{self, Op};
 use super::memory::MetalMemory;
 use super::target::ComputeTarget;
-use crate::attention::bindings::Access;
+use crate::backend::access::Access;
 use crate::backend::{Kernel, Memory};
 use crate::error::{MlxError, Result};
 

@@ -4,18 +4,17 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::attention::bindings::{Constants, constant, names, other};
-use crate::attention::params::VecParamsGpu;
-use crate::attention::plan::{Plan, PlanArg, PlanOptions};
-use crate::attention::variant::Family;
 use crate::attention::{Problem, Role};
 use crate::backend::command::{
     ClassifyTiles, DecodePartials, FillMask, JoinPartials, Slot, Span, Task, Work,
 };
+use crate::backend::metal::bindings::{Constants, constant, names, other};
+use crate::backend::metal::plan::{Plan, PlanArg, PlanOptions};
+use crate::backend::metal::sources;
+use crate::backend::shared_params::VecParamsGpu;
 use crate::backend::{self, Arg, Dispatch, Kernel};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
-use crate::sources;
 
 /// What is bound at an index.
 #[derive(Debug, Clone)]
@@ -49,11 +48,7 @@ fn bytes(params: &impl bytemuck::NoUninit) -> Bound {
 impl Launch {
     pub(crate) fn of(work: &Work) -> Result<Self> {
         match work {
-            Work::Attention(problem, options) => Ok(Self::attention(Plan::new(
-                problem,
-                Family::Apple,
-                *options,
-            )?)),
+            Work::Attention(problem, options) => Ok(Self::attention(Plan::new(problem, *options)?)),
             Work::FillMask(fill) => Ok(Self::fill(fill)),
             Work::ClassifyTiles(classify) => Self::classify(classify),
             Work::DecodePartials(decode) => Self::partials(decode),
@@ -154,7 +149,7 @@ impl Launch {
 
 /// Whether a device of the Metal family has a kernel for the problem.
 pub(crate) fn supports(problem: &Problem) -> Result<()> {
-    Plan::new(problem, Family::Apple, PlanOptions::default()).map(|_| ())
+    Plan::new(problem, PlanOptions::default()).map(|_| ())
 }
 
 /// What a device of the Metal family prepares: a launch with its compiled kernel.

@@ -15,12 +15,12 @@ use objc2_metal::{
     MTLMathFloatingPointFunctions, MTLMathMode, MTLPipelineOption,
 };
 
+use super::constants::{self, Value};
 use super::limits;
-use crate::attention::bindings::Constants;
-use crate::backend::constants::{self, Value};
+use crate::backend::metal::bindings::Constants;
+use crate::backend::metal::sources;
 use crate::backend::{Kernel, Limits};
 use crate::error::{MlxError, Result};
-use crate::sources;
 
 type PipelineState = Retained<ProtocolObject<dyn MTLComputePipelineState>>;
 

@@ -1,8 +1,8 @@
 //! What a GPU must offer, and what a built kernel must allow.
 
-use crate::attention::bindings::{Constants, constant};
-use crate::attention::variant::{self, APPLE_THREADGROUP_BYTES};
 use crate::backend::Limits;
+use crate::backend::metal::bindings::{Constants, constant};
+use crate::backend::metal::table::{self, APPLE_THREADGROUP_BYTES};
 
 /// Lanes of a simdgroup, which the kernels count on.
 const WIDTH: u64 = 32;
@@ -41,7 +41,7 @@ impl Caps {
 
 /// Threads of a threadgroup that a kernel of the variant table is dispatched with.
 fn threads(kernel: &str, constants: &Constants) -> Option<u64> {
-    let row = variant::by_name(kernel)?;
+    let row = table::by_name(kernel)?;
     let simdgroups = match constants.int(constant::NSG) {
         Some(n) if row.head_dim == 512 => u64::try_from(n).ok()?,
         _ => row.simdgroups as u64,
@@ -51,7 +51,7 @@ fn threads(kernel: &str, constants: &Constants) -> Option<u64> {
 
 /// Why a built kernel cannot be dispatched as planned, if it cannot.
 pub(crate) fn violation(kernel: &str, constants: &Constants, limits: &Limits) -> Option<String> {
-    let ours = variant::by_name(kernel).is_some();
+    let ours = table::by_name(kernel).is_some();
     let bytes = limits.static_threadgroup_bytes;
     if bytes > APPLE_THREADGROUP_BYTES as u64 {
         return Some(format!(

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::launch::Step;
-use crate::attention::bindings::Access;
+use crate::backend::access::Access;
 use crate::backend::{Arg, Dispatch, Kernel, Memory};
 use crate::error::{MlxError, Result};
 
@@ -142,8 +142,8 @@ fn grid(dispatch: &Dispatch) -> Result<Op<'_>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::bindings::{Constants, names};
     use crate::backend::Limits;
+    use crate::backend::metal::bindings::{Constants, names};
 
     #[derive(Debug)]
     struct Fake(usize);

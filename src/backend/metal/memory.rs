@@ -7,8 +7,8 @@ use objc2::runtime::ProtocolObject;
 use objc2_foundation::ns_string;
 use objc2_metal::{MTLBuffer, MTLDevice, MTLResource, MTLResourceOptions, MTLStorageMode};
 
-use crate::attention::bindings::Access;
 use crate::backend::Memory;
+use crate::backend::access::Access;
 use crate::error::{MlxError, Result};
 
 /// A Metal buffer.

@@ -5,6 +5,9 @@
 // Without a GPU in the build only the tests of those parts use them.
 #![cfg_attr(not(all(feature = "metal", target_vendor = "apple")), allow(dead_code))]
 
+pub mod bindings;
+#[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
+mod constants;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 mod device;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
@@ -16,9 +19,13 @@ mod limits;
 mod lowering;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 mod memory;
+pub(crate) mod params;
+pub(crate) mod plan;
+pub(crate) mod sources;
 pub(crate) mod split;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 mod submit;
+pub mod table;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 mod target;
 

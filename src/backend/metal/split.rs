@@ -9,10 +9,10 @@
 use std::ops::Range;
 
 use super::launch::Step;
-use crate::attention::bindings::prefill;
-use crate::attention::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
-use crate::attention::variant::{self, Variant};
 use crate::attention::{Problem, Role};
+use crate::backend::metal::bindings::prefill;
+use crate::backend::metal::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use crate::backend::metal::table::{self, Variant};
 use crate::backend::{Arg, Dispatch, Kernel};
 
 /// Floating-point operations of one command: a second of half a TFLOP/s, which is a fifth of what the
@@ -238,7 +238,7 @@ fn from(arg: &Arg, bytes: usize) -> Option<Arg> {
 /// more is its own only part; so is one of which nothing is known, for it counts as free.
 pub(crate) fn parts(dispatch: &Dispatch, limit: f64) -> Vec<(Dispatch, f64)> {
     let whole = |cost| vec![(dispatch.clone(), cost)];
-    let Some(variant) = variant::by_name(&dispatch.kernel.name) else {
+    let Some(variant) = table::by_name(&dispatch.kernel.name) else {
         return whole(0.0);
     };
     let Some(problem) = &dispatch.problem else {
@@ -299,12 +299,12 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::attention::plan::{Plan, PlanArg, PlanOptions};
-    use crate::attention::variant::Family;
+    use crate::DType;
     use crate::attention::{Problem, Shape};
     use crate::backend::Limits;
     use crate::backend::host_memory::HostMemory;
-    use crate::{DType, attention::bindings::Constants};
+    use crate::backend::metal::bindings::Constants;
+    use crate::backend::metal::plan::{Plan, PlanArg, PlanOptions};
 
     fn costs(tiles: &[f64], heads: usize, group: usize, batches: usize) -> Costs {
         Costs {
@@ -346,7 +346,7 @@ mod tests {
 
     /// A dispatch of the problem as the Metal device gets it.
     fn dispatch(problem: &Problem) -> Dispatch {
-        let plan = Plan::new(problem, Family::Apple, PlanOptions::default()).unwrap();
+        let plan = Plan::new(problem, PlanOptions::default()).unwrap();
         let limits = Limits {
             thread_execution_width: 32,
             max_threads: 1024,
@@ -473,7 +473,7 @@ mod tests {
         let long = Long {
             dispatch: &dispatch(&self::problem(64, 64)),
             problem: &problem,
-            variant: variant::by_name("flash_attn_prefill_f16_d128").unwrap(),
+            variant: table::by_name("flash_attn_prefill_f16_d128").unwrap(),
         };
         let costs = long.costs();
         let parts = costs.parts(COMMAND_FLOPS);

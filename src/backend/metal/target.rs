@@ -9,7 +9,7 @@ use objc2_metal::{
     MTLComputePipelineState, MTLSize,
 };
 
-use crate::attention::bindings::Access;
+use crate::backend::access::Access;
 
 /// Takes the calls of recorded dispatches, in order, and makes them on a compute encoder.
 ///

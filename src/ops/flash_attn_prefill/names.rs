@@ -1,7 +1,7 @@
 //! Names that `mlx-native` keeps private in this module and that its own unit tests use, over this
 //! crate's tables.
 
-use crate::attention::variant::{PREFILL, Variant};
+use crate::backend::metal::table::{PREFILL, Variant};
 
 pub(super) const K_BF16_D64: &str = "flash_attn_prefill_bf16_d64";
 pub(super) const K_BF16_D64_BOOLMASK: &str = "flash_attn_prefill_bf16_d64_boolmask";
@@ -109,7 +109,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::attention::variant::{MaskKind, by_name};
+    use crate::backend::metal::table::{MaskKind, by_name};
     use crate::ops::flash_attn_prefill::FlashAttnPrefillParams;
     use crate::{CpuOptions, DType, MlxDevice, MlxError};
 

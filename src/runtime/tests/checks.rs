@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{device, fill_params, mask, u8s};
 use crate::attention::Problem;
-use crate::attention::bindings::{Constants, names};
-use crate::attention::params::{AttnParamsGpu, BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
 use crate::backend::command::Work;
 use crate::backend::host_memory::HostMemory;
+use crate::backend::metal::bindings::{Constants, names};
+use crate::backend::metal::params::AttnParamsGpu;
+use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
 use crate::backend::{Backend, DeviceKind, Done, Kernel, Limits, Memory, Pending, Step, Timing};
 use crate::runtime::encoder::{CommandEncoder, KernelArg, MTLSize, as_bytes};
 use crate::{DType, KernelRegistry, MlxBuffer, MlxDevice, MlxError, Result};
@@ -50,11 +51,17 @@ impl Backend for Fake {
             static_threadgroup_bytes: 0,
         };
         let built = Kernel::new(kernel, constants, limits, ());
-        Ok(Arc::new(if crate::sources::is_own(kernel, source) {
-            built
-        } else {
-            built.into_foreign()
-        }))
+        Ok(Arc::new(
+            if crate::backend::metal::sources::is_own(kernel, source) {
+                built
+            } else {
+                built.into_foreign()
+            },
+        ))
+    }
+
+    fn runs_text(&self) -> bool {
+        true
     }
 
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending> {

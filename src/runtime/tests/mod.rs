@@ -10,9 +10,10 @@ use super::buffer::MlxBuffer;
 use super::device::MlxDevice;
 use super::encoder::{CapturedNode, CapturedOpKind, CommandEncoder, KernelArg, MTLSize, as_bytes};
 use super::registry::{KernelRegistry, Pipeline};
-use crate::attention::bindings::{Access, constant, names};
-use crate::attention::params::{BlkParamsGpu, MaskFillParamsGpu};
+use crate::backend::access::Access;
 use crate::backend::cpu::CpuOptions;
+use crate::backend::metal::bindings::{constant, names};
+use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu};
 use crate::{DType, MlxError};
 
 fn device() -> MlxDevice {

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use crate::attention::Sequence;
-use crate::attention::variant::{Tile as ClassTile, class_tile};
 use crate::attention::{MaskSpec, Problem, Role};
+use crate::attention::{Tile as ClassTile, class_tile};
 use crate::backend::cpu::job::{Job, Pointers};
 use crate::error::{MlxError, Result};
 

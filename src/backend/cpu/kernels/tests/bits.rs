@@ -4,7 +4,7 @@ use super::harness::{Data, Random, build, isas, shape};
 use crate::DType;
 use crate::attention::ProblemBuilder;
 use crate::attention::mask::TileClass;
-use crate::attention::{MaskSpec, Problem, QueryOffset, variant};
+use crate::attention::{MaskSpec, Problem, QueryOffset};
 
 const HIDDEN: f64 = f64::NEG_INFINITY;
 
@@ -125,7 +125,7 @@ fn tile_classes_do_not_matter() {
         plain.set_mask(|_, i, j| cells[i * kl + j]);
         let mut classed = plain.with_problem(build(builder.tile_classes(true)));
         classed.set_mask(|_, i, j| cells[i * kl + j]);
-        let tile = variant::class_tile(dim);
+        let tile = crate::attention::class_tile(dim);
         let (nq, nk) = tile.count(ql, kl);
         let classes: Vec<u8> = (0..nq * nk)
             .map(|n| {

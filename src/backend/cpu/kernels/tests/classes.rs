@@ -3,13 +3,13 @@
 use super::harness::{Data, Random, build, everywhere, shape};
 use crate::DType;
 use crate::attention::mask::TileClass;
-use crate::attention::{MaskSpec, Problem, variant};
+use crate::attention::{MaskSpec, Problem};
 
 /// The classes decide: 0 hides exactly its tile, 2 adds no mask exactly there, 1 adds it.
 #[test]
 fn classes_are_obeyed_tile_by_tile() {
     let classes = [TileClass::Skip, TileClass::Mixed, TileClass::Free].map(|c| c as u8);
-    for (n, dim) in variant::HEAD_DIMS.into_iter().enumerate() {
+    for (n, dim) in crate::attention::HEAD_DIMS.into_iter().enumerate() {
         let dtype = [DType::BF16, DType::F16, DType::F32][n % 3];
         for dtype in [dtype, DType::BF16] {
             let (ql, kl) = (41, 300);
@@ -17,7 +17,7 @@ fn classes_are_obeyed_tile_by_tile() {
                 .mask(MaskSpec::plane(DType::F32, kl))
                 .lse(true);
             let mut random = Random::new(dim as u64);
-            let tile = variant::class_tile(dim);
+            let tile = crate::attention::class_tile(dim);
             let (nq, nk) = tile.count(ql, kl);
             // Mostly runs of one class, now and then a single tile.
             let given: Vec<u8> = (0..nq * nk)

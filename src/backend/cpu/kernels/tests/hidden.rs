@@ -159,7 +159,7 @@ fn keys_behind_a_mask_add_nothing() {
 fn keys_in_skipped_tiles_add_nothing() {
     for dim in [64, 512] {
         let (ql, kl) = (40, 200);
-        let tile = crate::attention::variant::class_tile(dim);
+        let tile = crate::attention::class_tile(dim);
         let (nq, nk) = tile.count(ql, kl);
         let problem = Problem::builder(DType::BF16, shape(1, (2, 2), (ql, kl), dim))
             .mask(MaskSpec::plane(DType::BF16, kl))

@@ -3,7 +3,7 @@
 use super::harness::{Data, build, isas, shape};
 use crate::DType;
 use crate::attention::oracle::Precision;
-use crate::attention::{Layout, Problem, QueryOffset, Role, Strides, variant};
+use crate::attention::{Layout, Problem, QueryOffset, Role, Strides};
 
 const FLOATS: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
@@ -27,7 +27,7 @@ fn ragged_lengths() {
 
 #[test]
 fn every_head_dim_and_dtype() {
-    for dim in variant::HEAD_DIMS {
+    for dim in crate::attention::HEAD_DIMS {
         for dtype in FLOATS {
             let problem =
                 build(Problem::builder(dtype, shape(2, (2, 2), (37, 300), dim)).lse(true));
@@ -42,7 +42,7 @@ fn every_head_dim_and_dtype() {
 
 #[test]
 fn few_rows_of_a_query_between_poison() {
-    for dim in variant::HEAD_DIMS {
+    for dim in crate::attention::HEAD_DIMS {
         for (n, dtype) in FLOATS.into_iter().enumerate() {
             let sizes = shape(1, (2, 2), (1 + 2 * n, 70), dim);
             let gaps = Strides {

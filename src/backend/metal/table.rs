@@ -1,26 +1,13 @@
-//! The table of kernel variants: which kernel serves a (device family, dtype, head dim, mask kind),
-//! with its tile, its threads and its threadgroup memory. Whatever needs a tile or a name reads it
-//! here.
+//! The table of Metal kernels: which serves a dtype, head dim and mask kind, with its tile, its threads and
+//! its threadgroup memory.
 
+use crate::attention::HEAD_DIMS;
+use crate::attention::mask::Tile;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
-/// Every head dimension that is served, ascending.
-pub const HEAD_DIMS: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
-
 /// Most threadgroup memory any Apple kernel may use, in bytes.
 pub const APPLE_THREADGROUP_BYTES: usize = 32_768;
-
-/// Kinds of device that differ in their kernels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Family {
-    /// Native functions on this machine's processors.
-    Cpu,
-    /// Metal kernels, on Apple GPUs and in the emulator.
-    Apple,
-    /// CUDA kernels, which have tiles of their own.
-    Nvidia,
-}
 
 /// What a kernel does with a mask.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -29,35 +16,6 @@ pub enum MaskKind {
     Additive,
     /// Reads it as booleans.
     Bool,
-}
-
-/// A tile of query rows by keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Tile {
-    /// Query rows.
-    pub bq: usize,
-    /// Keys.
-    pub bk: usize,
-}
-
-impl Tile {
-    /// How many tiles cover `query_len x key_len`, along each side.
-    pub const fn count(self, query_len: usize, key_len: usize) -> (usize, usize) {
-        // Without rows or keys, a tile is as one of a single row or key.
-        const fn tiles(len: usize, size: usize) -> usize {
-            len.div_ceil(if size == 0 { 1 } else { size })
-        }
-        (tiles(query_len, self.bq), tiles(key_len, self.bk))
-    }
-}
-
-/// The tile that classes are computed over.
-pub const fn class_tile(head_dim: usize) -> Tile {
-    if head_dim >= 512 {
-        Tile { bq: 8, bk: 64 }
-    } else {
-        Tile { bq: 32, bk: 16 }
-    }
 }
 
 /// One row of the table.
@@ -85,9 +43,9 @@ impl Variant {
         32 * self.simdgroups
     }
 
-    /// Whether devices of `family` have this kernel.
-    pub fn runs_on(&self, family: Family) -> bool {
-        family != Family::Apple || self.shared_bytes <= APPLE_THREADGROUP_BYTES
+    /// Whether its threadgroup memory fits an Apple GPU's.
+    pub const fn fits(&self) -> bool {
+        self.shared_bytes <= APPLE_THREADGROUP_BYTES
     }
 }
 
@@ -147,23 +105,18 @@ pub const PREFILL: &[Variant] = rows!(
     32: "", 64: "", 80: "", 96: "", 128: "", 192: "", 256: "", 512: "", 512: "llamacpp_",
 );
 
-/// Finds the kernel for a problem on a family of devices.
-pub fn select(
-    family: Family,
-    dtype: DType,
-    head_dim: usize,
-    mask: MaskKind,
-) -> Result<&'static Variant> {
+/// Finds the kernel for a problem.
+pub fn select(dtype: DType, head_dim: usize, mask: MaskKind) -> Result<&'static Variant> {
     PREFILL
         .iter()
-        .find(|v| (v.dtype, v.head_dim, v.mask) == (dtype, head_dim, mask) && v.runs_on(family))
+        .find(|v| (v.dtype, v.head_dim, v.mask) == (dtype, head_dim, mask) && v.fits())
         .ok_or_else(|| {
             let there: Vec<usize> = HEAD_DIMS
                 .into_iter()
                 .filter(|d| {
                     PREFILL
                         .iter()
-                        .any(|v| (v.dtype, v.head_dim) == (dtype, *d) && v.runs_on(family))
+                        .any(|v| (v.dtype, v.head_dim) == (dtype, *d) && v.fits())
                 })
                 .collect();
             MlxError::InvalidArgument(format!(
@@ -190,7 +143,7 @@ mod tests {
         for dtype in [DType::BF16, DType::F16, DType::F32] {
             for dim in HEAD_DIMS {
                 for mask in [MaskKind::Additive, MaskKind::Bool] {
-                    let v = select(Family::Cpu, dtype, dim, mask).unwrap();
+                    let v = select(dtype, dim, mask).unwrap();
                     assert_eq!(by_name(v.kernel), Some(v));
                 }
             }
@@ -200,7 +153,7 @@ mod tests {
     #[test]
     fn threadgroup_memory_fits_and_is_what_the_formula_gives() {
         for v in PREFILL {
-            assert!(v.runs_on(Family::Apple), "{v:?}");
+            assert!(v.fits(), "{v:?}");
         }
         let bytes = |name| by_name(name).unwrap().shared_bytes;
         assert_eq!(bytes("flash_attn_prefill_bf16_d64"), 11_904);
@@ -211,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_head_dim_that_is_not_there_lists_those_that_are() {
-        let error = select(Family::Apple, DType::F32, 100, MaskKind::Additive).unwrap_err();
+        let error = select(DType::F32, 100, MaskKind::Additive).unwrap_err();
         assert!(
             error
                 .to_string()

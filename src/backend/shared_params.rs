@@ -1,9 +1,69 @@
 //! Params that the kernels of the mask fill, the tile classes and decode read, on every GPU alike.
 
+use bytemuck::{Pod, Zeroable};
+
 use super::command::{ClassifyTiles, DecodePartials, FillMask};
+use super::gpu_struct::gpu_struct;
 use crate::attention::Role;
-use crate::attention::params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
 use crate::error::{MlxError, Result};
+
+gpu_struct! {
+    /// Arguments of the mask fill.
+    MaskFillParamsGpu = "MaskFillParams", MASK_FILL_PARAMS_TEXT, 20 {
+        /// Rows.
+        seq_len_q: u32 = "uint seq_len_q" @ 0,
+        /// Columns.
+        seq_len_k: u32 = "uint seq_len_k" @ 4,
+        /// Keys of the window, or 0 for none.
+        window: u32 = "uint window" @ 8,
+        /// 1: keys after a row's position are masked.
+        causal: u32 = "uint causal" @ 12,
+        /// Position of row 0.
+        q_abs_offset: u32 = "uint q_abs_offset" @ 16,
+    }
+}
+
+gpu_struct! {
+    /// Arguments of the tile classes; the tile itself is in constants 400 and 401.
+    BlkParamsGpu = "BlkParams", BLK_PARAMS_TEXT, 24 {
+        /// Rows of the mask.
+        seq_len_q: u32 = "uint seq_len_q" @ 0,
+        /// Columns of the mask.
+        seq_len_k: u32 = "uint seq_len_k" @ 4,
+        /// Tiles down.
+        nq: u32 = "uint nq" @ 8,
+        /// Tiles across.
+        nk: u32 = "uint nk" @ 12,
+        /// Elements from one mask row to the next.
+        row_stride: i64 = "int64_t row_stride" @ 16,
+    }
+}
+
+gpu_struct! {
+    /// Arguments of the decode kernels.
+    VecParamsGpu = "VecParams", VEC_PARAMS_TEXT, 40 {
+        /// Query heads.
+        num_heads: u32 = "uint num_heads" @ 0,
+        /// Key/value heads.
+        num_kv_heads: u32 = "uint num_kv_heads" @ 4,
+        /// Head dimension.
+        head_dim: u32 = "uint head_dim" @ 8,
+        /// Valid keys; the query stands at the last.
+        kv_seq_len: u32 = "uint kv_seq_len" @ 12,
+        /// Rows that K and V have room for.
+        kv_capacity: u32 = "uint kv_capacity" @ 16,
+        /// First visible key.
+        kv_start: u32 = "uint kv_start" @ 20,
+        /// Score scale, not premultiplied by log2(e).
+        scale: f32 = "float scale" @ 24,
+        /// Softcap, or 0 for none.
+        softcap: f32 = "float softcap" @ 28,
+        /// Partial results of each head.
+        splits: u32 = "uint splits" @ 32,
+        /// Keeps the size on 8 bytes.
+        _pad: u32 = "uint pad" @ 36,
+    }
+}
 
 fn narrow<N: TryFrom<usize>>(what: &str, n: usize) -> Result<N> {
     N::try_from(n).map_err(|_| MlxError::expected(what, "a size that fits the kernel's params", n))

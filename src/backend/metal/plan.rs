@@ -1,17 +1,14 @@
 //! From a problem to a dispatch: which kernel, which constants, what is bound where, what grid.
-//! Pure, and the same for every device that runs the kernels' geometry.
 
 use super::bindings::{Constants, constant, dtype_code, prefill};
-use super::layout::Strides;
-use super::operand::Role;
 use super::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
-use super::problem::{Problem, QueryOffset};
-use super::variant::{self, Family, MaskKind, Variant};
+use super::table::{self, MaskKind, Variant};
+use crate::attention::{Problem, QueryOffset, Role, Strides};
 use crate::error::{MlxError, Result};
 
 /// What a plan binds at one index.
 #[derive(Debug, Clone, PartialEq)]
-pub enum PlanArg {
+pub(crate) enum PlanArg {
     /// An operand's buffer.
     Operand(Role),
     /// Bytes copied into the command.
@@ -20,7 +17,7 @@ pub enum PlanArg {
 
 /// One dispatch of a prefill kernel.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Plan {
+pub(crate) struct Plan {
     /// The row of the table.
     pub variant: &'static Variant,
     /// Function constants.
@@ -35,7 +32,7 @@ pub struct Plan {
 
 /// Choices that a caller may make over the table's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct PlanOptions {
+pub(crate) struct PlanOptions {
     /// Simdgroups of a head-dim-512 kernel (4 or 8) instead of the table's.
     pub nsg: Option<u32>,
     /// Dispatch this row instead of the table's first match; it must fit the problem.
@@ -43,8 +40,8 @@ pub struct PlanOptions {
 }
 
 impl Plan {
-    /// Plans `problem` for devices of `family`.
-    pub fn new(problem: &Problem, family: Family, options: PlanOptions) -> Result<Self> {
+    /// Plans `problem`.
+    pub(crate) fn new(problem: &Problem, options: PlanOptions) -> Result<Self> {
         let shape = problem.shape();
         let mask_kind = match problem.mask() {
             Some(mask) if mask.is_bool() => MaskKind::Bool,
@@ -52,11 +49,11 @@ impl Plan {
         };
         let variant = match options.variant {
             Some(v) => v,
-            None => variant::select(family, problem.dtype(), shape.head_dim, mask_kind)?,
+            None => table::select(problem.dtype(), shape.head_dim, mask_kind)?,
         };
         if (variant.dtype, variant.head_dim, variant.mask)
             != (problem.dtype(), shape.head_dim, mask_kind)
-            || (family == Family::Apple && problem.kv_dtype() != problem.dtype())
+            || problem.kv_dtype() != problem.dtype()
         {
             return Err(MlxError::InvalidArgument(format!(
                 "{}: takes {} queries, keys and values at head dim {} with {:?} masks, got {} over {} at {} with {mask_kind:?}",

@@ -1,8 +1,8 @@
 //! A value for every function constant that the kernels declare. Metal does not build a kernel that
 //! has one unset, and ignores values that a kernel does not declare.
 
-use crate::attention::bindings::{Constants, constant, names};
-use crate::attention::variant;
+use crate::backend::metal::bindings::{Constants, constant, names};
+use crate::backend::metal::table;
 
 /// Value of one function constant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +44,7 @@ const BESIDES_PREFILL: [&str; 5] = [
 /// Values by index: what is given, and for a kernel of this crate the default of all else: false, 0,
 /// and the variant table's simdgroups.
 pub(crate) fn values(kernel: &str, given: &Constants) -> Vec<(usize, Value)> {
-    let row = variant::by_name(kernel);
+    let row = table::by_name(kernel);
     let mut values = std::collections::BTreeMap::new();
     if row.is_some() || BESIDES_PREFILL.contains(&kernel) {
         values.extend(BOOLS.map(|index| (index, Value::Bool(false))));
@@ -65,7 +65,7 @@ mod tests {
 
     /// The constants as their module documents them: index and whether it is a bool.
     fn documented() -> Vec<(usize, bool)> {
-        let text = include_str!("../attention/bindings.rs");
+        let text = include_str!("bindings.rs");
         let module = text
             .split("pub mod constant {")
             .nth(1)
@@ -88,7 +88,7 @@ mod tests {
     fn every_documented_constant_is_set_with_its_type() {
         let documented = documented();
         assert!(documented.len() >= 16, "{documented:?}");
-        for kernel in variant::PREFILL
+        for kernel in table::PREFILL
             .iter()
             .map(|v| v.kernel)
             .chain(BESIDES_PREFILL)

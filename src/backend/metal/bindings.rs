@@ -1,7 +1,8 @@
 //! Buffer indices and function constants of every kernel: what the host binds and what the kernels
 //! read are both taken from here.
 
-use super::operand::Role;
+use crate::attention::Role;
+pub use crate::backend::access::Access;
 
 /// Buffer indices of the prefill kernels.
 pub mod prefill {
@@ -79,24 +80,6 @@ pub mod constant {
     pub const BLK_BK: usize = 401;
 }
 
-/// How a kernel uses a bound buffer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Access {
-    /// Only reads it.
-    Read,
-    /// Only writes it.
-    Write,
-    /// Does both, or it is not known.
-    ReadWrite,
-}
-
-impl Access {
-    /// Whether it may write.
-    pub const fn writes(self) -> bool {
-        !matches!(self, Self::Read)
-    }
-}
-
 /// Kernels besides prefill.
 pub mod names {
     /// Fills a bf16 mask.
@@ -170,7 +153,7 @@ pub fn accesses(kernel: &str) -> Accesses {
         names::BLK => &[other::BLK_OUT],
         names::VEC_F32 | names::VEC_F16 => &[other::VEC_TMP],
         names::VEC_REDUCE => &[other::REDUCE_OUT],
-        _ if super::variant::by_name(kernel).is_some() => {
+        _ if super::table::by_name(kernel).is_some() => {
             const { &[prefill::index(Role::Output), prefill::index(Role::Lse)] }
         }
         _ => &[],

@@ -1,10 +1,11 @@
-//! The text of every kernel, embedded.
+//! The text of every Metal kernel, embedded.
 
 use std::borrow::Cow;
 
-use crate::attention::bindings::names;
-use crate::attention::params;
-use crate::attention::variant::PREFILL;
+use super::bindings::names;
+use super::params;
+use super::table::PREFILL;
+use crate::backend::shared_params;
 
 /// Joins texts at compile time: `N` is their whole length.
 const fn join<const N: usize>(parts: &[&str]) -> [u8; N] {
@@ -33,7 +34,7 @@ const fn length(parts: &[&str]) -> usize {
 }
 
 const INCLUDES: &str = "#include <metal_stdlib>\n#include <metal_simdgroup_matrix>\n\n";
-const COMMON: &str = include_str!("../kernels/metal/common.metal");
+const COMMON: &str = include_str!("../../../kernels/metal/common.metal");
 
 /// Declares the text of one library: the includes, the params' structs, what kernels share, and the
 /// kernels.
@@ -53,17 +54,17 @@ macro_rules! library {
 
 library! {
     /// Text of the prefill kernels.
-    PREFILL_TEXT = "../kernels/metal/tile.metal", "../kernels/metal/prefill.metal" with
+    PREFILL_TEXT = "../../../kernels/metal/tile.metal", "../../../kernels/metal/prefill.metal" with
         params::ATTN_PARAMS_TEXT, params::ATTN_MASK_PARAMS_TEXT, params::ATTN_EXTRA_PARAMS_TEXT
 }
 library! {
     /// Text of the mask-fill and tile-class kernels.
-    MASK_TEXT = "../kernels/metal/masks.metal" with
-        params::MASK_FILL_PARAMS_TEXT, params::BLK_PARAMS_TEXT
+    MASK_TEXT = "../../../kernels/metal/masks.metal" with
+        shared_params::MASK_FILL_PARAMS_TEXT, shared_params::BLK_PARAMS_TEXT
 }
 library! {
     /// Text of the decode kernels.
-    VEC_TEXT = "../kernels/metal/decode.metal" with params::VEC_PARAMS_TEXT
+    VEC_TEXT = "../../../kernels/metal/decode.metal" with shared_params::VEC_PARAMS_TEXT
 }
 
 /// How a line of a text begins that instantiates the kernels of one dtype and head dim, by the stem of
@@ -119,7 +120,7 @@ pub(crate) fn is_own(kernel: &str, source: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::bindings::constant;
+    use crate::backend::metal::bindings::constant;
 
     #[test]
     fn every_text_holds_its_structs_and_kernels() {
