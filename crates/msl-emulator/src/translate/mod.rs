@@ -1,10 +1,13 @@
 //! From preprocessed Metal to C++: what the lexical pass reads and rewrites.
 
 mod attributes;
+mod built_ins;
 pub(crate) mod constants;
 mod declarations;
+mod diagnostic;
 pub(crate) mod emit;
 mod kernels;
+mod pass;
 mod reach;
 mod storage;
 mod words;
@@ -12,17 +15,9 @@ mod words;
 use crate::error::{Error, Result};
 use crate::lex::Text;
 use crate::reflect::{ConstantInfo, KernelInfo};
+use diagnostic::Step;
 
-/// Which compilation the C++ is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pass {
-    /// Address spaces are real; only types are checked.
-    Types,
-    /// Address spaces are gone; code is generated.
-    Code,
-    /// Function constants are fixed, matrices opaque: shows what the optimiser leaves in memory.
-    Registers,
-}
+pub(crate) use pass::Pass;
 
 /// A program after the lexical pass.
 #[derive(Debug)]
@@ -41,21 +36,6 @@ pub(crate) struct Program {
     pub(crate) storage: Vec<(String, u32)>,
 }
 
-/// A place in the text that breaks a rule.
-pub(crate) struct Bad {
-    line: u32,
-    message: String,
-}
-
-pub(crate) type Step<T> = std::result::Result<T, Bad>;
-
-fn bad<T>(line: u32, message: impl Into<String>) -> Step<T> {
-    Err(Bad {
-        line,
-        message: message.into(),
-    })
-}
-
 /// Reads and rewrites `expanded`, the preprocessed text of the program `file`. Of its kernel templates
 /// only the instantiations in `only` remain, or all where that is empty.
 pub(crate) fn translate(
@@ -64,10 +44,10 @@ pub(crate) fn translate(
     only: &[String],
     pass: Pass,
 ) -> Result<Program> {
-    run(expanded, only, pass).map_err(|b| Error::Text {
+    run(expanded, only, pass).map_err(|d| Error::Text {
         file: file.into(),
-        line: b.line,
-        message: b.message,
+        line: d.line,
+        message: d.message,
     })
 }
 
