@@ -22,6 +22,8 @@ pub(crate) use pass::Pass;
 /// A program after the lexical pass.
 #[derive(Debug)]
 pub(crate) struct Program {
+    /// Name of the text, for errors and faults.
+    pub(crate) file: String,
     /// C++ for the pass.
     pub(crate) code: String,
     /// Names of all kernels of the text.
@@ -44,14 +46,14 @@ pub(crate) fn translate(
     only: &[String],
     pass: Pass,
 ) -> Result<Program> {
-    run(expanded, only, pass).map_err(|d| Error::Text {
+    run(expanded, file, only, pass).map_err(|d| Error::Text {
         file: file.into(),
         line: d.line,
         message: d.message,
     })
 }
 
-fn run(expanded: &str, only: &[String], pass: Pass) -> Step<Program> {
+fn run(expanded: &str, file: &str, only: &[String], pass: Pass) -> Step<Program> {
     let mut text = Text::new(expanded);
     let attributes = attributes::collect(&text)?;
     let declarations = declarations::split(&text, &attributes);
@@ -74,6 +76,7 @@ fn run(expanded: &str, only: &[String], pass: Pass) -> Step<Program> {
     let body = text.finish();
     let code = emit::program(&body, &kernels, &constants, &swizzles, pass);
     Ok(Program {
+        file: file.to_owned(),
         code,
         names,
         kernels: kernels.entries.into_iter().map(|e| e.info).collect(),
