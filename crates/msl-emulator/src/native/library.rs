@@ -12,21 +12,14 @@ use crate::dispatch::{Counters, Dispatch};
 use crate::error::{Error, Result};
 use crate::options::{CompileOptions, DispatchOptions};
 use crate::reflect::{ConstantInfo, KernelInfo};
-use crate::translate::{self, Pass};
+use crate::translate::{self, Pass, Program};
 
 /// A compiled program: its kernels can be listed and run.
 ///
 /// The checked form is compiled when it is first asked for. Both are kept on disk, so that the same
 /// text is compiled once for all processes.
 pub struct Library {
-    pub(crate) file: String,
-    pub(crate) kernels: Vec<KernelInfo>,
-    pub(crate) constants: Vec<ConstantInfo>,
-    /// Names of the globals computed from them.
-    pub(crate) derived: Vec<String>,
-    /// Threadgroup variables: name and line, by site.
-    pub(crate) storage: Vec<(String, u32)>,
-    code: String,
+    program: Program,
     stem: PathBuf,
     headers: Headers,
     fast: Arc<Module>,
@@ -36,8 +29,8 @@ pub struct Library {
 impl fmt::Debug for Library {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Library")
-            .field("file", &self.file)
-            .field("kernels", &self.kernels)
+            .field("file", &self.program.file)
+            .field("kernels", &self.program.kernels)
             .finish_non_exhaustive()
     }
 }
@@ -54,7 +47,7 @@ impl Library {
         let compiler = compiler::fingerprint()?;
         let expanded = expanded(source, options, &headers, &dir, compiler)?;
         let only = &options.kernels;
-        let program = translate::translate(&expanded, &options.name, only, Pass::Code)?;
+        let mut program = translate::translate(&expanded, &options.name, only, Pass::Code)?;
         if let Some(name) = only.iter().find(|n| !program.names.contains(n)) {
             return Err(Error::UnknownKernel {
                 name: name.clone(),
@@ -80,8 +73,7 @@ impl Library {
             })?;
         }
         let fast = module::load(&path, false)?;
-        let mut kernels = program.kernels;
-        for (info, record) in kernels.iter_mut().zip(fast.kernels()) {
+        for (info, record) in program.kernels.iter_mut().zip(fast.kernels()) {
             info.max_threads = (record.max_threads > 0).then_some(record.max_threads);
             info.threadgroup_bytes = fast
                 .variables(record)
@@ -90,12 +82,7 @@ impl Library {
                 .sum();
         }
         Ok(Self {
-            file: options.name.clone(),
-            kernels,
-            constants: program.constants,
-            derived: program.derived,
-            storage: program.storage,
-            code: program.code,
+            program,
             stem,
             headers,
             fast,
@@ -106,7 +93,7 @@ impl Library {
     /// The kernels that a host can ask for.
     #[must_use]
     pub fn kernels(&self) -> &[KernelInfo] {
-        &self.kernels
+        &self.program.kernels
     }
 
     /// One kernel.
@@ -114,13 +101,13 @@ impl Library {
     /// # Errors
     /// [`Error::UnknownKernel`], with the names that exist.
     pub fn kernel(&self, name: &str) -> Result<&KernelInfo> {
-        self.index(name).map(|i| &self.kernels[i])
+        self.index(name).map(|i| &self.program.kernels[i])
     }
 
     /// The function constants.
     #[must_use]
     pub fn constants(&self) -> &[ConstantInfo] {
-        &self.constants
+        &self.program.constants
     }
 
     /// Runs a dispatch to its end.
@@ -148,15 +135,21 @@ impl Library {
             Arc::clone(&self.fast)
         };
         // SAFETY: passed on to the caller.
-        unsafe { run::run(self, &module, index, dispatch, options) }
+        unsafe { run::run(&self.program, &module, index, dispatch, options) }
     }
 
     fn index(&self, name: &str) -> Result<usize> {
-        self.kernels
+        self.program
+            .kernels
             .iter()
             .position(|k| k.name == name)
             .ok_or_else(|| {
-                let known: Vec<&str> = self.kernels.iter().map(|k| k.name.as_str()).collect();
+                let known: Vec<&str> = self
+                    .program
+                    .kernels
+                    .iter()
+                    .map(|k| k.name.as_str())
+                    .collect();
                 Error::UnknownKernel {
                     name: name.into(),
                     known: known.join(", "),
@@ -171,7 +164,7 @@ impl Library {
         }
         let path = with_suffix(&self.stem, "-checked.so");
         cache::make_once(&path, || {
-            compiler::build(&self.code, true, &self.headers, &path)
+            compiler::build(&self.program.code, true, &self.headers, &path)
         })?;
         let module = module::load(&path, true)?;
         *checked = Some(Arc::clone(&module));

@@ -3,12 +3,12 @@
 use addr2line::Loader;
 
 use super::abi::{RawFault, fault};
-use super::library::Library;
 use super::module::Module;
 use super::validate::Arena;
 use crate::dispatch::Dispatch;
 use crate::error::{Fault, FaultKind};
 use crate::reflect::{AddressSpace, ArgumentKind, KernelInfo};
+use crate::translate::Program;
 
 /// Everything that a message draws on.
 struct Scene<'a> {
@@ -21,7 +21,7 @@ struct Scene<'a> {
 
 /// Describes a fault.
 pub(crate) fn describe(
-    library: &Library,
+    program: &Program,
     module: &Module,
     kernel: &KernelInfo,
     dispatch: &Dispatch<'_>,
@@ -30,7 +30,7 @@ pub(crate) fn describe(
 ) -> Fault {
     let place = |line: u32, pc: u64| match (line, pc) {
         (0, 0) => (None, None),
-        (0, pc) => locate(library, module, pc),
+        (0, pc) => locate(program, module, pc),
         (line, _) => (Some(line), None),
     };
     let (line, symbol) = place(raw.line, raw.pc);
@@ -66,7 +66,7 @@ pub(crate) fn describe(
         threadgroup: raw.group,
         thread: scene.thread(raw.thread),
         other_thread: (raw.other_thread != u32::MAX).then(|| scene.thread(raw.other_thread)),
-        file: library.file.clone(),
+        file: program.file.clone(),
         line,
         symbol,
         other_line,
@@ -228,7 +228,7 @@ fn op_name(op: u32) -> &'static str {
 }
 
 /// Line and function of a return address.
-fn locate(library: &Library, module: &Module, pc: u64) -> (Option<u32>, Option<String>) {
+fn locate(program: &Program, module: &Module, pc: u64) -> (Option<u32>, Option<String>) {
     let Ok(loader) = Loader::new(&module.path) else {
         return (None, None);
     };
@@ -241,7 +241,7 @@ fn locate(library: &Library, module: &Module, pc: u64) -> (Option<u32>, Option<S
                 continue;
             };
             // The innermost frame in the program, past what the shim inlined into it.
-            if line.is_none() && location.file.is_some_and(|f| f.ends_with(&library.file)) {
+            if line.is_none() && location.file.is_some_and(|f| f.ends_with(&program.file)) {
                 line = location.line;
             }
         }

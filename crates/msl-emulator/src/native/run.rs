@@ -5,7 +5,6 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::abi::{self, BUFFERS, Buffer, Counts, Launch, RawFault};
-use super::library::Library;
 use super::module::Module;
 use super::region::Region;
 use super::stage::Stage;
@@ -13,6 +12,7 @@ use super::{constants, report, validate};
 use crate::dispatch::{Counters, Dispatch};
 use crate::error::{Error, Result};
 use crate::options::DispatchOptions;
+use crate::translate::Program;
 
 /// A launch that workers share.
 struct Shared<'a>(&'a Launch);
@@ -41,25 +41,25 @@ impl Inline {
 /// # Safety
 /// As `Library::dispatch`.
 pub(crate) unsafe fn run(
-    library: &Library,
+    program: &Program,
     module: &Module,
     index: usize,
     dispatch: &mut Dispatch<'_>,
     options: &DispatchOptions,
 ) -> Result<Counters> {
-    let kernel = &library.kernels[index];
+    let kernel = &program.kernels[index];
     let record = &module.kernels()[index];
     validate::grid(kernel, dispatch, &options.limits)?;
-    constants::check(kernel, &library.constants, dispatch)?;
+    constants::check(kernel, &program.constants, dispatch)?;
     let lock = module.lock.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: the lock is held.
-    unsafe { constants::set(module, &library.constants, dispatch) };
+    unsafe { constants::set(module, &program.constants, dispatch) };
     // SAFETY: the lock is held and the constants are set.
-    let derived = unsafe { constants::derive(module, &library.derived) }?;
+    let derived = unsafe { constants::derive(module, &program.derived) }?;
     let sizes = module.argument_sizes(record);
-    validate::bindings(library, kernel, sizes, &derived, dispatch)?;
+    validate::bindings(program, kernel, sizes, &derived, dispatch)?;
     let arena = validate::arena(
-        library,
+        program,
         module,
         index,
         dispatch,
@@ -130,7 +130,7 @@ pub(crate) unsafe fn run(
             Ok(counters(&counts))
         }
         Err(fault) => Err(Error::Fault(Box::new(report::describe(
-            library, module, kernel, dispatch, &arena, &fault,
+            program, module, kernel, dispatch, &arena, &fault,
         )))),
     }
 }

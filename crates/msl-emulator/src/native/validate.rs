@@ -1,12 +1,12 @@
 //! What a dispatch must have before it runs.
 
 use super::abi::{ARENA, ArenaVar};
-use super::library::Library;
 use super::module::{Module, Variable};
 use crate::dispatch::Dispatch;
 use crate::error::{Error, Result};
 use crate::options::Limits;
 use crate::reflect::{AddressSpace, ArgumentKind, KernelInfo};
+use crate::translate::Program;
 
 /// Where threadgroup memory lies in the arena.
 pub(crate) struct Arena {
@@ -69,14 +69,14 @@ pub(crate) fn grid(kernel: &KernelInfo, dispatch: &Dispatch<'_>, limits: &Limits
 /// Whether an argument exists: it has no gate, or its function constant is true. `derived` names the
 /// computed constants that are.
 fn exists(
-    library: &Library,
+    program: &Program,
     dispatch: &Dispatch<'_>,
     derived: &[&str],
     gate: Option<&str>,
 ) -> bool {
     use crate::dispatch::Constant;
     let Some(gate) = gate else { return true };
-    let Some(info) = library.constants.iter().find(|c| c.name == gate) else {
+    let Some(info) = program.constants.iter().find(|c| c.name == gate) else {
         return derived.contains(&gate);
     };
     match dispatch.constants.get(&info.index) {
@@ -90,7 +90,7 @@ fn exists(
 
 /// Checks that buffers are bound, and large enough for what is passed by reference.
 pub(crate) fn bindings(
-    library: &Library,
+    program: &Program,
     kernel: &KernelInfo,
     sizes: &[u32],
     derived: &[&str],
@@ -103,7 +103,7 @@ pub(crate) fn bindings(
         else {
             continue;
         };
-        if !exists(library, dispatch, derived, gate.as_deref()) {
+        if !exists(program, dispatch, derived, gate.as_deref()) {
             continue;
         }
         let missing = |what| Error::MissingBinding {
@@ -150,7 +150,7 @@ pub(crate) fn bindings(
 
 /// Lays out threadgroup memory; in checked runs a gap after each variable catches overruns.
 pub(crate) fn arena(
-    library: &Library,
+    program: &Program,
     module: &Module,
     index: usize,
     dispatch: &Dispatch<'_>,
@@ -158,7 +158,7 @@ pub(crate) fn arena(
     checked: bool,
 ) -> Result<Arena> {
     const GAP: u32 = 256;
-    let kernel = &library.kernels[index];
+    let kernel = &program.kernels[index];
     let mut arena = Arena {
         variables: Vec::new(),
         arguments: Vec::new(),
@@ -192,7 +192,7 @@ pub(crate) fn arena(
         Ok(at)
     };
     for v in module.variables(&module.kernels()[index]) {
-        let name = library
+        let name = program
             .storage
             .get(v.site as usize)
             .map_or(String::new(), |s| s.0.clone());

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::{Step, bad};
+use super::diagnostic::{Step, reject};
 use crate::lex::Text;
 
 /// One attribute: its name and the text between its parentheses.
@@ -40,7 +40,7 @@ pub(crate) fn collect(text: &Text<'_>) -> Step<Attributes> {
             continue;
         }
         let Some(end) = text.closing(i) else {
-            return bad(text.line(i), "unclosed attribute");
+            return reject(text.line(i), "unclosed attribute");
         };
         let inner = text.closing(i + 1).unwrap_or(end);
         if inner + 1 != end {

@@ -5,8 +5,10 @@ use std::ops::Range;
 
 use super::attributes::Attributes;
 use super::declarations::Declaration;
+use super::diagnostic::{Step, reject};
 use super::kernels::Kernels;
-use super::{Pass, Step, bad};
+use super::pass::Pass;
+use super::words;
 use crate::lex::{Text, integer};
 use crate::reflect::{ArgumentKind, ConstantInfo};
 
@@ -79,13 +81,13 @@ pub(crate) fn find(
             .find(|a| a.name == "function_constant")
         {
             let Some(index) = integer(&a.args).and_then(|v| u32::try_from(v).ok()) else {
-                return bad(
+                return reject(
                     line,
                     format!("function_constant({}) is not an index", a.args),
                 );
             };
             if !TYPES.contains(&type_text.as_str()) {
-                return bad(
+                return reject(
                     line,
                     format!("function constant of type `{type_text}` is not supported"),
                 );
@@ -95,7 +97,7 @@ pub(crate) fn find(
                 .iter()
                 .find(|c: &&Declared| c.info.index == index)
             {
-                return bad(
+                return reject(
                     line,
                     format!(
                         "function constant {index} is both `{}` and `{name}`",
@@ -150,7 +152,7 @@ pub(crate) fn check_gates(constants: &Constants, kernels: &Kernels) -> Step<()> 
             };
             let declared = constants.declared.iter().any(|c| c.info.name == *gate);
             if !declared && constants.derived_value(gate).is_none() {
-                return bad(
+                return reject(
                     info.line,
                     format!(
                         "kernel `{}`: argument `{}`: `{gate}` is no function constant",
@@ -217,7 +219,7 @@ pub(crate) fn fixed_macro(index: u32) -> String {
 /// What the words pass does to literals, for text that it will not see again.
 fn clean_numbers(value: &str) -> String {
     let mut t = Text::new(value);
-    let _ = super::words::rewrite(&mut t);
+    let _ = words::rewrite(&mut t);
     t.finish()
 }
 

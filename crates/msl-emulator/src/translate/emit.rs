@@ -2,30 +2,11 @@
 
 use std::fmt::Write as _;
 
-use super::Pass;
+use super::built_ins;
 use super::constants::Constants;
 use super::kernels::Kernels;
+use super::pass::Pass;
 use crate::reflect::{AddressSpace, ArgumentKind};
-
-/// The shim's fetcher for a grid attribute.
-pub(crate) fn built_in(name: &str) -> Option<&'static str> {
-    Some(match name {
-        "thread_position_in_grid" => "ArgThreadInGrid",
-        "threadgroup_position_in_grid" => "ArgGroupInGrid",
-        "thread_position_in_threadgroup" => "ArgThreadInGroup",
-        "thread_index_in_threadgroup" => "ArgIndexInGroup",
-        "thread_index_in_simdgroup" => "ArgIndexInSimd",
-        "simdgroup_index_in_threadgroup" => "ArgSimdInGroup",
-        "threads_per_threadgroup" | "dispatch_threads_per_threadgroup" => "ArgThreadsPerGroup",
-        "threadgroups_per_grid" => "ArgGroupsPerGrid",
-        "threads_per_grid" => "ArgThreadsPerGrid",
-        "simdgroups_per_threadgroup" | "dispatch_simdgroups_per_threadgroup" => "ArgSimdsPerGroup",
-        "threads_per_simdgroup" | "thread_execution_width" => "ArgThreadsPerSimd",
-        "quadgroup_index_in_threadgroup" => "ArgQuadInGroup",
-        "thread_index_in_quadgroup" => "ArgIndexInQuad",
-        _ => return None,
-    })
-}
 
 /// The whole C++ text.
 pub(crate) fn program(
@@ -100,7 +81,9 @@ fn tables(out: &mut String, kernels: &Kernels, constants: &Constants) {
                     ..
                 } => format!("ArgArena<{index}>"),
                 ArgumentKind::Buffer { index, .. } => format!("ArgBuffer<{index}>"),
-                ArgumentKind::BuiltIn(name) => built_in(name).unwrap_or_default().to_owned(),
+                ArgumentKind::BuiltIn(name) => {
+                    built_ins::fetcher(name).unwrap_or_default().to_owned()
+                }
             };
             let _ = write!(call, ", msl_rt::{fetch}()");
         }

@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use super::attributes::Attributes;
+use super::built_ins;
 use super::declarations::Declaration;
-use super::{Pass, Step, bad};
+use super::diagnostic::{Step, reject};
+use super::pass::Pass;
 use crate::lex::{Text, integer};
 use crate::reflect::{AddressSpace, ArgumentInfo, ArgumentKind, KernelInfo};
 
@@ -89,7 +91,7 @@ pub(crate) fn find(
         }
         let line = text.line(head.start);
         let Some(function) = instantiated(text, attributes, head.start + 1..head.end - 1) else {
-            return bad(line, "cannot read this explicit instantiation");
+            return reject(line, "cannot read this explicit instantiation");
         };
         let open = function
             .clone()
@@ -97,7 +99,7 @@ pub(crate) fn find(
             .unwrap_or(function.end);
         let base = text.get(open - 1);
         let Some(index) = out.definitions.iter().position(|def| def.name == base) else {
-            return bad(
+            return reject(
                 line,
                 format!("no kernel template `{base}` for this instantiation"),
             );
@@ -185,7 +187,7 @@ fn arguments(
             }
         }
         let Some(&name_at) = words.iter().rev().find(|&&i| text.is_ident(i)) else {
-            return bad(line, "cannot read this kernel argument");
+            return reject(line, "cannot read this kernel argument");
         };
         let name = text.get(name_at).to_owned();
         let has = |word: &str| words.iter().any(|&i| text.get(i) == word);
@@ -206,9 +208,9 @@ fn arguments(
             let built_in = list
                 .iter()
                 .map(|a| a.name.as_str())
-                .find(|n| super::emit::built_in(n).is_some());
+                .find(|n| built_ins::fetcher(n).is_some());
             let Some(built_in) = built_in else {
-                return bad(
+                return reject(
                     line,
                     format!("kernel argument `{name}` has no address space and no known attribute"),
                 );
@@ -231,7 +233,7 @@ fn arguments(
             {
                 Some(v) => v,
                 None => {
-                    return bad(
+                    return reject(
                         line,
                         format!("{table}({}) is not an index below 31", a.args),
                     );

@@ -1,10 +1,13 @@
 //! From preprocessed Metal to C++: what the lexical pass reads and rewrites.
 
 mod attributes;
+mod built_ins;
 pub(crate) mod constants;
 mod declarations;
+mod diagnostic;
 pub(crate) mod emit;
 mod kernels;
+mod pass;
 mod reach;
 mod storage;
 mod words;
@@ -12,21 +15,15 @@ mod words;
 use crate::error::{Error, Result};
 use crate::lex::Text;
 use crate::reflect::{ConstantInfo, KernelInfo};
+use diagnostic::Step;
 
-/// Which compilation the C++ is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pass {
-    /// Address spaces are real; only types are checked.
-    Types,
-    /// Address spaces are gone; code is generated.
-    Code,
-    /// Function constants are fixed, matrices opaque: shows what the optimiser leaves in memory.
-    Registers,
-}
+pub(crate) use pass::Pass;
 
 /// A program after the lexical pass.
 #[derive(Debug)]
 pub(crate) struct Program {
+    /// Name of the text, for errors and faults.
+    pub(crate) file: String,
     /// C++ for the pass.
     pub(crate) code: String,
     /// Names of all kernels of the text.
@@ -41,21 +38,6 @@ pub(crate) struct Program {
     pub(crate) storage: Vec<(String, u32)>,
 }
 
-/// A place in the text that breaks a rule.
-pub(crate) struct Bad {
-    line: u32,
-    message: String,
-}
-
-pub(crate) type Step<T> = std::result::Result<T, Bad>;
-
-fn bad<T>(line: u32, message: impl Into<String>) -> Step<T> {
-    Err(Bad {
-        line,
-        message: message.into(),
-    })
-}
-
 /// Reads and rewrites `expanded`, the preprocessed text of the program `file`. Of its kernel templates
 /// only the instantiations in `only` remain, or all where that is empty.
 pub(crate) fn translate(
@@ -64,14 +46,14 @@ pub(crate) fn translate(
     only: &[String],
     pass: Pass,
 ) -> Result<Program> {
-    run(expanded, only, pass).map_err(|b| Error::Text {
+    run(expanded, file, only, pass).map_err(|d| Error::Text {
         file: file.into(),
-        line: b.line,
-        message: b.message,
+        line: d.line,
+        message: d.message,
     })
 }
 
-fn run(expanded: &str, only: &[String], pass: Pass) -> Step<Program> {
+fn run(expanded: &str, file: &str, only: &[String], pass: Pass) -> Step<Program> {
     let mut text = Text::new(expanded);
     let attributes = attributes::collect(&text)?;
     let declarations = declarations::split(&text, &attributes);
@@ -94,6 +76,7 @@ fn run(expanded: &str, only: &[String], pass: Pass) -> Step<Program> {
     let body = text.finish();
     let code = emit::program(&body, &kernels, &constants, &swizzles, pass);
     Ok(Program {
+        file: file.to_owned(),
         code,
         names,
         kernels: kernels.entries.into_iter().map(|e| e.info).collect(),

@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use super::declarations::Declaration;
+use super::diagnostic::{Step, reject};
 use super::kernels::Kernels;
-use super::{Pass, Step, bad};
+use super::pass::Pass;
 use crate::lex::Text;
 
 /// Gives each variable its place in the threadgroup arena; returns names and lines by site.
@@ -31,7 +32,7 @@ pub(crate) fn rewrite(
             };
             let line = text.line(i);
             let Some(key) = kernels.key(text, d) else {
-                return bad(
+                return reject(
                     line,
                     "threadgroup variables can only be declared in a kernel",
                 );
@@ -76,7 +77,7 @@ fn declare(
         let dims = first_bracket(text, part.clone());
         let name_at = dims.saturating_sub(1);
         if name_at < part.start || !text.is_ident(name_at) || (n == 0 && name_at == part.start) {
-            return bad(line, "cannot read this threadgroup declaration");
+            return reject(line, "cannot read this threadgroup declaration");
         }
         if n == 0 {
             type_text = text.span(part.start..name_at).to_owned();

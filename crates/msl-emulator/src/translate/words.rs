@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Step, bad};
+use super::diagnostic::{Step, reject};
 use crate::lex::{Kind, Text};
 
 /// Gives literals their Metal types and removes Metal's own keywords.
@@ -11,10 +11,10 @@ pub(crate) fn rewrite(text: &mut Text<'_>) -> Step<()> {
         let word = text.get(i);
         match text.kind(i) {
             Some(Kind::Ident) => match word {
-                "double" => return bad(text.line(i), "`double` is not a type in Metal"),
+                "double" => return reject(text.line(i), "`double` is not a type in Metal"),
                 "kernel" if text.get(i + 1) != "(" => text.replace(i..i + 1, String::new()),
                 "vertex" | "fragment" if text.is_ident(i + 1) && !is_member(text, i) => {
-                    return bad(text.line(i), format!("`{word}` functions are not emulated"));
+                    return reject(text.line(i), format!("`{word}` functions are not emulated"));
                 }
                 _ => {}
             },
