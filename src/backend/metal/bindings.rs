@@ -98,13 +98,13 @@ pub mod names {
 pub mod other {
     /// Mask fill: the mask.
     pub const FILL_OUT: usize = 0;
-    /// Mask fill: [`super::super::params::MaskFillParamsGpu`].
+    /// Mask fill: [`crate::abi::params::MaskFillParamsGpu`].
     pub const FILL_PARAMS: usize = 1;
     /// Tile classes: the mask.
     pub const BLK_MASK: usize = 0;
     /// Tile classes: the classes.
     pub const BLK_OUT: usize = 1;
-    /// Tile classes: [`super::super::params::BlkParamsGpu`].
+    /// Tile classes: [`crate::abi::params::BlkParamsGpu`].
     pub const BLK_PARAMS: usize = 2;
     /// Decode: Q.
     pub const VEC_Q: usize = 0;
@@ -114,13 +114,13 @@ pub mod other {
     pub const VEC_V: usize = 2;
     /// Decode: partial results.
     pub const VEC_TMP: usize = 3;
-    /// Decode: [`super::super::params::VecParamsGpu`].
+    /// Decode: [`crate::abi::params::VecParamsGpu`].
     pub const VEC_PARAMS: usize = 4;
     /// Reduce: partial results.
     pub const REDUCE_TMP: usize = 0;
     /// Reduce: the output.
     pub const REDUCE_OUT: usize = 1;
-    /// Reduce: [`super::super::params::VecParamsGpu`].
+    /// Reduce: [`crate::abi::params::VecParamsGpu`].
     pub const REDUCE_PARAMS: usize = 2;
 }
 
