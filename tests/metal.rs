@@ -16,7 +16,7 @@ use mlx_flash_attn::metal::objc2_metal::{
 use mlx_flash_attn::metal::{Access, ComputeTarget, DirectTarget};
 use mlx_flash_attn::ops::flash_attn_prefill_mask::{SdpaMaskParams, build_sdpa_mask_bf16};
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{DType, DeviceKind, KernelRegistry, MlxBuffer, MlxDevice, MlxError};
+use mlx_flash_attn::{DType, DeviceKind, MlxBuffer, MlxDevice, MlxError};
 
 const HEADS: usize = 2;
 const LENGTH: usize = 50;
@@ -97,7 +97,7 @@ fn output(device: &MlxDevice) -> MlxBuffer {
 
 /// Attention by a device's own encoder.
 fn committed(device: &MlxDevice) -> Vec<f16> {
-    let (mut registry, out) = (KernelRegistry::new(), output(device));
+    let out = output(device);
     let [q, k, v] = operands(device);
     let mut encoder = device.command_encoder().unwrap();
     let operands = Operands::new(&q, &k, &v, &out);
@@ -123,7 +123,6 @@ fn attention_agrees_with_the_cpu() {
 fn a_mask_has_the_cpus_bits() {
     let mask = |kind| -> Vec<bf16> {
         let device = MlxDevice::open(kind).unwrap();
-        let mut registry = KernelRegistry::new();
         let mut encoder = device.command_encoder().unwrap();
         let params = SdpaMaskParams {
             seq_len_q: 33,
@@ -132,6 +131,7 @@ fn a_mask_has_the_cpus_bits() {
             causal: true,
             q_abs_offset: 14,
         };
+        let mut registry = mlx_flash_attn::KernelRegistry::new();
         let mask = build_sdpa_mask_bf16(&device, &mut registry, &mut encoder, &params).unwrap();
         encoder.commit_and_wait().unwrap();
         mask.as_slice().unwrap().to_vec()
@@ -155,7 +155,6 @@ fn an_engines_encoder_and_buffers_give_the_same_bits() {
             .unwrap()
     };
 
-    let mut registry = KernelRegistry::new();
     let mut encoder = device.command_encoder().unwrap();
     let [q, k, v] = operands(&device);
     let operands = Operands::new(&q, &k, &v, &out);
