@@ -253,11 +253,12 @@ unsafe fn add_keys<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
         let p = of.scores.cast::<u32>().add(key / K::PAIR);
         let p: [Vector<K>; MR] = std::array::from_fn(|r| kernel.broadcast(p.add(r * STRIP)));
         for j in 0..NV {
+            // Where a word is one key, the second row may lie past the last one: it is not read.
             let at = |row: *const T| {
                 if row.is_null() {
                     row
                 } else {
-                    row.add(column + j * lanes)
+                    row.wrapping_add(column + j * lanes)
                 }
             };
             let words = kernel.value_words(rows.map(at));
