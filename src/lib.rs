@@ -58,6 +58,7 @@ mod backend;
 mod compat;
 mod dtype;
 pub mod error;
+mod hash;
 pub mod ops;
 pub mod runtime;
 pub mod verify;

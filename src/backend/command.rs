@@ -4,6 +4,8 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use bytemuck::Pod;
+
 use super::Memory;
 use crate::attention::Tile;
 use crate::attention::mask::Visibility;
@@ -171,6 +173,42 @@ impl Task<Span> {
             Some(span) => self.address_of(slot, span),
             None => Err(MlxError::expected(slot.name(), "an operand", "none")),
         }
+    }
+
+    /// `len` elements of an operand, to read in place; an error where it holds fewer.
+    ///
+    /// # Safety
+    /// The device's memory is this process's own, the operand is aligned for `T`, and nothing writes it
+    /// while the slice lives.
+    pub(crate) unsafe fn slice<T: Pod>(&self, slot: Slot, len: usize) -> Result<&[T]> {
+        let at = self.elements(slot, len)?;
+        // SAFETY: the span holds as many elements; the caller promises the rest.
+        Ok(unsafe { std::slice::from_raw_parts(at, len) })
+    }
+
+    /// As [`Self::slice`], to write in place.
+    ///
+    /// # Safety
+    /// As for [`Self::slice`], and nothing else uses the operand while the slice lives.
+    #[allow(clippy::mut_from_ref)] // The caller promises that nobody else has it.
+    pub(crate) unsafe fn slice_mut<T: Pod>(&self, slot: Slot, len: usize) -> Result<&mut [T]> {
+        let at = self.elements(slot, len)?;
+        // SAFETY: as for `slice`.
+        Ok(unsafe { std::slice::from_raw_parts_mut(at, len) })
+    }
+
+    /// Where an operand lies, which must hold `len` elements.
+    fn elements<T>(&self, slot: Slot, len: usize) -> Result<*mut T> {
+        let at = self.address(slot)?.cast();
+        let held = self.get(slot).map_or(0, |span| span.len / size_of::<T>());
+        if len > held {
+            return Err(MlxError::expected(
+                slot.name(),
+                format!("{len} elements"),
+                held,
+            ));
+        }
+        Ok(at)
     }
 
     fn address_of(&self, slot: Slot, span: &Span) -> Result<*mut u8> {

@@ -48,8 +48,6 @@ pub(crate) struct Emulator {
 struct Built {
     library: Arc<Library>,
     constants: Vec<(u32, Constant)>,
-    /// Whether the text is this crate's.
-    own: bool,
 }
 
 impl Emulator {
@@ -101,7 +99,6 @@ impl Emulator {
         let library = self.library(kernel, source)?;
         let info = library.kernel(kernel).map_err(|e| failed(kernel, &e))?;
         let row = table::by_name(kernel);
-        let own = sources::is_own(kernel, source);
         let values = library
             .constants()
             .iter()
@@ -125,7 +122,6 @@ impl Emulator {
         let built = Built {
             library: Arc::clone(&library),
             constants: values,
-            own,
         };
         Ok(Kernel::new(kernel, constants, limits, built))
     }
@@ -136,9 +132,6 @@ impl Emulator {
         let Some(built) = dispatch.kernel.state.downcast_ref::<Built>() else {
             return Err(fail("was built for another device".into()));
         };
-        if !built.own {
-            return self.run_part(dispatch, built);
-        }
         for (part, _) in split::parts(dispatch, self.part_flops) {
             self.run_part(&part, built)?;
         }
@@ -182,7 +175,7 @@ impl Emulator {
         }
         let mut options = DispatchOptions::default().threads(self.options.threads);
         // A text that a caller registered may do anything.
-        options.check = self.options.check || !built.own;
+        options.check = self.options.check || dispatch.kernel.foreign;
         options.shuffle_seed = self.options.shuffle_seed;
         // SAFETY: bindings lie inside live memory that nobody else uses while commands run. This
         // crate's own text stays inside them, as params, constants and grid follow from a checked problem;

@@ -247,13 +247,7 @@ pub(crate) trait Backend: Any + Send + Sync {
     }
     /// The kernel of this name in a text, on a device that runs texts.
     fn build(&self, kernel: &str, _source: &str, _constants: &Constants) -> Result<Arc<Kernel>> {
-        Err(MlxError::ShaderCompilationError {
-            name: kernel.into(),
-            message: format!(
-                "the {} device runs this crate's own kernels only",
-                self.kind()
-            ),
-        })
+        Err(runs_no_text(self.kind(), kernel))
     }
     /// What a kernel that is only named holds on a device that runs no texts.
     fn named_kernel(&self) -> Box<dyn Any + Send + Sync> {
@@ -270,4 +264,12 @@ pub(crate) trait Backend: Any + Send + Sync {
         true
     }
     fn submit(&self, steps: Vec<Step>) -> Arc<dyn Pending>;
+}
+
+/// Why a caller's own text does not run on a device.
+pub(crate) fn runs_no_text(device: DeviceKind, kernel: &str) -> MlxError {
+    MlxError::ShaderCompilationError {
+        name: kernel.into(),
+        message: format!("the {device} device runs this crate's own kernels only"),
+    }
 }

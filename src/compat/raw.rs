@@ -13,7 +13,7 @@ use crate::backend::access::Access;
 use crate::backend::command::{
     ClassifyTiles, DecodePartials, FillMask, JoinPartials, Slot, Task, Work,
 };
-use crate::backend::metal::bindings::{coded_dtype, constant, is_own, names, other, prefill};
+use crate::backend::metal::bindings::{coded_dtype, constant, names, other, prefill};
 use crate::backend::metal::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
 use crate::backend::metal::plan::{self, PlanOptions};
 use crate::backend::metal::table::{self, MaskKind, Variant};
@@ -68,7 +68,8 @@ impl CommandEncoder {
                 Run::Late(Arc::clone(&raw), late, read_late)
             }
         };
-        self.record_raw(run, raw)
+        self.record_raw(run, raw);
+        Ok(())
     }
 }
 
@@ -144,15 +145,8 @@ fn read(device: &DeviceHandle, raw: &RawDispatch) -> Result<Task<MlxBuffer>> {
             None => Err(args.fail("is no kernel of this crate")),
         },
     }?;
-    debug_assert!(is_own(raw.kernel()));
-    let planned = match &work {
-        Work::Attention(problem, options) => device.plan_attention(problem, *options),
-        _ => device.plan(work),
-    };
-    Ok(Task {
-        planned: planned.map_err(|e| args.fail(e))?,
-        operands,
-    })
+    let planned = device.plan(work).map_err(|e| args.fail(e))?;
+    Ok(Task { planned, operands })
 }
 
 type Read = Result<(Work, Vec<(Slot, MlxBuffer)>)>;
@@ -335,8 +329,7 @@ fn attention(args: &Args<'_>, raw: &RawDispatch, variant: &'static Variant) -> R
     let given = raw.constants().int(constant::NSG);
     let mut options = PlanOptions {
         nsg: None,
-        // Without a mask both kernels of a pair do the same.
-        variant: problem.mask().map(|_| variant),
+        variant: Some(variant),
     };
     if variant.head_dim == 512 {
         // One simdgroup is how the plain kernels were dispatched at first.

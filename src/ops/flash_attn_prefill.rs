@@ -127,18 +127,6 @@ impl SeedCall<'_> {
             tile_classes: self.blk,
             ..Operands::new(self.q, self.k, self.v, self.out)
         };
-        // Without a mask both kernels of a pair do the same; the additive one is the problem's.
-        let variant = match self.mask {
-            Some(_) => variant,
-            None => table::PREFILL
-                .iter()
-                .find(|v| {
-                    (v.dtype, v.head_dim, v.mask)
-                        == (variant.dtype, variant.head_dim, MaskKind::Additive)
-                        && variant.kernel.starts_with(v.kernel)
-                })
-                .unwrap_or(variant),
-        };
         let options = PlanOptions {
             nsg: self.nsg,
             variant: Some(variant),

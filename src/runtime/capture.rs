@@ -81,10 +81,6 @@ impl RawDispatch {
         self.threadgroup
     }
 
-    pub(crate) fn name(&self, index: usize) -> Name<'_> {
-        Name::Bound(self.kernel(), index)
-    }
-
     /// The buffers that are bound.
     pub(crate) fn buffers(&self) -> impl Iterator<Item = (usize, &MlxBuffer, Access)> + Clone {
         self.bindings
@@ -94,6 +90,21 @@ impl RawDispatch {
                 CapturedBinding::Bytes(_) => None,
             })
     }
+
+    /// The buffers that are bound, with what messages call them.
+    pub(crate) fn named(&self) -> impl Iterator<Item = (Name<'_>, &MlxBuffer, Access)> + Clone {
+        let bound = |index| Name::Bound(self.kernel(), index);
+        self.buffers()
+            .map(move |(index, buffer, access)| (bound(index), buffer, access))
+    }
+}
+
+/// The buffers of a task, with what messages call them and how they are used.
+pub(crate) fn named(
+    task: &Task<MlxBuffer>,
+) -> impl Iterator<Item = (Name<'_>, &MlxBuffer, Access)> + Clone {
+    let operands = task.operands.iter();
+    operands.map(|(slot, buffer)| (Name::Operand(*slot), buffer, task.work().access(*slot)))
 }
 
 /// What messages call a buffer.
@@ -157,18 +168,17 @@ impl CapturedDispatch {
 
     /// The buffers that it uses, and how.
     pub fn buffers(&self) -> impl Iterator<Item = (&MlxBuffer, Access)> {
+        self.named().map(|(_, buffer, access)| (buffer, access))
+    }
+
+    /// Its buffers, with what messages call them.
+    pub(crate) fn named(&self) -> impl Iterator<Item = (Name<'_>, &MlxBuffer, Access)> {
         let (task, raw) = match &self.run {
             Run::Task(task) => (Some(task), None),
             Run::Late(raw, ..) | Run::Foreign(raw) => (None, Some(raw)),
         };
-        let of_task = task.into_iter().flat_map(|task| {
-            let operands = task.operands.iter();
-            operands.map(|(slot, buffer)| (buffer, task.work().access(*slot)))
-        });
-        let of_raw = raw
-            .into_iter()
-            .flat_map(|raw| raw.buffers().map(|(_, buffer, access)| (buffer, access)));
-        of_task.chain(of_raw)
+        let of_task = task.into_iter().flat_map(named);
+        of_task.chain(raw.into_iter().flat_map(|raw| raw.named()))
     }
 }
 

@@ -33,8 +33,15 @@ pub struct DeviceHandle {
 const REMEMBERED: usize = 16;
 
 impl DeviceHandle {
-    /// Has the device prepare some work.
+    /// Has the device prepare some work, or gives what it prepared for the same attention before.
     pub(crate) fn plan(&self, work: Work) -> Result<Arc<Planned>> {
+        match &work {
+            Work::Attention(problem, options) => self.plan_attention(problem, *options),
+            _ => self.prepare(work),
+        }
+    }
+
+    fn prepare(&self, work: Work) -> Result<Arc<Planned>> {
         let state = self.backend.prepare(&work)?;
         Ok(Arc::new(Planned {
             device: self.id,
@@ -43,7 +50,7 @@ impl DeviceHandle {
         }))
     }
 
-    /// As [`Self::plan`] for attention, or what an earlier call for the same problem gave.
+    /// As [`Self::plan`] for attention; the problem is copied where it is new.
     pub(crate) fn plan_attention(
         &self,
         problem: &Problem,
@@ -58,7 +65,7 @@ impl DeviceHandle {
             return Ok(Arc::clone(found));
         }
         // The lock is not held meanwhile: the device may compile a kernel.
-        let planned = self.plan(Work::Attention(Arc::new(problem.clone()), options))?;
+        let planned = self.prepare(Work::Attention(Arc::new(problem.clone()), options))?;
         let mut remembered = remembered();
         remembered.truncate(REMEMBERED - 1);
         remembered.push_front(Arc::clone(&planned));

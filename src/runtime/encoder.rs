@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytemuck::Pod;
 
 use super::buffer::MlxBuffer;
-use super::capture::{CapturedDispatch, Name, RawDispatch, Run};
+use super::capture::{CapturedDispatch, Name, RawDispatch, Run, named};
 pub use super::capture::{CapturedNode, CapturedOpKind};
 use super::device::{DeviceHandle, MlxDevice};
 use super::hazards::{Hazards, Use};
 pub use super::size::MTLSize;
 use super::uses::Hold;
 use crate::backend::access::Access;
-use crate::backend::command::{Task, Work};
+use crate::backend::command::Task;
 use crate::backend::{Done, Pending, Timing};
 use crate::error::{MlxError, Result};
 
@@ -152,12 +152,7 @@ impl CommandEncoder {
         if let Run::Task(task) = &mut dispatch.run
             && task.planned.device != self.device.id
         {
-            task.planned = match task.work() {
-                Work::Attention(problem, options) => {
-                    self.device.plan_attention(problem, *options)?
-                }
-                work => self.device.plan(work.clone())?,
-            };
+            task.planned = self.device.plan(task.work().clone())?;
         }
         Ok(dispatch)
     }
@@ -204,15 +199,13 @@ impl CommandEncoder {
     }
 
     /// Records what a dispatch, which [`Self::check_raw`] has passed, was found to run.
-    pub(crate) fn record_raw(&mut self, run: Run, raw: Arc<RawDispatch>) -> Result<()> {
-        let dispatch = CapturedDispatch {
+    pub(crate) fn record_raw(&mut self, run: Run, raw: Arc<RawDispatch>) {
+        let op_kind = std::mem::take(&mut self.op_kind);
+        self.record(CapturedDispatch {
             run,
-            op_kind: std::mem::take(&mut self.op_kind),
+            op_kind,
             raw: Some(raw),
-        };
-        self.check(&dispatch)?;
-        self.record(dispatch);
-        Ok(())
+        });
     }
 
     /// Has the commit report an error and run nothing.
@@ -283,18 +276,11 @@ impl CommandEncoder {
                 return Err(MlxError::expected(&operand, "one binding", "two"));
             }
         }
-        let buffers = || {
-            raw.buffers()
-                .map(|(i, buffer, access)| (raw.name(i), buffer, access))
-        };
-        self.check_buffers(buffers)
+        self.check_buffers(|| raw.named())
     }
 
     pub(crate) fn check_task(&self, task: &Task<MlxBuffer>) -> Result<()> {
-        self.check_buffers(|| {
-            let operands = task.operands.iter();
-            operands.map(|(slot, b)| (Name::Operand(*slot), b, task.work().access(*slot)))
-        })
+        self.check_buffers(|| named(task))
     }
 
     fn check(&self, dispatch: &CapturedDispatch) -> Result<()> {

@@ -139,7 +139,7 @@ impl KernelRegistry {
     /// is an error: [`KernelRegistry::register_foreign_source`] takes those that are to run.
     pub fn register_source(&mut self, name: impl Into<String>, source: &'static str) {
         let name = name.into();
-        let ours = sources::all().any(|(ours, text)| ours == name && text == source);
+        let ours = sources::is_own(&name, source);
         self.register(
             name,
             source,

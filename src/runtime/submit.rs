@@ -53,7 +53,7 @@ fn begin(kind: DeviceKind, nodes: &[CapturedNode], holds: &mut Vec<Hold>) -> Res
             let written = params.find(|(_, b, _)| b.storage().is_being_written(&b.range()));
             if let Some((index, buffer, _)) = written {
                 let why = "a committed command writes these params; wait for it first";
-                return Err(refused(raw.name(index), buffer, why));
+                return Err(refused(Name::Bound(raw.kernel(), index), buffer, why));
             }
         }
         for (buffer, access) in dispatch.buffers() {
@@ -171,26 +171,6 @@ impl CapturedNode {
         match self {
             Self::Dispatch(dispatch) => Some(dispatch),
             Self::Barrier => None,
-        }
-    }
-}
-
-impl CapturedDispatch {
-    /// Its buffers, with what messages call them.
-    fn named(&self) -> Vec<(Name<'_>, &MlxBuffer, Access)> {
-        match &self.run {
-            Run::Task(task) => {
-                let operands = task.operands.iter();
-                let named =
-                    operands.map(|(slot, b)| (Name::Operand(*slot), b, task.work().access(*slot)));
-                named.collect()
-            }
-            Run::Late(raw, ..) | Run::Foreign(raw) => {
-                let buffers = raw.buffers();
-                buffers
-                    .map(|(i, b, access)| (raw.name(i), b, access))
-                    .collect()
-            }
         }
     }
 }

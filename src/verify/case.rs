@@ -3,6 +3,7 @@
 use crate::attention::{Layout, MaskSpec, Problem, QueryOffset, Role, Shape, Strides};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::hash::fnv1a;
 
 /// How operands lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -332,8 +333,7 @@ impl Case {
 
     /// A seed for the case's operands, from its name.
     pub(super) fn seed(&self) -> u64 {
-        let fnv = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        self.name().bytes().fold(0xcbf2_9ce4_8422_2325, fnv)
+        fnv1a(self.name().bytes())
     }
 }
 

@@ -9,6 +9,7 @@ use crate::attention::tolerance::{self, Comparison};
 use crate::attention::{Problem, QueryOffset, Role};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
+use crate::hash::fnv1a;
 use crate::ops::flash_attn_prefill::FlashAttnPrefillParams;
 use crate::ops::flash_attn_prefill_blk::{
     BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
@@ -117,10 +118,7 @@ impl Results {
             true => u64::MAX,
             false => x.to_bits(),
         });
-        bits.flat_map(u64::to_le_bytes)
-            .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-            })
+        fnv1a(bits.flat_map(u64::to_le_bytes))
     }
 }
 

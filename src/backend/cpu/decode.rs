@@ -14,10 +14,9 @@ pub(super) fn partials(cpu: &Cpu, decode: &DecodePartials, task: &Task<Span>) ->
     let problem = &*decode.problem;
     let (heads, dim) = (problem.shape().heads, problem.shape().head_dim);
     let per_head = decode.splits as usize * (dim + 2);
-    let partials = task.address(Slot::Partials)?.cast::<f32>();
-    // SAFETY: whoever made the task has checked that the operand holds so many elements; the CPU's memory
-    // is this process's own, and nobody else uses written operands while the task runs.
-    let partials = unsafe { std::slice::from_raw_parts_mut(partials, heads * per_head) };
+    // SAFETY: the CPU's memory is this process's own, operands were found aligned when the task was made, and
+    // nobody else uses written ones while it runs.
+    let partials = unsafe { task.slice_mut::<f32>(Slot::Partials, heads * per_head)? };
     let zeros = |count: usize| {
         let mut zeros = kernels::room(count)?;
         zeros.resize(count, 0.0f32);
@@ -47,14 +46,12 @@ pub(super) fn partials(cpu: &Cpu, decode: &DecodePartials, task: &Task<Span>) ->
 pub(super) fn join(join: &JoinPartials, task: &Task<Span>) -> Result<()> {
     let (heads, dim) = (join.heads as usize, join.head_dim as usize);
     let per_head = join.splits as usize * (dim + 2);
-    let partials = task.address(Slot::Partials)?.cast::<f32>();
-    let out = task.address(Slot::Operand(Role::Output))?.cast::<f32>();
-    // SAFETY: whoever made the task has checked that the operands hold so many elements; the CPU's memory
-    // is this process's own, and nobody else writes them while the task runs.
+    // SAFETY: the CPU's memory is this process's own, operands were found aligned when the task was made, and
+    // nobody else writes them while it runs.
     let (partials, out) = unsafe {
         (
-            std::slice::from_raw_parts(partials, heads * per_head),
-            std::slice::from_raw_parts_mut(out, heads * dim),
+            task.slice::<f32>(Slot::Partials, heads * per_head)?,
+            task.slice_mut::<f32>(Slot::Operand(Role::Output), heads * dim)?,
         )
     };
     for (partials, o) in partials

@@ -8,13 +8,12 @@ use super::isa::Isa;
 use super::job::Job;
 use super::processors::Cpu;
 use super::{decode, kernels, masks};
-use crate::attention::HEAD_DIMS;
 use crate::attention::Problem;
 use crate::backend::command::{Span, Task, Work};
 use crate::backend::host_memory::HostMemory;
-use crate::backend::{Backend, DeviceKind, Done, Memory, Pending, Step, Timing};
+use crate::backend::{Backend, DeviceKind, Done, Memory, Pending, Step, Timing, runs_no_text};
 use crate::dtype::DType;
-use crate::error::{MlxError, Result};
+use crate::error::Result;
 
 impl Cpu {
     /// Runs steps one after another, each on all threads, so that barriers hold by themselves.
@@ -22,7 +21,7 @@ impl Cpu {
         steps.iter().try_for_each(|step| match step {
             Step::Barrier => Ok(()),
             Step::Task(task) => self.task(task),
-            Step::Foreign(dispatch) => Err(no_text(&dispatch.kernel.name)),
+            Step::Foreign(dispatch) => Err(runs_no_text(DeviceKind::Cpu, &dispatch.kernel.name)),
         })
     }
 
@@ -37,13 +36,6 @@ impl Cpu {
             Work::DecodePartials(decode) => decode::partials(self, decode, task),
             Work::JoinPartials(join) => decode::join(join, task),
         }
-    }
-}
-
-fn no_text(kernel: &str) -> MlxError {
-    MlxError::ShaderCompilationError {
-        name: kernel.into(),
-        message: "the CPU device runs this crate's own kernels only".into(),
     }
 }
 
@@ -77,14 +69,6 @@ impl Backend for Cpu {
     }
 
     fn supports(&self, problem: &Problem) -> Result<()> {
-        let dim = problem.shape().head_dim;
-        if !HEAD_DIMS.contains(&dim) {
-            return Err(MlxError::expected(
-                "head_dim",
-                format!("one of {HEAD_DIMS:?}"),
-                dim,
-            ));
-        }
         kernels::takes(problem)
     }
 

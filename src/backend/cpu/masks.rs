@@ -12,10 +12,9 @@ use crate::error::Result;
 /// Writes 0 where a key is visible and `-inf` where it is not.
 pub(super) fn fill(cpu: &Cpu, fill: &FillMask, task: &Task<Span>) -> Result<()> {
     let (rows, keys) = (fill.query_len as usize, fill.key_len as usize);
-    let mask = task.address(Slot::Operand(Role::Mask))?.cast::<bf16>();
-    // SAFETY: whoever made the task has checked that the operand holds so many elements; the CPU's memory
-    // is this process's own, and nobody else uses written operands while the task runs.
-    let mask = unsafe { std::slice::from_raw_parts_mut(mask, rows * keys) };
+    // SAFETY: the CPU's memory is this process's own, operands were found aligned when the task was made, and
+    // nobody else uses written ones while it runs.
+    let mask = unsafe { task.slice_mut::<bf16>(Slot::Operand(Role::Mask), rows * keys)? };
     let row = |(q, row): (usize, &mut [bf16])| {
         let visible = fill.visibility.keys(q as i64, keys);
         row.fill(bf16::NEG_INFINITY);
@@ -32,14 +31,12 @@ pub(super) fn classify(cpu: &Cpu, classify: &ClassifyTiles, task: &Task<Span>) -
     } = classify;
     let (rows, keys) = (classify.query_len as usize, classify.key_len as usize);
     let (tiles_down, tiles_across) = tile.count(rows, keys);
-    let mask = task.address(Slot::Operand(Role::Mask))?.cast::<bf16>();
-    let classes = task.address(Slot::Operand(Role::TileClasses))?;
-    // SAFETY: whoever made the task has checked that the operands hold so many elements; the CPU's memory
-    // is this process's own, and nobody else writes them while the task runs.
+    // SAFETY: the CPU's memory is this process's own, operands were found aligned when the task was made, and
+    // nobody else writes them while it runs.
     let (mask, classes) = unsafe {
         (
-            std::slice::from_raw_parts(mask, (rows - 1) * row_stride + keys),
-            std::slice::from_raw_parts_mut(classes, tiles_down * tiles_across),
+            task.slice::<bf16>(Slot::Operand(Role::Mask), (rows - 1) * row_stride + keys)?,
+            task.slice_mut::<u8>(Slot::Operand(Role::TileClasses), tiles_down * tiles_across)?,
         )
     };
     let (bq, bk) = (tile.bq, tile.bk);

@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
+use super::abi::CudaParams;
 use super::driver::Stream;
 use super::gpu::Gpu;
 use super::maps;
@@ -12,11 +13,10 @@ use super::params;
 use super::prepared::{Attention, Kept, Prefill, Prepared, Ready};
 use super::scratch::Scratch;
 use crate::attention::{Problem, Role};
-use crate::backend::Step;
 use crate::backend::command::{
     ClassifyTiles, DecodePartials, FillMask, JoinPartials, Pointers, Slot, Span, Task, Work,
 };
-use crate::backend::cuda::abi::CudaParams;
+use crate::backend::{DeviceKind, Step, runs_no_text};
 use crate::error::{MlxError, Result};
 
 /// What a command needs until it has run.
@@ -34,7 +34,7 @@ pub(super) fn encode(
     gpu.context.enter()?;
     steps.iter().try_for_each(|step| match step {
         Step::Barrier => Ok(()),
-        Step::Foreign(dispatch) => Err(no_text(&dispatch.kernel.name)),
+        Step::Foreign(dispatch) => Err(runs_no_text(DeviceKind::Cuda, &dispatch.kernel.name)),
         Step::Task(task) => {
             let mut launch = Launch {
                 gpu,
@@ -45,14 +45,6 @@ pub(super) fn encode(
             launch.run()
         }
     })
-}
-
-/// Why a caller's own text does not run here.
-pub(super) fn no_text(kernel: &str) -> MlxError {
-    MlxError::ShaderCompilationError {
-        name: kernel.into(),
-        message: "the CUDA device runs this crate's own kernels only".into(),
-    }
 }
 
 /// Compiles what the steps run and no earlier launch has compiled, so that encoding, which one

@@ -1,12 +1,12 @@
 //! A problem as the CUDA attention kernels read it.
 
+use super::abi::CudaParams;
 use super::fit::{self, Machine};
 use super::spec::type_code;
 use super::table::Row;
 use crate::attention::class_tile;
 use crate::attention::{Problem, QueryOffset, Role, Strides};
 use crate::backend::command::Pointers;
-use crate::backend::cuda::abi::CudaParams;
 use crate::error::{MlxError, Result};
 
 // Every size here passed `Problem::build`, which keeps it within i32; strides within isize.

@@ -3,16 +3,15 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use super::abi::CudaParams;
 use super::fit;
 use super::gpu::Gpu;
 use super::maps::{self, Maps};
 use super::modules::Function;
 use super::spec::{self, Spec};
 use super::table::{self, Needs, Row};
-use crate::attention::HEAD_DIMS;
-use crate::attention::Problem;
+use crate::attention::{HEAD_DIMS, Problem};
 use crate::backend::command::{Pointers, Work};
-use crate::backend::cuda::abi::CudaParams;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 

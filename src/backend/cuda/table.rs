@@ -5,8 +5,7 @@ use std::collections::HashSet;
 
 use super::sources;
 use super::spec::Spec;
-use crate::attention::HEAD_DIMS;
-use crate::attention::Problem;
+use crate::attention::{HEAD_DIMS, Problem};
 use crate::dtype::DType;
 
 /// A GPU's compute capability.

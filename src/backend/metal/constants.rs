@@ -1,8 +1,8 @@
 //! A value for every function constant that the kernels declare. Metal does not build a kernel that
 //! has one unset, and ignores values that a kernel does not declare.
 
-use crate::backend::metal::bindings::{Constants, constant, names};
-use crate::backend::metal::table;
+use super::bindings::{Constants, constant, names};
+use super::table;
 
 /// Value of one function constant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,16 +8,16 @@ use objc2::runtime::ProtocolObject;
 use objc2_foundation::ns_string;
 use objc2_metal::{MTLCommandQueue, MTLCreateSystemDefaultDevice, MTLDevice, MTLGPUFamily};
 
+use super::bindings::Constants;
 use super::encode;
 use super::launch::{self, Kernels, Launch, Prepared};
 use super::library::Libraries;
 use super::limits::Caps;
 use super::memory::MetalMemory;
+use super::sources;
 use super::submit;
 use crate::attention::Problem;
 use crate::backend::command::Work;
-use crate::backend::metal::bindings::Constants;
-use crate::backend::metal::sources;
 use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
 use crate::error::{MlxError, Result};
 

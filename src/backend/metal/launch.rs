@@ -4,13 +4,13 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use super::bindings::{Constants, constant, names, other};
+use super::plan::{Plan, PlanArg, PlanOptions};
+use super::sources;
 use crate::attention::{Problem, Role};
 use crate::backend::command::{
     ClassifyTiles, DecodePartials, FillMask, JoinPartials, Slot, Span, Task, Work,
 };
-use crate::backend::metal::bindings::{Constants, constant, names, other};
-use crate::backend::metal::plan::{Plan, PlanArg, PlanOptions};
-use crate::backend::metal::sources;
 use crate::backend::shared_params::VecParamsGpu;
 use crate::backend::{self, Arg, Dispatch, Kernel};
 use crate::dtype::DType;

@@ -15,10 +15,10 @@ use objc2_metal::{
     MTLMathFloatingPointFunctions, MTLMathMode, MTLPipelineOption,
 };
 
+use super::bindings::Constants;
 use super::constants::{self, Value};
 use super::limits;
-use crate::backend::metal::bindings::Constants;
-use crate::backend::metal::sources;
+use super::sources;
 use crate::backend::{Kernel, Limits};
 use crate::error::{MlxError, Result};
 
@@ -27,8 +27,6 @@ type PipelineState = Retained<ProtocolObject<dyn MTLComputePipelineState>>;
 /// What a kernel of this device holds.
 pub(super) struct Built {
     pub(super) pipeline: PipelineState,
-    /// Whether the text is this crate's.
-    pub(super) own: bool,
 }
 
 type Library = Retained<ProtocolObject<dyn MTLLibrary>>;
@@ -103,15 +101,7 @@ impl Libraries {
         if let Some(reason) = limits::violation(kernel, constants, &limits) {
             return Err(failed(reason));
         }
-        Ok(Kernel::new(
-            kernel,
-            constants,
-            limits,
-            Built {
-                own: sources::is_own(kernel, source),
-                pipeline,
-            },
-        ))
+        Ok(Kernel::new(kernel, constants, limits, Built { pipeline }))
     }
 }
 

@@ -1,8 +1,8 @@
 //! What a GPU must offer, and what a built kernel must allow.
 
+use super::bindings::{Constants, constant};
+use super::table::{self, APPLE_THREADGROUP_BYTES};
 use crate::backend::Limits;
-use crate::backend::metal::bindings::{Constants, constant};
-use crate::backend::metal::table::{self, APPLE_THREADGROUP_BYTES};
 
 /// Lanes of a simdgroup, which the kernels count on.
 const WIDTH: u64 = 32;

@@ -48,6 +48,7 @@ impl Plan {
             _ => MaskKind::Additive,
         };
         let variant = match options.variant {
+            Some(v) if problem.mask().is_none() => v.without_mask(),
             Some(v) => v,
             None => table::select(problem.dtype(), shape.head_dim, mask_kind)?,
         };

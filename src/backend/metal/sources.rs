@@ -6,6 +6,7 @@ use super::bindings::names;
 use super::params;
 use super::table::PREFILL;
 use crate::backend::shared_params;
+use crate::hash::fnv1a;
 
 /// Joins texts at compile time: `N` is their whole length.
 const fn join<const N: usize>(parts: &[&str]) -> [u8; N] {
@@ -95,11 +96,7 @@ pub(crate) fn only<'a>(source: &'a str, kernel: &str) -> Cow<'a, str> {
 /// File name of a text's precompiled library: a hash of the text, so that a library of another text
 /// is never taken for it (FNV-1a, 64 bits).
 pub(crate) fn metallib_name(source: &str) -> String {
-    let hash = source
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+    let hash = fnv1a(source.bytes());
     format!("{hash:016x}.metallib")
 }
 

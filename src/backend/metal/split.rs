@@ -8,12 +8,12 @@
 
 use std::ops::Range;
 
+use super::bindings::prefill;
 use super::launch::Step;
+use super::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use super::table::{self, Variant};
 use crate::attention::{Problem, Role};
-use crate::backend::metal::bindings::prefill;
-use crate::backend::metal::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
-use crate::backend::metal::table::{self, Variant};
-use crate::backend::{Arg, Dispatch, Kernel};
+use crate::backend::{Arg, Dispatch};
 
 /// Floating-point operations of one command: a second of half a TFLOP/s, which is a fifth of what the
 /// smallest GPU that is served multiplies at best.
@@ -265,17 +265,13 @@ pub(crate) fn parts(dispatch: &Dispatch, limit: f64) -> Vec<(Dispatch, f64)> {
 }
 
 /// The steps in commands of at most `limit` operations by estimate, in order. Each command waits for
-/// the one before it. `own` tells kernels of this crate's text, which alone are split.
-pub(crate) fn commands(
-    steps: Vec<Step>,
-    limit: f64,
-    own: impl Fn(&Kernel) -> bool,
-) -> Vec<Vec<Step>> {
+/// the one before it.
+pub(crate) fn commands(steps: Vec<Step>, limit: f64) -> Vec<Vec<Step>> {
     let mut commands = Vec::new();
     let (mut command, mut sum) = (Vec::new(), 0.0);
     for step in steps {
         let dispatch = match step {
-            Step::Dispatch(dispatch) if own(&dispatch.kernel) => dispatch,
+            Step::Dispatch(dispatch) => dispatch,
             other => {
                 command.push(other);
                 continue;
@@ -301,10 +297,10 @@ mod tests {
     use super::*;
     use crate::DType;
     use crate::attention::{Problem, Shape};
-    use crate::backend::Limits;
     use crate::backend::host_memory::HostMemory;
     use crate::backend::metal::bindings::Constants;
     use crate::backend::metal::plan::{Plan, PlanArg, PlanOptions};
+    use crate::backend::{Kernel, Limits};
 
     fn costs(tiles: &[f64], heads: usize, group: usize, batches: usize) -> Costs {
         Costs {
@@ -403,16 +399,20 @@ mod tests {
         let small = Step::Dispatch(dispatch(&problem(64, 64)));
         let cost = parts(&dispatch(&problem(64, 64)), f64::MAX)[0].1;
         let steps = vec![small.clone(), Step::Barrier, small.clone()];
-        let own = |_: &Kernel| true;
-        assert_eq!(lens(&commands(steps.clone(), COMMAND_FLOPS, own)), [3]);
-        assert_eq!(lens(&commands(steps.clone(), cost * 2.5, own)), [3]);
+        assert_eq!(lens(&commands(steps.clone(), COMMAND_FLOPS)), [3]);
+        assert_eq!(lens(&commands(steps.clone(), cost * 2.5)), [3]);
         // A barrier stays where it was; the second dispatch begins a command.
-        assert_eq!(lens(&commands(steps.clone(), cost * 1.5, own)), [2, 1]);
-        assert_eq!(lens(&commands(vec![], COMMAND_FLOPS, own)), [0]);
-        let apart = commands(vec![small.clone()], cost / 4.0, own);
+        assert_eq!(lens(&commands(steps.clone(), cost * 1.5)), [2, 1]);
+        assert_eq!(lens(&commands(vec![], COMMAND_FLOPS)), [0]);
+        let apart = commands(vec![small.clone()], cost / 4.0);
         assert_eq!(lens(&apart), [1; 4]);
         // Nothing is known of a foreign text.
-        assert_eq!(lens(&commands(steps, cost / 4.0, |_| false)), [3]);
+        let foreign = Step::Dispatch(Dispatch {
+            problem: None,
+            ..dispatch(&problem(64, 64))
+        });
+        let steps = vec![foreign.clone(), Step::Barrier, foreign];
+        assert_eq!(lens(&commands(steps, cost / 4.0)), [3]);
         let other = Kernel::new(
             "other",
             &Constants::default(),

@@ -14,11 +14,10 @@ use objc2_metal::{
 use super::device::Metal;
 use super::encode::{Temporary, encode_into};
 use super::launch::{self, Step};
-use super::library::Built;
 use super::lowering;
 use super::split;
 use super::target::DirectTarget;
-use crate::backend::{self, Kernel, Pending, Timing};
+use crate::backend::{self, Pending, Timing};
 use crate::error::{MlxError, Result};
 
 /// A command that the GPU has, with what it touches: until it has run, the host may not write that.
@@ -61,12 +60,8 @@ pub(super) fn submit(metal: &Metal, steps: &[backend::Step]) -> Arc<dyn Pending>
 /// Commits the steps in as many command buffers as keep each within the time that the system gives it.
 /// A fence makes each wait for the one before it, also where what they touch is not hazard-tracked.
 fn commit(metal: &Metal, steps: &[backend::Step]) -> Result<Running> {
-    let own = |kernel: &Kernel| {
-        let built = kernel.state.downcast_ref::<Built>();
-        built.is_some_and(|built| built.own)
-    };
     let steps = launch::dispatches(steps)?;
-    let commands = split::commands(steps, split::COMMAND_FLOPS, own);
+    let commands = split::commands(steps, split::COMMAND_FLOPS);
     let fence = match commands.len() {
         0 | 1 => None,
         _ => Some(metal.device().newFence().ok_or_else(|| refused("fence"))?),

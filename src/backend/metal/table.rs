@@ -43,6 +43,16 @@ impl Variant {
         32 * self.simdgroups
     }
 
+    /// The kernel of its pair that serves problems without a mask, which both could: the additive one.
+    pub(crate) fn without_mask(&'static self) -> &'static Self {
+        let twin = |v: &&Self| {
+            v.mask == MaskKind::Additive
+                && (v.dtype, v.head_dim) == (self.dtype, self.head_dim)
+                && self.kernel.starts_with(v.kernel)
+        };
+        PREFILL.iter().find(twin).unwrap_or(self)
+    }
+
     /// Whether its threadgroup memory fits an Apple GPU's.
     pub const fn fits(&self) -> bool {
         self.shared_bytes <= APPLE_THREADGROUP_BYTES
