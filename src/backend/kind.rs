@@ -14,11 +14,19 @@ pub enum DeviceKind {
     Cuda,
     /// The Metal kernels, run on this machine's processors.
     Emulator,
+    /// No device: it refuses everything.
+    Nothing,
 }
 
 impl DeviceKind {
     /// Every kind.
-    pub const ALL: [DeviceKind; 4] = [Self::Cpu, Self::Metal, Self::Cuda, Self::Emulator];
+    pub const ALL: [DeviceKind; 5] = [
+        Self::Cpu,
+        Self::Metal,
+        Self::Cuda,
+        Self::Emulator,
+        Self::Nothing,
+    ];
 
     /// Name as `MLX_FLASH_DEVICE` takes it.
     pub const fn name(self) -> &'static str {
@@ -27,6 +35,7 @@ impl DeviceKind {
             Self::Metal => "metal",
             Self::Cuda => "cuda",
             Self::Emulator => "emulator",
+            Self::Nothing => "nothing",
         }
     }
 
