@@ -11,7 +11,6 @@ use super::emulator::{Emulator, EmulatorOptions};
 use super::kind::DeviceKind;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 use super::metal::Metal;
-use super::none::Nothing;
 use crate::error::{MlxError, Result};
 
 /// Those that are taken where nobody names one, the best first.
@@ -28,7 +27,6 @@ pub(crate) fn open(kind: DeviceKind) -> Result<Arc<dyn Backend>> {
         DeviceKind::Cuda => Ok(Arc::new(Cuda::open()?)),
         #[cfg(feature = "emulator")]
         DeviceKind::Emulator => Ok(Arc::new(Emulator::open(EmulatorOptions::default())?)),
-        DeviceKind::Nothing => Ok(Arc::new(Nothing)),
         // On Apple systems a build with all features has every device.
         #[allow(unreachable_patterns)]
         other => Err(MlxError::DeviceUnavailable {

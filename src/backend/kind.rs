@@ -14,19 +14,11 @@ pub enum DeviceKind {
     Cuda,
     /// The Metal kernels, run on this machine's processors.
     Emulator,
-    /// No device: it refuses everything.
-    Nothing,
 }
 
 impl DeviceKind {
     /// Every kind.
-    pub const ALL: [DeviceKind; 5] = [
-        Self::Cpu,
-        Self::Metal,
-        Self::Cuda,
-        Self::Emulator,
-        Self::Nothing,
-    ];
+    pub const ALL: [DeviceKind; 4] = [Self::Cpu, Self::Metal, Self::Cuda, Self::Emulator];
 
     /// Name as `MLX_FLASH_DEVICE` takes it.
     pub const fn name(self) -> &'static str {
@@ -35,7 +27,6 @@ impl DeviceKind {
             Self::Metal => "metal",
             Self::Cuda => "cuda",
             Self::Emulator => "emulator",
-            Self::Nothing => "nothing",
         }
     }
 

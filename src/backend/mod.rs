@@ -26,7 +26,6 @@ pub(crate) mod gpu_struct;
 pub(crate) mod host_memory;
 pub(crate) mod kind;
 pub(crate) mod metal;
-pub(crate) mod none;
 pub(crate) mod shared_params;
 
 /// A device's memory, visible to the host.
