@@ -124,12 +124,6 @@ impl ProblemBuilder {
         self
     }
 
-    /// Clamps scores to `-c..=c`, after the softcap and before any mask.
-    pub fn clamp(mut self, c: f32) -> Self {
-        self.score.clamp = Some(c);
-        self
-    }
-
     /// A mask operand.
     pub fn mask(mut self, mask: MaskSpec) -> Self {
         self.score.mask = Some(mask);

@@ -147,11 +147,6 @@ impl Problem {
         self.score.softcap
     }
 
-    /// What scores are clamped to, if anything.
-    pub fn clamp(&self) -> Option<f32> {
-        self.score.clamp
-    }
-
     /// Where query row 0 stands among the keys.
     pub fn query_offset(&self) -> QueryOffset {
         self.offset

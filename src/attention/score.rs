@@ -12,8 +12,6 @@ pub enum ScoreStep {
     Scale(f32),
     /// `c * tanh(s / c)`.
     Softcap(f32),
-    /// `max(-c, min(s, c))`.
-    Clamp(f32),
     /// `s + mask[q, k]`; a boolean mask hides and adds nothing.
     Mask(MaskSpec),
     /// `s - slope * |p - k|`, `p` being the query's position.
@@ -37,7 +35,6 @@ impl ScoreStep {
         match self {
             Self::Scale(_) => "scale",
             Self::Softcap(_) => "softcap",
-            Self::Clamp(_) => "clamp",
             Self::Mask(_) => "mask",
             Self::Alibi => "alibi",
         }
@@ -51,7 +48,6 @@ impl ScoreStep {
                 let c = f64::from(*c);
                 round(c * round(round(s / c).tanh()))
             }
-            Self::Clamp(c) => s.clamp(-f64::from(*c), f64::from(*c)),
             Self::Mask(mask) if mask.is_bool() => s,
             Self::Mask(_) => round(s + terms.mask),
             Self::Alibi => round(s - round(terms.slope * terms.distance)),
@@ -65,7 +61,6 @@ pub(super) struct Score {
     /// `1 / sqrt(D)` until it is given.
     pub(super) scale: Option<f32>,
     pub(super) softcap: Option<f32>,
-    pub(super) clamp: Option<f32>,
     pub(super) mask: Option<MaskSpec>,
     pub(super) alibi: bool,
 }
@@ -76,7 +71,6 @@ impl Score {
         [
             self.scale.map(ScoreStep::Scale),
             self.softcap.map(ScoreStep::Softcap),
-            self.clamp.map(ScoreStep::Clamp),
             self.mask.map(ScoreStep::Mask),
             self.alibi.then_some(ScoreStep::Alibi),
         ]
@@ -91,9 +85,6 @@ impl Score {
             return Err(MlxError::expected("scale", "a finite number", scale));
         }
         self.scale = Some(scale);
-        if let Some(c) = self.clamp.filter(|c| !(c.is_finite() && *c > 0.0)) {
-            return Err(MlxError::expected("clamp", "a finite number above 0", c));
-        }
         // Scores are divided by it: a subnormal one would make that infinite.
         match self.softcap.filter(|c| !(c.is_normal() && *c > 0.0)) {
             Some(c) => Err(MlxError::expected("softcap", "a normal number above 0", c)),

@@ -8,7 +8,7 @@ use super::isa::Isa;
 use super::job::Job;
 use super::processors::Cpu;
 use super::{decode, kernels, masks};
-use crate::attention::{Problem, ScoreStep};
+use crate::attention::Problem;
 use crate::backend::abilities::Abilities;
 use crate::backend::command::{Span, Task, Work};
 use crate::backend::host_memory::HostMemory;
@@ -72,10 +72,6 @@ impl Backend for Cpu {
     fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
         let abilities = Abilities {
             kv_dtype: true,
-            score_step: |step| {
-                let alike = Abilities::ALIKE.score_step;
-                alike(step) || matches!(step, ScoreStep::Clamp(_))
-            },
             ..Abilities::ALIKE
         };
         abilities.check(self.kind(), problem)

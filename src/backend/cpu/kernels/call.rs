@@ -67,7 +67,6 @@ pub(super) struct Call<'a> {
     pub(super) group: usize,
     pub(super) scale: f32,
     pub(super) softcap: Option<f32>,
-    pub(super) clamp: Option<f32>,
     pub(super) mask: Option<MaskSpec>,
     pub(super) cells: Option<Cells>,
     pub(super) class_tile: ClassTile,
@@ -128,7 +127,6 @@ impl<'a> Call<'a> {
             group: problem.group(),
             scale: problem.scale(),
             softcap: problem.softcap(),
-            clamp: problem.clamp(),
             mask: problem.mask(),
             cells: problem.mask().map(|m| Cells::of(m.dtype)).transpose()?,
             class_tile: class_tile(dim),
@@ -170,11 +168,6 @@ impl<'a> Call<'a> {
             return 0..0;
         }
         keys.start / self.strip..keys.end.div_ceil(self.strip)
-    }
-
-    /// Whether something happens to every score after its scale, whatever the row.
-    pub(super) fn is_modified(&self) -> bool {
-        self.softcap.is_some() || self.clamp.is_some()
     }
 
     /// Packed words of one strip of K or V.

@@ -38,7 +38,7 @@ pub(super) fn are_plain(
 ) -> bool {
     let keys = start + all.first * width..start + all.end * width;
     let sees_all = |row: &QueryRow| row.keys.start <= keys.start && row.keys.end >= keys.end;
-    let modified = all.masked != 0 || call.is_modified() || !call.at.alibi_slopes.is_null();
+    let modified = all.masked != 0 || call.softcap.is_some() || !call.at.alibi_slopes.is_null();
     !modified && rows.iter().all(sees_all)
 }
 
@@ -61,7 +61,7 @@ pub(super) unsafe fn row_max<K: Kernel, const NR: usize>(
     // SAFETY: the span lies in the strip, whose scores are at `at`.
     unsafe {
         if !place.plain {
-            if own.masked != 0 || call.is_modified() || row.slope != 0.0 {
+            if own.masked != 0 || call.softcap.is_some() || row.slope != 0.0 {
                 modify_scores::<K, NR>(kernel, call, row, at, place);
             }
             hide_edges::<K, NR>(kernel, row, at, place);
@@ -285,7 +285,7 @@ unsafe fn modify_vectors<K: Kernel, T: Cell, const NR: usize>(
     let lanes = <K::S as Simd>::LANES;
     let (cap, uncap) = call.softcap.map_or((0.0, 0.0), |c| (c, 1.0 / c));
     let hidden = s.splat(f32::NEG_INFINITY);
-    let everywhere = call.is_modified() || row.slope != 0.0;
+    let everywhere = call.softcap.is_some() || row.slope != 0.0;
     let classed = masked && !call.at.tile_classes.is_null();
     let classes = classes(call, row, place.key_len);
     for vector in place.own.first * NR..place.own.end * NR {
@@ -318,9 +318,6 @@ unsafe fn modify_vectors<K: Kernel, T: Cell, const NR: usize>(
                 } else {
                     s.pick(s.gt(s.abs(x), s.splat(cap * LINEAR)), capped, x)
                 };
-            }
-            if let Some(c) = call.clamp {
-                x = s.min(s.max(x, s.splat(-c)), s.splat(c));
             }
             if masked {
                 let left = place.key_len.saturating_sub(column);

@@ -28,23 +28,6 @@ fn a_small_problem() {
 }
 
 #[test]
-fn scores_are_clamped() {
-    for dtype in [DType::BF16, DType::F32] {
-        for softcap in [None, Some(3.0)] {
-            let mut builder = Problem::builder(dtype, shape(1, (2, 1), (13, 70), 64))
-                .mask(MaskSpec::plane(DType::F32, 70))
-                .clamp(0.75);
-            if let Some(c) = softcap {
-                builder = builder.softcap(c);
-            }
-            let mut data = Data::new(build(builder), 23);
-            data.set_mask(|_, i, j| if (i + j) % 3 == 0 { HIDDEN } else { 0.5 });
-            data.check("clamped");
-        }
-    }
-}
-
-#[test]
 fn windows_and_offsets() {
     let (windows, rights) = (
         [None, Some(1), Some(20), Some(300)],
