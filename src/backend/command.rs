@@ -6,12 +6,11 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 
-use super::Memory;
+use super::memory::Memory;
 use crate::attention::Tile;
 use crate::attention::mask::Visibility;
 use crate::attention::{Problem, Role};
 use crate::backend::access::Access;
-use crate::backend::metal::plan::PlanOptions;
 use crate::error::{MlxError, Result};
 
 /// An operand of some work.
@@ -67,10 +66,20 @@ pub(crate) struct JoinPartials {
     pub(crate) splits: u32,
 }
 
+/// The kernel that a caller named for an attention. Only a device that has kernels of these names heeds it;
+/// the result is the problem's on every device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Hint {
+    /// The kernel's name; the device chooses one where there is none.
+    pub(crate) kernel: Option<&'static str>,
+    /// Simdgroups of a threadgroup, where the kernel leaves a choice.
+    pub(crate) simdgroups: Option<u32>,
+}
+
 /// One piece of work.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Work {
-    Attention(Arc<Problem>, PlanOptions),
+    Attention(Arc<Problem>, Hint),
     FillMask(FillMask),
     ClassifyTiles(ClassifyTiles),
     DecodePartials(DecodePartials),

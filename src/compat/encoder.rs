@@ -2,10 +2,10 @@
 //! [`CommandEncoder::encode_threadgroups_with_args`]: a dispatch that cannot be recorded is reported by the
 //! commit, which then runs nothing.
 
+use super::registry::Pipeline;
 use crate::error::{MlxError, Result};
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::encoder::{CommandEncoder, KernelArg, MTLSize};
-use crate::runtime::registry::Pipeline;
 
 /// Buffers as arguments.
 fn args<'a>(buffers: &[(u64, &'a MlxBuffer)]) -> Vec<(u64, KernelArg<'a>)> {

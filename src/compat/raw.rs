@@ -4,27 +4,28 @@
 use std::sync::Arc;
 
 use super::args::Args;
+use super::decode::DecodeStep;
 use super::params::params;
 use crate::attention::Tile;
-use crate::attention::layout::{Layout, Strides};
+use crate::attention::layout::Strides;
 use crate::attention::mask::{MaskSpec, Visibility};
 use crate::attention::{Problem, QueryOffset, Role, Shape};
 use crate::backend::access::Access;
 use crate::backend::command::{
-    ClassifyTiles, DecodePartials, FillMask, JoinPartials, Slot, Task, Work,
+    ClassifyTiles, DecodePartials, FillMask, Hint, JoinPartials, Slot, Task, Work,
 };
 use crate::backend::metal::bindings::{coded_dtype, constant, names, other, prefill};
 use crate::backend::metal::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
-use crate::backend::metal::plan::{self, PlanOptions};
+use crate::backend::metal::plan;
 use crate::backend::metal::table::{self, MaskKind, Variant};
 use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
+use crate::compat::registry::Pipeline;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::capture::{CapturedBinding, RawDispatch, Run};
 use crate::runtime::device::DeviceHandle;
 use crate::runtime::encoder::{CommandEncoder, KernelArg, MTLSize, from_offset};
-use crate::runtime::registry::Pipeline;
 
 /// Most bytes that are copied into a command; what is larger is bound as a buffer.
 const MOST_BYTES: usize = 1 << 30;
@@ -242,7 +243,7 @@ fn partials(args: &Args<'_>, name: &str) -> Read {
     } else {
         DType::F32
     };
-    let problem = Arc::new(decode_problem(&p, kv_dtype).map_err(|e| args.fail(e))?);
+    let problem = Arc::new(step(&p, kv_dtype).problem().map_err(|e| args.fail(e))?);
     let operand = |role, index| {
         let spec = problem.operand(role);
         let elements = spec.map_or(0, |spec| spec.elements);
@@ -265,30 +266,20 @@ fn partials(args: &Args<'_>, name: &str) -> Read {
     ))
 }
 
-/// The problem of a decode step: one query a head, at the last of the valid keys.
-pub(crate) fn decode_problem(p: &VecParamsGpu, kv_dtype: DType) -> Result<Problem> {
-    let shape = Shape {
-        batch: 1,
-        heads: p.num_heads as usize,
-        kv_heads: p.num_kv_heads as usize,
-        query_len: 1,
-        key_len: p.kv_seq_len as usize,
-        head_dim: p.head_dim as usize,
-    };
-    let mut builder = Problem::builder(DType::F32, shape)
-        .kv_dtype(kv_dtype)
-        .layout(Layout::HeadMajor)
-        .key_capacity(p.kv_capacity as usize)
-        .query_offset(QueryOffset::BottomRight)
-        .scale(p.scale)
-        .lse(true);
-    if p.softcap != 0.0 {
-        builder = builder.softcap(p.softcap);
+/// The decode step that the kernel's params state.
+fn step(p: &VecParamsGpu, kv_dtype: DType) -> DecodeStep {
+    let windowed = p.kv_start > 0;
+    DecodeStep {
+        heads: p.num_heads,
+        kv_heads: p.num_kv_heads,
+        head_dim: p.head_dim,
+        key_len: p.kv_seq_len,
+        capacity: p.kv_capacity,
+        kv_dtype,
+        scale: p.scale,
+        softcap: p.softcap,
+        window: windowed.then(|| p.kv_seq_len.saturating_sub(p.kv_start)),
     }
-    if p.kv_start > 0 {
-        builder = builder.window(p.kv_seq_len.saturating_sub(p.kv_start));
-    }
-    builder.refuse_empty().build()
 }
 
 fn join(args: &Args<'_>) -> Read {
@@ -327,16 +318,16 @@ fn attention(args: &Args<'_>, raw: &RawDispatch, variant: &'static Variant) -> R
     let tiles = variant.tile.count(shape.query_len, shape.key_len).0;
     args.grid([tiles as u64, shape.heads as u64, shape.batch as u64])?;
     let given = raw.constants().int(constant::NSG);
-    let mut options = PlanOptions {
-        nsg: None,
-        variant: Some(variant),
+    let mut hint = Hint {
+        kernel: Some(variant.kernel),
+        simdgroups: None,
     };
     if variant.head_dim == 512 {
         // One simdgroup is how the plain kernels were dispatched at first.
         args.threadgroup(&[1, 4, 8])?;
         // A negative one is no 4 or 8 either.
-        options.nsg = given.map(|n| u32::try_from(n).unwrap_or(0));
-        plan::simdgroups(variant, options.nsg).map_err(|e| args.fail(e))?;
+        hint.simdgroups = given.map(|n| u32::try_from(n).unwrap_or(0));
+        plan::simdgroups(variant, hint.simdgroups).map_err(|e| args.fail(e))?;
     } else {
         args.threadgroup(&[variant.simdgroups as u64])?;
         if let Some(n) = given {
@@ -350,7 +341,7 @@ fn attention(args: &Args<'_>, raw: &RawDispatch, variant: &'static Variant) -> R
         let strides = [if packed { 0 } else { shape.heads as i64 * rows }, rows];
         args.same("strides of the log-sum-exp", strides, extra.lse_strides)?;
     }
-    Ok((Work::Attention(problem, options), operands))
+    Ok((Work::Attention(problem, hint), operands))
 }
 
 /// The problem that a prefill states. Building it checks sizes, strides and overlap.

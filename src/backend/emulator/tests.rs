@@ -10,8 +10,8 @@ use msl_emulator::{CompileOptions, Library};
 use super::EmulatorOptions;
 use crate::attention::Tile;
 use crate::attention::{MaskSpec, Problem, QueryOffset, Shape};
+use crate::backend::command::Hint;
 use crate::backend::metal::bindings::names;
-use crate::backend::metal::plan::PlanOptions;
 use crate::backend::metal::sources;
 use crate::backend::metal::table::{self, MaskKind, Variant};
 use crate::ops::flash_attn_prefill_blk::{
@@ -171,12 +171,12 @@ impl Prefill {
             operands.alibi_slopes = Some(&one);
             operands.lse = Some(&lse);
         }
-        let options = PlanOptions {
-            nsg: self.nsg,
-            variant: Some(variant),
+        let hint = Hint {
+            kernel: Some(variant.kernel),
+            simdgroups: self.nsg,
         };
         let problem = builder.build()?;
-        ops::encode(&mut encoder, &problem, &operands, options)?;
+        ops::encode(&mut encoder, &problem, &operands, hint)?;
         encoder.commit_and_wait()?;
         let mut bits = out.as_slice::<u8>()?.to_vec();
         if full {

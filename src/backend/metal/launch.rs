@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::bindings::{Constants, constant, names, other};
-use super::plan::{Plan, PlanArg, PlanOptions};
+use super::plan::{Plan, PlanArg};
 use super::sources;
 use crate::attention::{Problem, Role};
 use crate::backend::command::{
-    ClassifyTiles, DecodePartials, FillMask, JoinPartials, Slot, Span, Task, Work,
+    ClassifyTiles, DecodePartials, FillMask, Hint, JoinPartials, Slot, Span, Task, Work,
 };
 use crate::backend::shared_params::VecParamsGpu;
 use crate::backend::{self, Arg, Dispatch, Kernel};
@@ -48,7 +48,7 @@ fn bytes(params: &impl bytemuck::NoUninit) -> Bound {
 impl Launch {
     pub(crate) fn of(work: &Work) -> Result<Self> {
         match work {
-            Work::Attention(problem, options) => Ok(Self::attention(Plan::new(problem, *options)?)),
+            Work::Attention(problem, hint) => Ok(Self::attention(Plan::new(problem, *hint)?)),
             Work::FillMask(fill) => Ok(Self::fill(fill)),
             Work::ClassifyTiles(classify) => Self::classify(classify),
             Work::DecodePartials(decode) => Self::partials(decode),
@@ -149,7 +149,7 @@ impl Launch {
 
 /// Whether a device of the Metal family has a kernel for the problem.
 pub(crate) fn supports(problem: &Problem) -> Result<()> {
-    Plan::new(problem, PlanOptions::default()).map(|_| ())
+    Plan::new(problem, Hint::default()).map(|_| ())
 }
 
 /// What a device of the Metal family prepares: a launch with its compiled kernel.

@@ -8,13 +8,13 @@ use crate::attention::Tile;
 use crate::backend::command::{ClassifyTiles, Slot, Task, Work};
 use crate::backend::metal::bindings::{constant, names};
 use crate::backend::metal::sources;
+use crate::compat::registry::KernelRegistry;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::ops::check_buffer;
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
 use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
-use crate::runtime::registry::KernelRegistry;
 
 /// Text of the mask-fill and tile-class kernels.
 pub static FLASH_ATTN_PREFILL_BLK_SHADER_SOURCE: &str = sources::MASK_TEXT;

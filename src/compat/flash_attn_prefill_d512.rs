@@ -4,11 +4,11 @@
 
 use crate::backend::metal::bindings::constant;
 use crate::backend::metal::sources;
-use crate::ops::flash_attn_prefill::dispatchers;
-pub use crate::ops::flash_attn_prefill::{
+use crate::compat::flash_attn_prefill::dispatchers;
+pub use crate::compat::flash_attn_prefill::{
     AttnMaskParamsGpu, AttnParamsGpu, FlashAttnPrefillParams,
 };
-use crate::runtime::registry::KernelRegistry;
+use crate::compat::registry::KernelRegistry;
 
 /// Query rows of a threadgroup.
 pub const NQPSG_D512: u32 = 8;

@@ -4,12 +4,12 @@ use crate::attention::{Role, Visibility};
 use crate::backend::command::{FillMask, Slot, Task, Work};
 use crate::backend::metal::bindings::names;
 use crate::backend::metal::sources;
+use crate::compat::registry::KernelRegistry;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
 use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
-use crate::runtime::registry::KernelRegistry;
 
 /// Text of the mask-fill and tile-class kernels.
 pub static FLASH_ATTN_PREFILL_MASK_SHADER_SOURCE: &str = sources::MASK_TEXT;

@@ -19,16 +19,17 @@
 //! without a mask or of another tile. Nothing is encoded then.
 
 use crate::attention::{Layout, MaskSpec, Problem, QueryOffset, Shape};
+use crate::backend::command::Hint;
 pub use crate::backend::metal::params::{AttnMaskParamsGpu, AttnParamsGpu};
-use crate::backend::metal::plan::{self, PlanOptions};
+use crate::backend::metal::plan;
 use crate::backend::metal::sources;
 use crate::backend::metal::table::{self, MaskKind, Variant};
+use crate::compat::registry::KernelRegistry;
 use crate::error::{MlxError, Result};
-use crate::ops::{Operands, check_buffer};
+use crate::ops::{self, Operands, check_buffer};
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
 use crate::runtime::encoder::CommandEncoder;
-use crate::runtime::registry::KernelRegistry;
 
 mod names;
 use names::*;
@@ -127,11 +128,11 @@ impl SeedCall<'_> {
             tile_classes: self.blk,
             ..Operands::new(self.q, self.k, self.v, self.out)
         };
-        let options = PlanOptions {
-            nsg: self.nsg,
-            variant: Some(variant),
+        let hint = Hint {
+            kernel: Some(variant.kernel),
+            simdgroups: self.nsg,
         };
-        match super::encode(encoder, &problem, &operands, options)? {
+        match ops::encode(encoder, &problem, &operands, hint)? {
             Some(planned) => registry.note(device.metal_device(), &planned),
             None => Ok(()),
         }
@@ -202,19 +203,19 @@ macro_rules! dispatchers {
         pub fn $name(
             encoder: &mut $crate::runtime::encoder::CommandEncoder,
             device: &$crate::runtime::device::MlxDevice,
-            registry: &mut $crate::runtime::registry::KernelRegistry,
+            registry: &mut $crate::compat::registry::KernelRegistry,
             q: &$crate::runtime::buffer::MlxBuffer,
             k: &$crate::runtime::buffer::MlxBuffer,
             v: &$crate::runtime::buffer::MlxBuffer,
             mask: Option<&$crate::runtime::buffer::MlxBuffer>,
             $($blk: Option<&$crate::runtime::buffer::MlxBuffer>,)?
             out: &$crate::runtime::buffer::MlxBuffer,
-            params: &$crate::ops::flash_attn_prefill::FlashAttnPrefillParams,
-            $($layout: $crate::ops::flash_attn_prefill::FlashAttnPrefillLayout,)?
+            params: &$crate::compat::flash_attn_prefill::FlashAttnPrefillParams,
+            $($layout: $crate::compat::flash_attn_prefill::FlashAttnPrefillLayout,)?
             $($nsg: u32,)?
         ) -> $crate::error::Result<()> {
             #[allow(unused_mut, unused_assignments)]
-            let mut call = $crate::ops::flash_attn_prefill::SeedCall {
+            let mut call = $crate::compat::flash_attn_prefill::SeedCall {
                 kernel: $kernel,
                 q,
                 k,
