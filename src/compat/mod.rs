@@ -6,6 +6,7 @@ mod args;
 mod decode;
 mod encoder;
 mod params;
+mod prefill;
 mod raw;
 
 pub mod encode_helpers;
