@@ -50,7 +50,9 @@ pub mod abi {
         pub use crate::backend::metal::params::{
             AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu,
         };
-        pub use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
+        pub use crate::backend::shared_params::{
+            BlkParamsGpu, BlockFillParamsGpu, MaskFillParamsGpu, VecParamsGpu,
+        };
     }
 }
 pub mod attention;

@@ -131,6 +131,28 @@ impl CommandEncoder {
         self.encode_threadgroups(pipeline, buffers, threadgroups, threadgroup_size);
     }
 
+    /// The same as [`Self::encode_threadgroups_with_shared`]; `reads` and `writes` as for
+    /// [`Self::dispatch_tracked_threadgroups`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn dispatch_tracked_threadgroups_with_shared(
+        &mut self,
+        pipeline: &Pipeline,
+        buffers: &[(u64, &MlxBuffer)],
+        threadgroup_mem: &[(u64, u64)],
+        _reads: &[&MlxBuffer],
+        _writes: &[&MlxBuffer],
+        threadgroups: MTLSize,
+        threadgroup_size: MTLSize,
+    ) {
+        self.encode_threadgroups_with_shared(
+            pipeline,
+            buffers,
+            threadgroup_mem,
+            threadgroups,
+            threadgroup_size,
+        );
+    }
+
     /// The same as [`Self::encode_threadgroups_with_args`]; `reads` and `writes` as for
     /// [`Self::dispatch_tracked_threadgroups`].
     pub fn dispatch_tracked_threadgroups_with_args(

@@ -85,14 +85,25 @@ pub mod constant {
 pub mod names {
     /// Fills a bf16 mask.
     pub const MASK_FILL: &str = "flash_attn_prefill_mask_fill_bf16";
+    /// Fills an f16 mask.
+    pub const MASK_FILL_F16: &str = "flash_attn_prefill_mask_fill_f16";
+    /// Fills a bf16 mask of several sequences.
+    pub const MASK_FILL_BLOCKS: &str = "flash_attn_prefill_mask_fill_blockdiag_bf16";
     /// Classifies tiles of a bf16 mask.
     pub const BLK: &str = "flash_attn_prefill_blk_bf16";
+    /// Classifies tiles of an f16 mask.
+    pub const BLK_F16: &str = "flash_attn_prefill_blk_f16";
     /// Decode: one partial result for each of 32 key splits; K and V in f32.
     pub const VEC_F32: &str = "flash_attn_vec_f32";
     /// Decode: as [`VEC_F32`], K and V in f16.
     pub const VEC_F16: &str = "flash_attn_vec_f16kv";
     /// Decode: joins the partial results.
     pub const VEC_REDUCE: &str = "flash_attn_vec_reduce";
+
+    /// The mask fills and the tile classes.
+    pub(crate) const MASKS: [&str; 5] = [MASK_FILL, MASK_FILL_F16, MASK_FILL_BLOCKS, BLK, BLK_F16];
+    /// The decode kernels.
+    pub(crate) const DECODE: [&str; 3] = [VEC_F32, VEC_F16, VEC_REDUCE];
 }
 
 /// Buffer indices of the mask-fill, tile-class and decode kernels.
@@ -101,6 +112,14 @@ pub mod other {
     pub const FILL_OUT: usize = 0;
     /// Mask fill: [`crate::abi::params::MaskFillParamsGpu`].
     pub const FILL_PARAMS: usize = 1;
+    /// Block-diagonal mask fill: the mask.
+    pub const BLOCKS_OUT: usize = 0;
+    /// Block-diagonal mask fill: [`crate::abi::params::BlockFillParamsGpu`].
+    pub const BLOCKS_PARAMS: usize = 1;
+    /// Block-diagonal mask fill: each token's sequence, `u32[T]`.
+    pub const BLOCKS_IDS: usize = 2;
+    /// Block-diagonal mask fill: each token's position in its sequence, `u32[T]`.
+    pub const BLOCKS_POSITIONS: usize = 3;
     /// Tile classes: the mask.
     pub const BLK_MASK: usize = 0;
     /// Tile classes: the classes.
@@ -128,8 +147,9 @@ pub mod other {
 /// How `kernel` uses its buffers.
 pub fn accesses(kernel: &str) -> Accesses {
     let written: &[usize] = match kernel {
-        names::MASK_FILL => &[other::FILL_OUT],
-        names::BLK => &[other::BLK_OUT],
+        names::MASK_FILL | names::MASK_FILL_F16 => &[other::FILL_OUT],
+        names::MASK_FILL_BLOCKS => &[other::BLOCKS_OUT],
+        names::BLK | names::BLK_F16 => &[other::BLK_OUT],
         names::VEC_F32 | names::VEC_F16 => &[other::VEC_TMP],
         names::VEC_REDUCE => &[other::REDUCE_OUT],
         _ if super::table::by_name(kernel).is_some() => {
