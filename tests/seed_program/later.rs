@@ -358,6 +358,55 @@ fn masks_in_f16_say_what_masks_in_bf16_say() -> Result<()> {
 }
 
 #[test]
+fn a_tile_of_an_f16_mask_is_classed_by_its_values() -> Result<()> {
+    // The largest finite biases are no -inf, and their bits are those of masked cells in bf16.
+    let values = [f32::NEG_INFINITY, 0.0, -0.0, -65_504.0, 0.5, f32::NAN];
+    let (rows, keys) = (40, 128);
+    for device in common::devices() {
+        for (bq, bk) in [(32, 16), (8, 64), (4, 2)] {
+            // Each tile has one value, and every fourth a cell of another.
+            let cell = |c: usize| {
+                let (row, key) = (c / keys, c % keys);
+                let tile = row / bq * (keys / bk) + key / bk;
+                let odd = tile % 4 == 3 && row % bq == 1 && key % bk == bk - 1;
+                values[(tile + usize::from(odd)) % values.len()]
+            };
+            let cells: Vec<f32> = (0..rows * keys).map(cell).collect();
+            let mask = common::upload(&device, &cells, DType::F16, &[rows, keys]);
+            let tiles = BlkParams {
+                seq_len_q: rows as u32,
+                seq_len_k: keys as u32,
+                bq: bq as u32,
+                bk: bk as u32,
+            };
+            let mut program = Program::new(&device);
+            let blk = classified(&mut program, &mask, DType::F16, &tiles)?;
+            program.encoder.commit_and_wait()?;
+            let classes = common::bytes(&blk);
+            let across = keys / bk;
+            for tile in 0..rows.div_ceil(bq) * across {
+                let (row0, key0) = (tile / across * bq, tile % across * bk);
+                let of_tile = |(c, _): &(usize, &f32)| {
+                    (row0..row0 + bq).contains(&(c / keys))
+                        && (key0..key0 + bk).contains(&(c % keys))
+                };
+                let inside = || cells.iter().enumerate().filter(of_tile).map(|(_, x)| *x);
+                let want = if inside().all(|x| x <= -1.0e30) {
+                    0
+                } else if inside().all(|x| x == 0.0) {
+                    2
+                } else {
+                    1
+                };
+                let what = format!("tile {tile} of {bq}x{bk} on {}", device.kind());
+                assert_eq!(classes[tile], want, "{what}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn a_token_sees_the_window_of_its_own_sequence() -> Result<()> {
     // Three sequences, their tokens not in order, and a position past 2^31.
     let ids: Vec<u32> = (0..45).map(|t| [7, 0, u32::MAX][t % 3]).collect();
