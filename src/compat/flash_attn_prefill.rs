@@ -167,6 +167,7 @@ resumed! {
 #[cfg(all(test, mlx_flash_seed_tests))]
 mod seed_tests {
     use super::*;
+    use crate::MlxError;
 
     include!(env!("MLX_FLASH_SEED_TESTS"));
 }
