@@ -31,7 +31,8 @@ impl DecodeStep {
             kv_heads: self.kv_heads as usize,
             query_len: 1,
             key_len: self.key_len as usize,
-            head_dim: self.head_dim as usize,
+            qk_dim: self.head_dim as usize,
+            v_dim: self.head_dim as usize,
         };
         let mut builder = Problem::builder(DType::F32, shape)
             .kv_dtype(self.kv_dtype)

@@ -155,7 +155,7 @@ impl<'a> PrefillCall<'a> {
 
     fn query_strides(&self, shape: &Shape) -> Result<Strides> {
         let layout = self.layouts.queries;
-        let strides = layout.strides(shape.heads, shape.query_len, shape.head_dim);
+        let strides = layout.strides(shape.heads, shape.query_len, shape.qk_dim);
         strides
             .ok_or_else(|| MlxError::InvalidArgument(format!("Q: strides of {shape:?} overflow")))
     }

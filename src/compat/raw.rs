@@ -182,7 +182,7 @@ fn partials(args: &Args<'_>, name: &str) -> Read {
         let elements = spec.map_or(0, |spec| spec.elements);
         let dtype = spec.map_or(kv_dtype, |spec| spec.dtype);
         let buffer = args.operand(index, elements, dtype, Access::Read)?;
-        Ok((Slot::Operand(role), buffer))
+        Ok::<_, MlxError>((Slot::Operand(role), buffer))
     };
     let operands = vec![
         operand(Role::Query, other::VEC_Q)?,
@@ -321,7 +321,8 @@ fn problem(args: &Args<'_>, raw: &RawDispatch, variant: &Variant) -> Result<Prob
             kv_heads: heads / group,
             query_len: size(p.ql)?,
             key_len: size(p.kl)?,
-            head_dim: variant.head_dim,
+            qk_dim: variant.head_dim,
+            v_dim: variant.head_dim,
         };
         Problem::builder(variant.dtype, shape)
     };

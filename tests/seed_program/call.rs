@@ -144,11 +144,11 @@ pub(crate) fn params(data: &Qkv, causal: bool) -> FlashAttnPrefillParams {
     FlashAttnPrefillParams {
         n_heads: s.heads as u32,
         n_kv_heads: s.kv_heads as u32,
-        head_dim: s.head_dim as u32,
+        head_dim: s.qk_dim as u32,
         seq_len_q: s.query_len as u32,
         seq_len_k: s.key_len as u32,
         batch: s.batch as u32,
-        scale: 1.0 / (s.head_dim as f32).sqrt(),
+        scale: 1.0 / (s.qk_dim as f32).sqrt(),
         do_causal: causal,
     }
 }
