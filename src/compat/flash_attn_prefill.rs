@@ -136,10 +136,13 @@ dispatchers! {
     /// bf16, head dim 64, additive bf16 mask, in either layout.
     dispatch_flash_attn_prefill_bf16_d64("flash_attn_prefill_bf16_d64", layout: layout);
     /// bf16, head dim 64, bool mask, in either layout.
+    /// `mlx-native` has no dispatcher of this kernel: the name is this crate's own.
     dispatch_flash_attn_prefill_bf16_d64_boolmask("flash_attn_prefill_bf16_d64_boolmask", layout: layout);
     /// f16, head dim 64, additive f16 mask, in either layout.
+    /// `mlx-native` has no dispatcher of this kernel: the name is this crate's own.
     dispatch_flash_attn_prefill_f16_d64("flash_attn_prefill_f16_d64", layout: layout);
     /// f16, head dim 64, bool mask, in either layout.
+    /// `mlx-native` has no dispatcher of this kernel: the name is this crate's own.
     dispatch_flash_attn_prefill_f16_d64_boolmask("flash_attn_prefill_f16_d64_boolmask", layout: layout);
     /// bf16, head dim 256, additive bf16 mask.
     dispatch_flash_attn_prefill_bf16_d256("flash_attn_prefill_bf16_d256");
@@ -147,12 +150,16 @@ dispatchers! {
     /// without them where masked cells are -inf, and masked tiles cost nothing.
     dispatch_flash_attn_prefill_bf16_d256_with_blk("flash_attn_prefill_bf16_d256", blk: blk);
     /// bf16, head dim 256, bool mask.
+    /// `mlx-native` has no dispatcher of this kernel: the name is this crate's own.
     dispatch_flash_attn_prefill_bf16_d256_boolmask("flash_attn_prefill_bf16_d256_boolmask");
     /// f16, head dim 256, additive f16 mask.
+    /// `mlx-native` has no dispatcher of this kernel: the name is this crate's own.
     dispatch_flash_attn_prefill_f16_d256("flash_attn_prefill_f16_d256");
     /// f16, head dim 256, additive f16 mask with the classes of its 32x16 tiles.
+    /// A name of version 0.15.16.
     dispatch_flash_attn_prefill_f16_d256_with_blk("flash_attn_prefill_f16_d256", blk: blk);
     /// f16, head dim 256, bool mask.
+    /// `mlx-native` has no dispatcher of this kernel: the name is this crate's own.
     dispatch_flash_attn_prefill_f16_d256_boolmask("flash_attn_prefill_f16_d256_boolmask");
 }
 

@@ -65,14 +65,19 @@ dispatchers! {
     /// bf16, additive bf16 mask with the classes of its 8x64 tiles, with 4 or 8 simdgroups.
     dispatch_flash_attn_prefill_bf16_d512_with_nsg_and_blk("flash_attn_prefill_llamacpp_bf16_d512", blk: blk, nsg: nsg);
     /// bf16, bool mask.
+    /// `mlx-native` has no dispatcher of this kernel: the name is this crate's own.
     dispatch_flash_attn_prefill_bf16_d512_boolmask("flash_attn_prefill_llamacpp_bf16_d512_boolmask");
     /// f16, additive f16 mask.
+    /// `mlx-native` has no dispatcher of this kernel: the name is this crate's own.
     dispatch_flash_attn_prefill_f16_d512("flash_attn_prefill_llamacpp_f16_d512");
     /// f16, additive f16 mask with the classes of its 8x64 tiles.
+    /// A name of version 0.15.16.
     dispatch_flash_attn_prefill_f16_d512_with_blk("flash_attn_prefill_llamacpp_f16_d512", blk: blk);
     /// f16, additive f16 mask with the classes of its 8x64 tiles, with 4 or 8 simdgroups.
+    /// A name of version 0.15.16.
     dispatch_flash_attn_prefill_f16_d512_with_nsg_and_blk("flash_attn_prefill_llamacpp_f16_d512", blk: blk, nsg: nsg);
     /// f16, bool mask.
+    /// `mlx-native` has no dispatcher of this kernel: the name is this crate's own.
     dispatch_flash_attn_prefill_f16_d512_boolmask("flash_attn_prefill_llamacpp_f16_d512_boolmask");
 }
 

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use mlx_flash_attn as mlx_native;
 use mlx_native::ops::flash_attn_prefill::{
     FlashAttnPrefillResumeParams, dispatch_flash_attn_prefill_bf16_d256_resume,
-    dispatch_flash_attn_prefill_f16_d256_resume,
+    dispatch_flash_attn_prefill_f16_d256_resume, dispatch_flash_attn_prefill_f16_d256_with_blk,
 };
 use mlx_native::ops::flash_attn_prefill_blk::{
     BlkParams, K_BLK_F16, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
@@ -19,6 +19,7 @@ use mlx_native::ops::flash_attn_prefill_d512::{
     dispatch_flash_attn_prefill_bf16_d512_with_sinks, dispatch_flash_attn_prefill_f16_d512_resume,
     dispatch_flash_attn_prefill_f16_d512_with_blk,
     dispatch_flash_attn_prefill_f16_d512_with_blk_and_sinks,
+    dispatch_flash_attn_prefill_f16_d512_with_nsg_and_blk,
     dispatch_flash_attn_prefill_f16_d512_with_sinks,
 };
 use mlx_native::ops::flash_attn_prefill_mask::{
@@ -29,6 +30,7 @@ use mlx_native::{DType, KernelRegistry, MlxBuffer, MlxDevice, MlxError, Result};
 
 use crate::call::{Call, Dispatcher, Encoder, Mask, Program, params, swapped};
 use crate::common::{self, Plain, Qkv, assert_close, seen, shape};
+use crate::kernels::Form;
 
 type Resume = fn(
     &mut Encoder,
@@ -148,7 +150,7 @@ fn sinks(heads: usize) -> Vec<f32> {
 
 #[test]
 fn sinks_join_the_denominator_of_their_head() -> Result<()> {
-    use Dispatcher::{MaskBlk, MaskBlkSinks, MaskSinks};
+    use Dispatcher::{MaskBlkSinks, MaskSinks};
     let (bf16, f16) = (DType::BF16, DType::F16);
     let any = &[Mask::None, Mask::Plane, Mask::PerBatch, Mask::PerHead][..];
     let plane = &[Mask::Plane][..];
@@ -183,12 +185,6 @@ fn sinks_join_the_denominator_of_their_head() -> Result<()> {
             false,
             MaskBlkSinks(dispatch_flash_attn_prefill_f16_d512_with_blk_and_sinks),
         ),
-        (
-            f16,
-            plane,
-            false,
-            MaskBlk(dispatch_flash_attn_prefill_f16_d512_with_blk),
-        ),
     ];
     let (heads, ql, kl, dim) = (4, 19, 70, 512);
     for device in common::devices() {
@@ -217,7 +213,7 @@ fn sinks_join_the_denominator_of_their_head() -> Result<()> {
                 program.encoder.commit_and_wait()?;
                 let visible = |h, i, j| seen(mask.shows(heads, h, i, j) && (!causal || j <= i));
                 let want = data.plain(&Plain {
-                    sinks: (!matches!(dispatcher, MaskBlk(_))).then_some(&logits[..]),
+                    sinks: Some(&logits),
                     ..Plain::new(&visible)
                 });
                 let want: Vec<f32> = want.iter().map(|x| *x as f32).collect();
@@ -252,6 +248,33 @@ fn classified(
     let (encoder, registry) = (&mut program.encoder, &mut program.registry);
     dispatch(encoder, program.device, registry, mask, &blk, tiles)?;
     Ok(blk)
+}
+
+#[test]
+fn f16_prefill_takes_the_classes_of_its_mask() {
+    use Dispatcher::{MaskBlk, MaskBlkNsg};
+    let with_nsg = dispatch_flash_attn_prefill_f16_d512_with_nsg_and_blk;
+    let table = [
+        (256, MaskBlk(dispatch_flash_attn_prefill_f16_d256_with_blk)),
+        (512, MaskBlk(dispatch_flash_attn_prefill_f16_d512_with_blk)),
+        (512, MaskBlkNsg(with_nsg, 4)),
+        (512, MaskBlkNsg(with_nsg, 8)),
+    ];
+    for (row, (dim, dispatcher)) in table.into_iter().enumerate() {
+        let form = Form {
+            masks: &[Mask::None, Mask::Plane],
+            ..Form::head_major(DType::F16, dim)
+        };
+        form.check(&format!("row {row}, d{dim}"), &|program, call| {
+            let tiles = common::tiles(call.params.seq_len_q, call.params.seq_len_k, dim as u32);
+            let blk = call
+                .mask
+                .map(|mask| classified(program, mask, DType::F16, &tiles));
+            let blk = blk.transpose()?;
+            let blk = blk.as_ref();
+            program.prefill(dispatcher, &Call { blk, ..*call })
+        });
+    }
 }
 
 #[test]
@@ -384,7 +407,7 @@ fn a_tile_of_an_f16_mask_is_classed_by_its_values() -> Result<()> {
             program.encoder.commit_and_wait()?;
             let classes = common::bytes(&blk);
             let across = keys / bk;
-            for tile in 0..rows.div_ceil(bq) * across {
+            for (tile, class) in classes[..rows.div_ceil(bq) * across].iter().enumerate() {
                 let (row0, key0) = (tile / across * bq, tile % across * bk);
                 let of_tile = |(c, _): &(usize, &f32)| {
                     (row0..row0 + bq).contains(&(c / keys))
@@ -399,7 +422,7 @@ fn a_tile_of_an_f16_mask_is_classed_by_its_values() -> Result<()> {
                     1
                 };
                 let what = format!("tile {tile} of {bq}x{bk} on {}", device.kind());
-                assert_eq!(classes[tile], want, "{what}");
+                assert_eq!(*class, want, "{what}");
             }
         }
     }
