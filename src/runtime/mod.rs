@@ -1,5 +1,5 @@
-//! What a GPU program holds: a device, buffers, an encoder, the same on every device. The
-//! registry of kernels is `mlx-native`'s.
+//! What a GPU program holds: a device, buffers, an encoder, the same on every device. The [`registry`] of
+//! kernels is part of the API of `mlx-native`.
 
 pub mod buffer;
 pub mod capture;
