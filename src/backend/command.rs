@@ -9,7 +9,7 @@ use half::{bf16, f16};
 
 use super::memory::Memory;
 use crate::attention::Tile;
-use crate::attention::mask::Visibility;
+use crate::attention::Visibility;
 use crate::attention::{Problem, Role};
 use crate::backend::access::Access;
 use crate::dtype::DType;

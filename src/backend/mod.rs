@@ -2,11 +2,11 @@
 //! knows only this seam and the pure attention core.
 
 use std::any::Any;
-use std::fmt;
 use std::sync::Arc;
 
 use self::command::{Span, Task, Work};
 pub(crate) use self::kernel::{Arg, Constants, Dispatch, Kernel, Limits};
+pub use self::kind::DeviceKind;
 pub(crate) use self::memory::Memory;
 use crate::attention::Problem;
 use crate::dtype::DType;
@@ -23,50 +23,11 @@ pub(crate) mod emulator;
 pub(crate) mod gpu_struct;
 pub(crate) mod host_memory;
 pub(crate) mod kernel;
+pub(crate) mod kind;
 pub(crate) mod memory;
 pub(crate) mod metal;
 pub(crate) mod open;
 pub(crate) mod shared_params;
-
-/// Kinds of device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum DeviceKind {
-    /// This machine's processors.
-    Cpu,
-    /// An Apple GPU.
-    Metal,
-    /// An NVIDIA GPU.
-    Cuda,
-    /// The Metal kernels, run on this machine's processors.
-    Emulator,
-}
-
-impl DeviceKind {
-    /// Every kind.
-    pub const ALL: [DeviceKind; 4] = [Self::Cpu, Self::Metal, Self::Cuda, Self::Emulator];
-
-    /// Name as `MLX_FLASH_DEVICE` takes it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Cpu => "cpu",
-            Self::Metal => "metal",
-            Self::Cuda => "cuda",
-            Self::Emulator => "emulator",
-        }
-    }
-
-    /// Finds a kind by name.
-    pub fn by_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.name() == name)
-    }
-}
-
-impl fmt::Display for DeviceKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
 
 /// One step of a command: tasks between two barriers do not depend on each other.
 #[derive(Debug, Clone)]

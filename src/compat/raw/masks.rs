@@ -1,8 +1,7 @@
 //! Dispatches of the mask fills and the tile classes, read back into work.
 
 use super::{Read, overflow};
-use crate::attention::mask::Visibility;
-use crate::attention::{Role, Tile};
+use crate::attention::{Role, Tile, Visibility};
 use crate::backend::access::Access;
 use crate::backend::command::{ClassifyTiles, FillBlocks, FillMask, Slot, Work};
 use crate::backend::metal::bindings::{constant, other};
