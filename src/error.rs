@@ -129,10 +129,11 @@ impl MlxError {
         (!name.contains(' ')).then_some(name)
     }
 
-    /// Whether the same call may succeed later: memory that was short may be free then. Everything else
-    /// is wrong with the call or the machine.
+    /// Whether the error is a `CommandBufferError`, as `mlx-native` has it: the same command may run another
+    /// time. A raw dispatch whose params and bindings do not fit each other is reported under that variant,
+    /// too, and will be refused again. [`Self::cause`] tells memory that is short.
     pub fn is_transient(&self) -> bool {
-        self.cause() == Cause::OutOfMemory
+        matches!(self, Self::CommandBufferError(_))
     }
 
     /// The usual shape of a refusal: which operand, what was expected, what was given.
@@ -170,11 +171,11 @@ mod tests {
     }
 
     #[test]
-    fn only_memory_that_is_short_may_be_free_later() {
-        assert!(MlxError::BufferAllocationError { bytes: 1 }.is_transient());
+    fn only_a_command_that_failed_may_run_later() {
+        assert!(MlxError::CommandBufferError(String::new()).is_transient());
         for error in [
             MlxError::DeviceNotFound,
-            MlxError::CommandBufferError(String::new()),
+            MlxError::BufferAllocationError { bytes: 1 },
             MlxError::InvalidArgument(String::new()),
             MlxError::KernelNotFound(String::new()),
         ] {

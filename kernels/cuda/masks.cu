@@ -1,4 +1,14 @@
-// The mask fill and the tile classes.
+// The mask fills and the tile classes, of f16 masks where MASK_F16 is 1, else of bf16 masks.
+
+#if MASK_F16
+#define HIDDEN 0xfc00 // -infinity
+#define TO_F32 f16_to_f32
+#define MAX_PAIR "max.NaN.f16x2"
+#else
+#define HIDDEN 0xff80
+#define TO_F32 bf16_to_f32
+#define MAX_PAIR "max.NaN.bf16x2"
+#endif
 
 // A block a row: 0 where the key is visible, -infinity where it is not.
 extern "C" __global__ void __launch_bounds__(256) fill(u16* mask, const MaskFillParams p) {
@@ -6,19 +16,32 @@ extern "C" __global__ void __launch_bounds__(256) fill(u16* mask, const MaskFill
     u16* cells = mask + row * p.seq_len_k;
     for (i64 key = threadIdx.x; key < p.seq_len_k; key += 256) {
         const bool hidden = (p.causal != 0 && key > position) || (p.window != 0 && position - key >= p.window);
-        cells[key] = hidden ? 0xff80 : 0;
+        cells[key] = hidden ? HIDDEN : 0;
+    }
+}
+
+// The same for tokens of several sequences: a row sees keys of its own sequence alone, by their positions
+// in it.
+extern "C" __global__ void __launch_bounds__(256) fill_blocks(u16* mask, const u32* ids, const u32* positions, const BlockFillParams p) {
+    const i64 row = blockIdx.x, position = positions[row];
+    const u32 id = ids[row];
+    u16* cells = mask + row * p.len;
+    for (i64 key = threadIdx.x; key < p.len; key += 256) {
+        const i64 ahead = position - i64(positions[key]);
+        const bool hidden = ids[key] != id || (p.causal != 0 && ahead < 0) || (p.window != 0 && ahead >= p.window);
+        cells[key] = hidden ? HIDDEN : 0;
     }
 }
 
 // What the cells of a tile have in common, taken two at a time.
 struct Cells {
-    u32 most = 0xff80ff80; // the largest of the cells in even and in odd places, NaN once there is one
+    u32 most = HIDDEN * 0x10001u; // the largest of the cells in even and in odd places, NaN once there is one
     u32 bits = 0;          // that any cell has set
     DEV_MEMBER void add(u32 pair) {
-        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(most) : "r"(pair));
+        asm(MAX_PAIR " %0, %0, %1;" : "+r"(most) : "r"(pair));
         bits |= pair;
     }
-    DEV_MEMBER bool masked() const { return bf16_to_f32(most & 0xffff) <= -1.0e30f && bf16_to_f32(most >> 16) <= -1.0e30f; }
+    DEV_MEMBER bool masked() const { return TO_F32(most & 0xffff) <= -1.0e30f && TO_F32(most >> 16) <= -1.0e30f; }
     DEV_MEMBER bool zero() const { return (bits & 0x7fff7fff) == 0; }
 };
 

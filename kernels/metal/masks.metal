@@ -1,25 +1,51 @@
-// The mask fill and the tile classes.
+// The mask fills and the tile classes.
 
 // One threadgroup a row: 0 where the key is visible, -infinity where it is not.
-[[kernel]] void flash_attn_prefill_mask_fill_bf16(
-    device bfloat* mask [[buffer(0)]],
+template <typename T>
+[[kernel]] void fill(
+    device T* mask [[buffer(0)]],
     constant MaskFillParams& p [[buffer(1)]],
     uint row [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort threads [[threads_per_threadgroup]]) {
     const long position = long(row) + long(p.q_abs_offset);
-    device bfloat* cells = mask + ulong(row) * ulong(p.seq_len_k);
+    device T* cells = mask + ulong(row) * ulong(p.seq_len_k);
     for (long key = thread_index; key < long(p.seq_len_k); key += threads) {
         const bool hidden = (p.causal != 0 && key > position)
             || (p.window != 0 && position - key >= long(p.window));
+        cells[key] = hidden ? T(-INFINITY) : T(0.0f);
+    }
+}
+
+template [[host_name("flash_attn_prefill_mask_fill_bf16")]] [[kernel]] decltype(fill<bfloat>) fill<bfloat>;
+template [[host_name("flash_attn_prefill_mask_fill_f16")]] [[kernel]] decltype(fill<half>) fill<half>;
+
+// The same for tokens of several sequences: a row sees keys of its own sequence alone, by their positions
+// in it.
+[[kernel]] void flash_attn_prefill_mask_fill_blockdiag_bf16(
+    device bfloat* mask [[buffer(0)]],
+    constant BlockFillParams& p [[buffer(1)]],
+    device const uint* ids [[buffer(2)]],
+    device const uint* positions [[buffer(3)]],
+    uint row [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort threads [[threads_per_threadgroup]]) {
+    const uint id = ids[row];
+    const long position = long(positions[row]);
+    device bfloat* cells = mask + ulong(row) * ulong(p.len);
+    for (long key = thread_index; key < long(p.len); key += threads) {
+        const long ahead = position - long(positions[key]);
+        const bool hidden = ids[key] != id || (p.causal != 0 && ahead < 0)
+            || (p.window != 0 && ahead >= long(p.window));
         cells[key] = hidden ? bfloat(-INFINITY) : bfloat(0.0f);
     }
 }
 
 // One simdgroup a tile. The first rule that fits: past the keys: 0; reaching past them: 1; all
 // masked: 0; all zero: 2; else 1. Rows past the last do not count.
-[[kernel]] void flash_attn_prefill_blk_bf16(
-    device const bfloat* mask [[buffer(0)]],
+template <typename T>
+[[kernel]] void classify(
+    device const T* mask [[buffer(0)]],
     device uchar* classes [[buffer(1)]],
     constant BlkParams& p [[buffer(2)]],
     uint3 tile [[threadgroup_position_in_grid]],
@@ -42,3 +68,6 @@
         classes[ulong(tile.y) * ulong(p.nk) + ulong(tile.x)] = !whole ? 1 : masked ? 0 : zero ? 2 : 1;
     }
 }
+
+template [[host_name("flash_attn_prefill_blk_bf16")]] [[kernel]] decltype(classify<bfloat>) classify<bfloat>;
+template [[host_name("flash_attn_prefill_blk_f16")]] [[kernel]] decltype(classify<half>) classify<half>;

@@ -9,17 +9,16 @@ use bytemuck::Pod;
 
 use super::buffer::MlxBuffer;
 use crate::attention::Problem;
-use crate::backend::command::{Planned, Work};
+use crate::backend::command::{Hint, Planned, Work};
 use crate::backend::cpu::{Cpu, CpuOptions};
 use crate::backend::devices::{self, BY_DEFAULT};
 #[cfg(feature = "emulator")]
 use crate::backend::emulator::{Emulator, EmulatorOptions};
-use crate::backend::metal::plan::PlanOptions;
 use crate::backend::{Backend, DeviceKind};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result, Unsupported};
 
-/// An opaque reference to a device, for [`super::registry::KernelRegistry`].
+/// An opaque reference to a device, for [`KernelRegistry`](crate::KernelRegistry).
 #[derive(Clone)]
 pub struct DeviceHandle {
     pub(crate) backend: Arc<dyn Backend>,
@@ -37,7 +36,7 @@ impl DeviceHandle {
     /// Has the device prepare some work, or gives what it prepared for the same attention before.
     pub(crate) fn plan(&self, work: Work) -> Result<Arc<Planned>> {
         match &work {
-            Work::Attention(problem, options) => self.plan_attention(problem, *options),
+            Work::Attention(problem, hint) => self.plan_attention(problem, *hint),
             _ => self.prepare(work),
         }
     }
@@ -55,21 +54,17 @@ impl DeviceHandle {
     }
 
     /// As [`Self::plan`] for attention; the problem is copied where it is new.
-    pub(crate) fn plan_attention(
-        &self,
-        problem: &Problem,
-        options: PlanOptions,
-    ) -> Result<Arc<Planned>> {
+    pub(crate) fn plan_attention(&self, problem: &Problem, hint: Hint) -> Result<Arc<Planned>> {
         let remembered = || self.planned.lock().unwrap_or_else(PoisonError::into_inner);
         let same = |planned: &&Arc<Planned>| match &planned.work {
-            Work::Attention(p, o) => *o == options && **p == *problem,
+            Work::Attention(p, h) => *h == hint && **p == *problem,
             _ => false,
         };
         if let Some(found) = remembered().iter().find(same) {
             return Ok(Arc::clone(found));
         }
         // The lock is not held meanwhile: the device may compile a kernel.
-        let planned = self.prepare(Work::Attention(Arc::new(problem.clone()), options))?;
+        let planned = self.prepare(Work::Attention(Arc::new(problem.clone()), hint))?;
         let mut remembered = remembered();
         remembered.truncate(REMEMBERED - 1);
         remembered.push_front(Arc::clone(&planned));
@@ -176,7 +171,7 @@ impl MlxDevice {
         self.0.backend.measured_peak(dtype)
     }
 
-    /// A reference that [`super::registry::KernelRegistry`] takes; callers only pass it on.
+    /// A reference that [`KernelRegistry`](crate::KernelRegistry) takes; callers only pass it on.
     pub fn metal_device(&self) -> &DeviceHandle {
         &self.0
     }

@@ -10,14 +10,18 @@ use msl_emulator::{CompileOptions, Library};
 use super::EmulatorOptions;
 use crate::attention::Tile;
 use crate::attention::{MaskSpec, Problem, QueryOffset, Role, Shape};
+use crate::backend::command::Hint;
 use crate::backend::metal::bindings::names;
-use crate::backend::metal::plan::{Plan, PlanArg, PlanOptions};
+use crate::backend::metal::plan::{Plan, PlanArg};
 use crate::backend::metal::sources;
 use crate::backend::metal::table::{self, MaskKind, Variant};
 use crate::ops::flash_attn_prefill_blk::{
     BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
+    dispatch_flash_attn_prefill_blk_f16,
 };
-use crate::ops::flash_attn_prefill_mask::{SdpaMaskParams, build_sdpa_mask_bf16};
+use crate::ops::flash_attn_prefill_mask::{
+    SdpaMaskParams, build_block_diagonal_sdpa_mask_bf16, build_sdpa_mask_bf16, build_sdpa_mask_f16,
+};
 use crate::ops::flash_attn_vec::{FlashAttnVecParams, flash_attn_vec, tmp_buffer_bytes};
 use crate::ops::{self, Operands};
 use crate::{DType, KernelArg, KernelRegistry, MTLSize, MlxBuffer, MlxDevice, Result};
@@ -174,15 +178,15 @@ impl Prefill {
             operands.alibi_slopes = Some(&one);
             operands.lse = Some(&lse);
         }
-        let options = PlanOptions {
-            nsg: self.nsg,
-            variant: Some(variant),
+        let hint = Hint {
+            kernel: Some(variant.kernel),
+            simdgroups: self.nsg,
         };
         let problem = builder.build()?;
         if self.foreign {
-            dispatch(&mut encoder, device, registry, &problem, &operands, options)?;
+            dispatch(&mut encoder, device, registry, &problem, &operands, hint)?;
         } else {
-            ops::encode(&mut encoder, &problem, &operands, options)?;
+            ops::encode(&mut encoder, &problem, &operands, hint)?;
         }
         encoder.commit_and_wait()?;
         let mut bits = out.as_slice::<u8>()?.to_vec();
@@ -200,9 +204,9 @@ fn dispatch(
     registry: &mut KernelRegistry,
     problem: &Problem,
     operands: &Operands<'_>,
-    options: PlanOptions,
+    hint: Hint,
 ) -> Result<()> {
-    let plan = Plan::new(problem, options)?;
+    let plan = Plan::new(problem, hint)?;
     let args: Vec<_> = plan
         .args
         .iter()
@@ -239,11 +243,15 @@ fn classify(
         bk: tile.bk as u32,
     };
     let classes = alloc_blk_buffer(device, &params)?;
-    dispatch_flash_attn_prefill_blk(encoder, device, registry, mask, &classes, &params)?;
+    let dispatch = match mask.dtype() {
+        DType::F16 => dispatch_flash_attn_prefill_blk_f16,
+        _ => dispatch_flash_attn_prefill_blk,
+    };
+    dispatch(encoder, device, registry, mask, &classes, &params)?;
     Ok(classes)
 }
 
-/// The bits of a mask and of its tile classes.
+/// The bits of masks in bf16 and f16, of their tile classes, and of a mask of several sequences.
 fn masks(device: &MlxDevice, registry: &mut KernelRegistry) -> Result<Vec<u8>> {
     let mut encoder = device.command_encoder()?;
     let params = SdpaMaskParams {
@@ -256,8 +264,27 @@ fn masks(device: &MlxDevice, registry: &mut KernelRegistry) -> Result<Vec<u8>> {
     let mask = build_sdpa_mask_bf16(device, registry, &mut encoder, &params)?;
     let tile = Tile { bq: 32, bk: 16 };
     let classes = classify(&mut encoder, device, registry, &mask, (70, 75), tile)?;
+    let half = build_sdpa_mask_f16(device, registry, &mut encoder, &params)?;
+    let of_half = classify(&mut encoder, device, registry, &half, (70, 75), tile)?;
+    let [ids, positions] = [|t| t % 3, |t| t / 3].map(|of: fn(u32) -> u32| {
+        let tokens: Vec<u32> = (0..40).map(of).collect();
+        device.buffer_from_slice(&tokens, DType::U32, vec![40])
+    });
+    let (ids, positions) = (ids?, positions?);
+    let blocks = build_block_diagonal_sdpa_mask_bf16(
+        device,
+        registry,
+        &mut encoder,
+        &ids,
+        &positions,
+        40,
+        Some(5),
+        true,
+    )?;
     encoder.commit_and_wait()?;
-    Ok([mask.as_slice::<u8>()?, classes.as_slice()?].concat())
+    let written = [&mask, &classes, &half, &of_half, &blocks];
+    let bits: Result<Vec<&[u8]>> = written.into_iter().map(MlxBuffer::as_slice).collect();
+    Ok(bits?.concat())
 }
 
 /// The bits of a decode step over keys of `dtype`.
