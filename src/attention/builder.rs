@@ -304,9 +304,12 @@ impl ProblemBuilder {
             scale,
             softcap: self.softcap,
             offset,
+            offset_stated: self.offset.is_some(),
             causal: self.causal,
             window: self.window,
             window_right: self.window_right,
+            // A mask has columns for the keys that it was stated for.
+            most_keys: if self.mask.is_some() { shape.key_len } else { capacity },
             q,
             k,
             v,
@@ -342,12 +345,7 @@ impl ProblemBuilder {
             .map(lengths)
             .find(|(q, k)| q != k && *q > 0 && *k > 0);
         match unlike {
-            Some((q, k)) if position_matters => Err(MlxError::expected(
-                "query_offset",
-                "a choice where qL and kL differ: `query_offset(QueryOffset::At(0))` (top left, query 0 \
-                 at key 0) or `query_offset(QueryOffset::BottomRight)` (the last query at the last key)",
-                format!("none, with {q} queries over {k} keys"),
-            )),
+            Some((q, k)) if position_matters => Err(no_offset(q, k)),
             _ => Ok(QueryOffset::At(0)),
         }
     }
@@ -397,6 +395,16 @@ impl ProblemBuilder {
     }
 }
 
+/// The refusal of `q` queries over `k` keys without an offset, where positions matter.
+pub(super) fn no_offset(q: usize, k: usize) -> MlxError {
+    MlxError::expected(
+        "query_offset",
+        "a choice where qL and kL differ: `query_offset(QueryOffset::At(0))` (top left, query 0 \
+         at key 0) or `query_offset(QueryOffset::BottomRight)` (the last query at the last key)",
+        format!("none, with {q} queries over {k} keys"),
+    )
+}
+
 fn check_not_empty(shape: &Shape, packed: Option<&(Boundaries, Boundaries)>) -> Result<()> {
     if let Some((q, k)) = packed {
         for (name, boundaries) in [("cu_seqlens_q", q), ("cu_seqlens_k", k)] {
@@ -424,7 +432,7 @@ fn check_not_empty(shape: &Shape, packed: Option<&(Boundaries, Boundaries)>) -> 
 const MOST: usize = i32::MAX as usize;
 
 /// The same of a sequence's rows, which kernels count to the end of a tile.
-const LONGEST: usize = MOST - 1023;
+pub(super) const LONGEST: usize = MOST - 1023;
 
 fn check_shape(shape: &Shape) -> Result<()> {
     // No batch, no queries and no keys are empty work; no heads and no head dim are mistakes.

@@ -3,6 +3,7 @@
 
 mod builder;
 pub mod layout;
+mod lengths;
 pub mod mask;
 mod operand;
 pub mod oracle;

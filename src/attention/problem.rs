@@ -72,9 +72,14 @@ pub struct Problem {
     pub(super) scale: f32,
     pub(super) softcap: Option<f32>,
     pub(super) offset: QueryOffset,
+    /// Whether the builder was given the offset.
+    pub(super) offset_stated: bool,
     pub(super) causal: bool,
     pub(super) window: Option<u32>,
     pub(super) window_right: Option<u32>,
+    /// The largest count of keys that [`Problem::with_key_len`] takes: what the operands were stated to
+    /// have room for.
+    pub(super) most_keys: usize,
     pub(super) q: Strides,
     pub(super) k: Strides,
     pub(super) v: Strides,
@@ -341,6 +346,7 @@ impl Problem {
             window: None,
             window_right: None,
             softcap: None,
+            most_keys: 0,
             k: row,
             v: row,
             mask: None,

@@ -3,9 +3,10 @@
 
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
-use self::command::{Span, Task, Work};
+use self::command::{Planned, Span, Task, Work};
 use self::metal::bindings::{self, Accesses, Constants};
 use crate::attention::Problem;
 use crate::backend::access::Access;
@@ -81,6 +82,44 @@ pub(crate) trait Memory: Any + Send + Sync + fmt::Debug {
     /// As [`Self::host`], without bringing the host's view up to date: a guard lends it.
     fn host_as_it_stands(&self, access: Access) -> Result<*mut u8> {
         self.host(access)
+    }
+
+    /// Copies bytes of the host's to byte `at` and those after it.
+    ///
+    /// # Safety
+    /// `at + bytes.len()` bytes are inside the memory, and until this returns no command, no guard and no
+    /// other copy uses those that are written.
+    unsafe fn upload(&self, at: usize, bytes: &[u8]) -> Result<()> {
+        let to = self.host(Access::Write)?;
+        // SAFETY: the caller promises that the bytes are inside the memory and that nobody else uses them.
+        // `copy` takes a source that overlaps them, as memory of the caller's may.
+        unsafe { std::ptr::copy(bytes.as_ptr(), to.add(at), bytes.len()) };
+        Ok(())
+    }
+
+    /// Copies byte `at` and those after it to the host.
+    ///
+    /// # Safety
+    /// `at + into.len()` bytes are inside the memory, and until this returns no command, no guard and no
+    /// other copy writes those that are read.
+    unsafe fn download(&self, at: usize, into: &mut [u8]) -> Result<()> {
+        let from = self.host(Access::Read)?;
+        // SAFETY: the caller promises that the bytes are inside the memory and that nobody writes them.
+        unsafe { std::ptr::copy(from.add(at), into.as_mut_ptr(), into.len()) };
+        Ok(())
+    }
+
+    /// Copies bytes of memory of the same kind of device to byte `at` and those after it.
+    ///
+    /// # Safety
+    /// As for [`Self::upload`] of the bytes that are written, and for [`Self::download`] of those that are
+    /// read. The two share no byte.
+    unsafe fn copy_from(&self, at: usize, source: &dyn Memory, range: Range<usize>) -> Result<()> {
+        let (to, from) = (self.host(Access::Write)?, source.host(Access::Read)?);
+        // SAFETY: the caller promises that both ranges are inside their memory and that nobody else uses
+        // them. `copy` takes ranges that overlap, as two wrappings of one memory of the caller's may.
+        unsafe { std::ptr::copy(from.add(range.start), to.add(at), range.len()) };
+        Ok(())
     }
 
     /// Address at which the device's own kernels see the memory.
@@ -214,6 +253,9 @@ pub(crate) struct Timing {
 pub(crate) trait Pending: Send + Sync {
     /// Blocks until it has run; the same answer every time.
     fn wait(&self) -> Result<Timing>;
+
+    /// Whether it has run, so that [`Self::wait`] returns at once. Never blocks.
+    fn is_done(&self) -> bool;
 }
 
 /// A command that ran while it was submitted.
@@ -222,6 +264,10 @@ pub(crate) struct Done(pub(crate) Result<Timing>);
 impl Pending for Done {
     fn wait(&self) -> Result<Timing> {
         self.0.clone()
+    }
+
+    fn is_done(&self) -> bool {
+        true
     }
 }
 
@@ -241,6 +287,11 @@ pub(crate) trait Backend: Any + Send + Sync {
     fn supports(&self, problem: &Problem) -> Result<()>;
     /// Prepares work that it supports, for any operands.
     fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>>;
+    /// As [`Self::prepare`], for work that differs from `before` in lengths alone: what does not depend on
+    /// them may be taken from what `before` holds.
+    fn prepare_again(&self, work: &Work, _before: &Planned) -> Result<Box<dyn Any + Send + Sync>> {
+        self.prepare(work)
+    }
     /// Whether it runs the kernels' text, and so a caller's own.
     fn runs_text(&self) -> bool {
         false

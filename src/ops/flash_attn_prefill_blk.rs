@@ -134,10 +134,11 @@ pub fn dispatch_flash_attn_prefill_blk(
     };
     let task = Task {
         planned: encoder.device().plan(Work::ClassifyTiles(classify))?,
-        operands: vec![
+        operands: [
             (Slot::Operand(Role::Mask), mask.clone()),
             (Slot::Operand(Role::TileClasses), blk_out.clone()),
-        ],
+        ]
+        .into(),
     };
     encoder.task(task, CapturedOpKind::Other)
 }

@@ -80,7 +80,7 @@ pub fn build_sdpa_mask_bf16(
     };
     let task = Task {
         planned: encoder.device().plan(Work::FillMask(fill))?,
-        operands: vec![(Slot::Operand(Role::Mask), mask.clone())],
+        operands: [(Slot::Operand(Role::Mask), mask.clone())].into(),
     };
     encoder.task(task, CapturedOpKind::Other)?;
     Ok(mask)

@@ -50,6 +50,16 @@ impl DeviceHandle {
         }))
     }
 
+    /// Prepares work that differs in lengths alone from what this device prepared before.
+    pub(crate) fn plan_again(&self, before: &Planned, work: Work) -> Result<Arc<Planned>> {
+        let state = self.backend.prepare_again(&work, before)?;
+        Ok(Arc::new(Planned {
+            device: self.id,
+            work,
+            state,
+        }))
+    }
+
     /// As [`Self::plan`] for attention; the problem is copied where it is new.
     pub(crate) fn plan_attention(
         &self,

@@ -10,8 +10,11 @@ pub mod encoder;
 pub mod mem_ranges;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 pub mod metal;
+pub mod prepared;
 pub mod registry;
+pub mod submission;
 
+mod copies;
 mod guards;
 mod hazards;
 mod host;

@@ -9,7 +9,7 @@ use super::plan::{Plan, PlanArg, PlanOptions};
 use super::sources;
 use crate::attention::{Problem, Role};
 use crate::backend::command::{
-    ClassifyTiles, DecodePartials, FillMask, JoinPartials, Slot, Span, Task, Work,
+    ClassifyTiles, DecodePartials, FillMask, JoinPartials, Planned, Slot, Span, Task, Work,
 };
 use crate::backend::shared_params::VecParamsGpu;
 use crate::backend::{self, Arg, Dispatch, Kernel};
@@ -156,6 +156,26 @@ pub(crate) fn supports(problem: &Problem) -> Result<()> {
 pub(crate) struct Prepared {
     pub(crate) launch: Launch,
     pub(crate) kernel: Arc<Kernel>,
+}
+
+impl Prepared {
+    /// Prepares work with the kernel that `build` gives, or that of `before` where it is the same: of the
+    /// function constants some depend on lengths.
+    pub(crate) fn new(
+        work: &Work,
+        before: Option<&Planned>,
+        build: impl FnOnce(&Launch) -> Result<Arc<Kernel>>,
+    ) -> Result<Self> {
+        let launch = Launch::of(work)?;
+        let before = before.and_then(|planned| planned.state.downcast_ref::<Self>());
+        let kept = before.map(|before| &before.kernel);
+        let same = |k: &&Arc<Kernel>| k.name == launch.kernel && k.constants == launch.constants;
+        let kernel = match kept.filter(same) {
+            Some(kernel) => Arc::clone(kernel),
+            None => build(&launch)?,
+        };
+        Ok(Self { launch, kernel })
+    }
 }
 
 /// The dispatch of a task that a device of the Metal family prepared.
