@@ -309,7 +309,11 @@ impl ProblemBuilder {
             window: self.window,
             window_right: self.window_right,
             // A mask has columns for the keys that it was stated for.
-            most_keys: if self.mask.is_some() { shape.key_len } else { capacity },
+            most_keys: if self.mask.is_some() {
+                shape.key_len
+            } else {
+                capacity
+            },
             q,
             k,
             v,

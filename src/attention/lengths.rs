@@ -108,7 +108,11 @@ mod tests {
             |b| b.causal(true).window(4).lse(true),
         ];
         for form in forms {
-            let form = |b| form(b).key_capacity(20).query_offset(QueryOffset::BottomRight);
+            let form = |b| {
+                form(b)
+                    .key_capacity(20)
+                    .query_offset(QueryOffset::BottomRight)
+            };
             for len in [1, 2, 7, 19, 20] {
                 assert_eq!(built(5, form).with_key_len(len).unwrap(), built(len, form));
             }

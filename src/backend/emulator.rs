@@ -257,7 +257,9 @@ impl Backend for Emulator {
     }
 
     fn prepare_again(&self, work: &Work, before: &Planned) -> Result<Box<dyn Any + Send + Sync>> {
-        Ok(Box::new(Prepared::new(work, Some(before), |l| self.build_for(l))?))
+        Ok(Box::new(Prepared::new(work, Some(before), |l| {
+            self.build_for(l)
+        })?))
     }
 
     fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Arc<Kernel>> {

@@ -58,8 +58,7 @@ impl MlxBuffer {
             return Ok(());
         }
         let at = bytes.start;
-        self.storage()
-            .download(at, bytemuck::cast_slice_mut(into))
+        self.storage().download(at, bytemuck::cast_slice_mut(into))
     }
 
     /// Copies `elements` of `source` over this view's elements from `start` on; both are counted from the
@@ -81,13 +80,19 @@ impl MlxBuffer {
         if ours != theirs {
             return Err(MlxError::expected(
                 "copy_from",
-                format!("memory of the {ours} device (copies between devices go through `download`)"),
+                format!(
+                    "memory of the {ours} device (copies between devices go through `download`)"
+                ),
                 format!("memory of the {theirs} device"),
             ));
         }
         let Some(count) = elements.end.checked_sub(elements.start) else {
             let expected = "a range whose end is not before its start";
-            return Err(MlxError::expected("copy_from", expected, format!("{elements:?}")));
+            return Err(MlxError::expected(
+                "copy_from",
+                expected,
+                format!("{elements:?}"),
+            ));
         };
         let from = source.elements_at("copy_from: the source", elements.start, count)?;
         let to = self.elements_at("copy_from", start, count)?;

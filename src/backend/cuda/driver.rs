@@ -259,7 +259,10 @@ impl Event {
     /// reports at once.
     pub(super) fn has_happened(&self) -> bool {
         // SAFETY: it lives.
-        let asked = self.context.enter().map(|()| unsafe { result::event::query(self.raw) });
+        let asked = self
+            .context
+            .enter()
+            .map(|()| unsafe { result::event::query(self.raw) });
         !matches!(asked, Ok(Err(error)) if error.0 == sys::CUresult::CUDA_ERROR_NOT_READY)
     }
 
