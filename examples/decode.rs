@@ -27,7 +27,8 @@ fn problem(key_len: usize) -> Result<Problem> {
         kv_heads: KV_HEADS,
         query_len: 1,
         key_len,
-        head_dim: DIM,
+        qk_dim: DIM,
+        v_dim: DIM,
     };
     Problem::builder(DType::F16, shape)
         .layout(Layout::SeqMajor)

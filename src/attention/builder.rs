@@ -1,11 +1,12 @@
 //! Collects and checks a problem's parts.
 
 use super::layout::{Extent, Layout, Strides};
+use super::lengths::{mask_span, no_offset};
 use super::mask::MaskSpec;
 use super::mask::class_tile;
 use super::operand::Role;
-use super::problem::HEAD_DIMS;
-use super::problem::{Elements, Problem, QueryOffset, Shape};
+use super::problem::{Elements, Problem, QueryOffset};
+use super::shape::{HEAD_DIMS, Shape};
 use super::varlen::Boundaries;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
@@ -126,6 +127,12 @@ impl ProblemBuilder {
         self
     }
 
+    /// Elements of a row of V and of O, where rows of Q and K have another width.
+    pub fn v_dim(mut self, width: usize) -> Self {
+        self.shape.v_dim = width;
+        self
+    }
+
     /// Element type of K and V where it differs: `F16` under `F32` queries.
     pub fn kv_dtype(mut self, dtype: DType) -> Self {
         self.kv_dtype = dtype;
@@ -206,7 +213,7 @@ impl ProblemBuilder {
         }
         check_shape(&shape)?;
         check_dtypes(self.dtype, self.kv_dtype)?;
-        let scale = self.scale.unwrap_or(1.0 / (shape.head_dim as f32).sqrt());
+        let scale = self.scale.unwrap_or(1.0 / (shape.qk_dim as f32).sqrt());
         if !scale.is_finite() {
             return Err(MlxError::expected("scale", "a finite number", scale));
         }
@@ -246,23 +253,29 @@ impl ProblemBuilder {
                 capacity,
             ));
         }
-        let extent = |heads, len| Extent {
+        let queries = |row| Extent {
             batch,
-            heads,
-            len,
-            row: shape.head_dim,
+            heads: shape.heads,
+            len: rows_q,
+            row,
         };
-        let (eq, ek) = (extent(shape.heads, rows_q), extent(shape.kv_heads, rows_k));
-        let q = self.strides_of(Role::Query, shape.heads, rows_q)?;
-        let k = self.strides_of(Role::Key, shape.kv_heads, capacity)?;
-        let v = self.strides_of(Role::Value, shape.kv_heads, capacity)?;
-        let o = self.strides_of(Role::Output, shape.heads, rows_q)?;
-        o.check_disjoint("out", eq)?;
+        let keys = |row| Extent {
+            batch,
+            heads: shape.kv_heads,
+            len: rows_k,
+            row,
+        };
+        let Shape { qk_dim, v_dim, .. } = shape;
+        let q = self.strides_of(Role::Query, shape.heads, rows_q, qk_dim)?;
+        let k = self.strides_of(Role::Key, shape.kv_heads, capacity, qk_dim)?;
+        let v = self.strides_of(Role::Value, shape.kv_heads, capacity, v_dim)?;
+        let o = self.strides_of(Role::Output, shape.heads, rows_q, v_dim)?;
+        o.check_disjoint("out", queries(v_dim))?;
         let mut elements = Elements {
-            q: q.span("Q", eq)?,
-            k: k.span("K", ek)?,
-            v: v.span("V", ek)?,
-            o: o.span("out", eq)?,
+            q: q.span("Q", queries(qk_dim))?,
+            k: k.span("K", keys(qk_dim))?,
+            v: v.span("V", keys(v_dim))?,
+            o: o.span("out", queries(v_dim))?,
             ..Elements::default()
         };
         elements.lse = (Strides {
@@ -281,22 +294,13 @@ impl ProblemBuilder {
         )?;
         if let Some(mask) = &self.mask {
             check_mask(mask)?;
-            let strides = Strides {
-                batch: mask.batch_stride,
-                head: mask.head_stride,
-                seq: mask.row_stride,
-            };
-            let extent = Extent {
-                batch,
-                heads: shape.heads,
-                len: rows_q,
-                row: shape.key_len,
-            };
-            elements.mask = strides.span("mask", extent)?;
+            elements.mask = mask_span(mask, queries(shape.key_len))?;
         }
         if self.tile_classes {
             elements.tile_classes = self.check_tile_classes(&shape)?;
         }
+        // A mask has columns for the keys that it was stated for.
+        let most_keys = self.mask.map_or(capacity, |_| shape.key_len);
         Ok(Problem {
             shape,
             dtype: self.dtype,
@@ -308,12 +312,7 @@ impl ProblemBuilder {
             causal: self.causal,
             window: self.window,
             window_right: self.window_right,
-            // A mask has columns for the keys that it was stated for.
-            most_keys: if self.mask.is_some() {
-                shape.key_len
-            } else {
-                capacity
-            },
+            most_keys: most_keys.min(LONGEST),
             q,
             k,
             v,
@@ -354,20 +353,23 @@ impl ProblemBuilder {
         }
     }
 
-    fn strides_of(&self, role: Role, heads: usize, capacity: usize) -> Result<Strides> {
-        match self.strides.get(role as usize).copied().flatten() {
-            Some(strides) => Ok(strides),
-            None => self
-                .layout
-                .strides(heads, capacity, self.shape.head_dim)
-                .ok_or_else(|| {
-                    MlxError::InvalidArgument(format!(
-                        "{}: {heads} heads x {capacity} rows x {} elements overflow",
-                        role.name(),
-                        self.shape.head_dim
-                    ))
-                }),
+    fn strides_of(
+        &self,
+        role: Role,
+        heads: usize,
+        capacity: usize,
+        width: usize,
+    ) -> Result<Strides> {
+        if let Some(strides) = self.strides.get(role as usize).copied().flatten() {
+            return Ok(strides);
         }
+        let dense = self.layout.strides(heads, capacity, width);
+        dense.ok_or_else(|| {
+            MlxError::InvalidArgument(format!(
+                "{}: {heads} heads x {capacity} rows x {width} elements overflow",
+                role.name()
+            ))
+        })
     }
 
     fn check_tile_classes(&self, shape: &Shape) -> Result<usize> {
@@ -392,21 +394,11 @@ impl ProblemBuilder {
                 format!("{mask:?}"),
             ));
         }
-        let tile = class_tile(shape.head_dim);
+        let tile = class_tile(shape.qk_dim);
         let (nq, nk) = tile.count(shape.query_len, shape.key_len);
         nq.checked_mul(nk)
             .ok_or_else(|| MlxError::InvalidArgument(format!("blk: {nq} x {nk} tiles overflow")))
     }
-}
-
-/// The refusal of `q` queries over `k` keys without an offset, where positions matter.
-pub(super) fn no_offset(q: usize, k: usize) -> MlxError {
-    MlxError::expected(
-        "query_offset",
-        "a choice where qL and kL differ: `query_offset(QueryOffset::At(0))` (top left, query 0 \
-         at key 0) or `query_offset(QueryOffset::BottomRight)` (the last query at the last key)",
-        format!("none, with {q} queries over {k} keys"),
-    )
 }
 
 fn check_not_empty(shape: &Shape, packed: Option<&(Boundaries, Boundaries)>) -> Result<()> {
@@ -436,7 +428,7 @@ fn check_not_empty(shape: &Shape, packed: Option<&(Boundaries, Boundaries)>) -> 
 const MOST: usize = i32::MAX as usize;
 
 /// The same of a sequence's rows, which kernels count to the end of a tile.
-pub(super) const LONGEST: usize = MOST - 1023;
+const LONGEST: usize = MOST - 1023;
 
 fn check_shape(shape: &Shape) -> Result<()> {
     // No batch, no queries and no keys are empty work; no heads and no head dim are mistakes.
@@ -446,7 +438,6 @@ fn check_shape(shape: &Shape) -> Result<()> {
         ("n_kv_heads", shape.kv_heads, 1, MOST),
         ("seq_len_q", shape.query_len, 0, LONGEST),
         ("seq_len_k", shape.key_len, 0, LONGEST),
-        ("head_dim", shape.head_dim, 1, MOST),
     ];
     for (name, size, least, most) in sizes {
         if !(least..=most).contains(&size) {
@@ -460,14 +451,17 @@ fn check_shape(shape: &Shape) -> Result<()> {
             shape.heads, shape.kv_heads
         )));
     }
-    if !HEAD_DIMS.contains(&shape.head_dim) {
-        return Err(MlxError::expected(
-            "head_dim",
-            format!("one of {:?}", HEAD_DIMS),
-            shape.head_dim,
-        ));
+    let widths = match shape.head_dim() {
+        Some(head_dim) => [("head_dim", head_dim); 2],
+        None => [("qk_dim", shape.qk_dim), ("v_dim", shape.v_dim)],
+    };
+    match widths.into_iter().find(|(_, w)| !HEAD_DIMS.contains(w)) {
+        Some((name, width)) => {
+            let dims = format!("one of {HEAD_DIMS:?}");
+            Err(MlxError::expected(name, dims, width))
+        }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 fn check_dtypes(dtype: DType, kv_dtype: DType) -> Result<()> {

@@ -1,8 +1,9 @@
 //! The same problem over another count of keys.
 
-use super::builder::{LONGEST, no_offset};
 use super::layout::{Extent, Strides};
-use super::problem::{Elements, Problem, Shape};
+use super::mask::MaskSpec;
+use super::problem::{Elements, Problem};
+use super::shape::Shape;
 use crate::error::{MlxError, Result};
 
 impl Problem {
@@ -25,7 +26,7 @@ impl Problem {
         if self.tile_classes {
             return refused("a problem without tile classes", "tile classes");
         }
-        let most = self.most_keys.min(LONGEST);
+        let most = self.most_keys;
         if most == 0 {
             return refused("a problem that was built with keys", "one without");
         }
@@ -41,34 +42,20 @@ impl Problem {
             key_len,
             ..self.shape
         };
-        let keys = Extent {
+        let extent = |heads, len, row| Extent {
             batch: shape.batch,
-            heads: shape.kv_heads,
-            len: key_len,
-            row: shape.head_dim,
+            heads,
+            len,
+            row,
         };
-        let mask = match &self.mask {
-            None => 0,
-            Some(mask) => {
-                let strides = Strides {
-                    batch: mask.batch_stride,
-                    head: mask.head_stride,
-                    seq: mask.row_stride,
-                };
-                let cells = Extent {
-                    heads: shape.heads,
-                    len: query_len,
-                    row: key_len,
-                    ..keys
-                };
-                strides.span("mask", cells)?
-            }
-        };
+        let keys = |row| extent(shape.kv_heads, key_len, row);
+        let cells = extent(shape.heads, query_len, key_len);
+        let mask = self.mask.map_or(Ok(0), |mask| mask_span(&mask, cells))?;
         Ok(Self {
             shape,
             elements: Elements {
-                k: self.k.span("K", keys)?,
-                v: self.v.span("V", keys)?,
+                k: self.k.span("K", keys(shape.qk_dim))?,
+                v: self.v.span("V", keys(shape.v_dim))?,
                 mask,
                 ..self.elements
             },
@@ -82,9 +69,29 @@ impl Problem {
     }
 }
 
+/// The refusal of `q` queries over `k` keys without an offset, where positions matter.
+pub(super) fn no_offset(q: usize, k: usize) -> MlxError {
+    MlxError::expected(
+        "query_offset",
+        "a choice where qL and kL differ: `query_offset(QueryOffset::At(0))` (top left, query 0 \
+         at key 0) or `query_offset(QueryOffset::BottomRight)` (the last query at the last key)",
+        format!("none, with {q} queries over {k} keys"),
+    )
+}
+
+/// Elements of a mask whose cells have this extent.
+pub(super) fn mask_span(mask: &MaskSpec, cells: Extent) -> Result<usize> {
+    let strides = Strides {
+        batch: mask.batch_stride,
+        head: mask.head_stride,
+        seq: mask.row_stride,
+    };
+    strides.span("mask", cells)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::{Layout, MaskSpec, ProblemBuilder, QueryOffset, Role};
+    use super::super::{Layout, ProblemBuilder, QueryOffset, Role};
     use super::*;
     use crate::dtype::DType;
 
@@ -95,7 +102,8 @@ mod tests {
             kv_heads: 2,
             query_len: 3,
             key_len,
-            head_dim: 64,
+            qk_dim: 64,
+            v_dim: 64,
         };
         with(Problem::builder(DType::BF16, shape)).build().unwrap()
     }

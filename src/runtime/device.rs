@@ -16,7 +16,7 @@ use crate::backend::emulator::{Emulator, EmulatorOptions};
 use crate::backend::metal::plan::PlanOptions;
 use crate::backend::{Backend, DeviceKind};
 use crate::dtype::DType;
-use crate::error::{MlxError, Result};
+use crate::error::{MlxError, Result, Unsupported};
 
 /// An opaque reference to a device, for [`super::registry::KernelRegistry`].
 #[derive(Clone)]
@@ -37,12 +37,18 @@ impl DeviceHandle {
     pub(crate) fn plan(&self, work: Work) -> Result<Arc<Planned>> {
         match &work {
             Work::Attention(problem, options) => self.plan_attention(problem, *options),
-            _ => self.prepare(work),
+            _ => self.prepare(work, None),
         }
     }
 
-    fn prepare(&self, work: Work) -> Result<Arc<Planned>> {
-        let state = self.backend.prepare(&work)?;
+    fn prepare(&self, work: Work, before: Option<&Planned>) -> Result<Arc<Planned>> {
+        if let Work::Attention(problem, _) = &work {
+            self.backend.supports(problem)?;
+        }
+        let state = match before {
+            Some(before) => self.backend.prepare_again(&work, before)?,
+            None => self.backend.prepare(&work)?,
+        };
         Ok(Arc::new(Planned {
             device: self.id,
             work,
@@ -52,12 +58,7 @@ impl DeviceHandle {
 
     /// Prepares work that differs in lengths alone from what this device prepared before.
     pub(crate) fn plan_again(&self, before: &Planned, work: Work) -> Result<Arc<Planned>> {
-        let state = self.backend.prepare_again(&work, before)?;
-        Ok(Arc::new(Planned {
-            device: self.id,
-            work,
-            state,
-        }))
+        self.prepare(work, Some(before))
     }
 
     /// As [`Self::plan`] for attention; the problem is copied where it is new.
@@ -75,7 +76,7 @@ impl DeviceHandle {
             return Ok(Arc::clone(found));
         }
         // The lock is not held meanwhile: the device may compile a kernel.
-        let planned = self.prepare(Work::Attention(Arc::new(problem.clone()), options))?;
+        let planned = self.prepare(Work::Attention(Arc::new(problem.clone()), options), None)?;
         let mut remembered = remembered();
         remembered.truncate(REMEMBERED - 1);
         remembered.push_front(Arc::clone(&planned));
@@ -171,8 +172,8 @@ impl MlxDevice {
     /// Whether the device can do what a problem asks.
     ///
     /// # Errors
-    /// `InvalidArgument` says what it cannot do, in the words in which a call would.
-    pub fn supports(&self, problem: &Problem) -> Result<()> {
+    /// What it cannot do and why: what [`MlxError::Unsupported`] of a call would hold.
+    pub fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
         self.0.backend.supports(problem)
     }
 

@@ -22,7 +22,7 @@ use crate::error::{MlxError, Result};
 /// # fn main() -> mlx_flash_attn::Result<()> {
 /// # let device = MlxDevice::new()?;
 /// // One query over a cache `[64, 2, 32]` of 64 tokens, filled with one token a step.
-/// let shape = Shape { batch: 1, heads: 4, kv_heads: 2, query_len: 1, key_len: 1, head_dim: 32 };
+/// let shape = Shape { batch: 1, heads: 4, kv_heads: 2, query_len: 1, key_len: 1, qk_dim: 32, v_dim: 32 };
 /// let problem = Problem::builder(DType::F16, shape)
 ///     .layout(Layout::SeqMajor)
 ///     .key_capacity(64)

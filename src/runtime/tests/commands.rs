@@ -11,6 +11,7 @@ use crate::attention::{Layout, MaskSpec, Problem, QueryOffset, Shape};
 use crate::backend::command::{Planned, Work};
 use crate::backend::cpu::{Cpu, CpuOptions};
 use crate::backend::{Backend, DeviceKind, Memory, Pending, Step, Timing};
+use crate::error::Unsupported;
 use crate::ops::{self, Operands};
 use crate::runtime::device::MlxDevice;
 use crate::{DType, MlxBuffer, MlxError, Result};
@@ -69,7 +70,7 @@ impl Backend for Slow {
         self.cpu.allocate(bytes)
     }
 
-    fn supports(&self, problem: &Problem) -> Result<()> {
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
         self.cpu.supports(problem)
     }
 
@@ -217,7 +218,8 @@ impl Cache {
             kv_heads: 1,
             query_len: 1,
             key_len,
-            head_dim: DIM,
+            qk_dim: DIM,
+            v_dim: DIM,
         };
         Problem::builder(DType::F32, shape)
             .layout(Layout::SeqMajor)
