@@ -1,7 +1,6 @@
 //! Collects and checks a problem's parts.
 
 use super::layout::{Extent, Layout, Strides};
-use super::lengths::{mask_span, no_offset};
 use super::mask::MaskSpec;
 use super::mask::class_tile;
 use super::operand::Role;
@@ -294,7 +293,7 @@ impl ProblemBuilder {
         )?;
         if let Some(mask) = &self.mask {
             check_mask(mask)?;
-            elements.mask = mask_span(mask, queries(shape.key_len))?;
+            elements.mask = mask.strides().span("mask", queries(shape.key_len))?;
         }
         if self.tile_classes {
             elements.tile_classes = self.check_tile_classes(&shape)?;
@@ -399,6 +398,16 @@ impl ProblemBuilder {
         nq.checked_mul(nk)
             .ok_or_else(|| MlxError::InvalidArgument(format!("blk: {nq} x {nk} tiles overflow")))
     }
+}
+
+/// The refusal of `q` queries over `k` keys without an offset, where positions matter.
+pub(super) fn no_offset(q: usize, k: usize) -> MlxError {
+    MlxError::expected(
+        "query_offset",
+        "a choice where qL and kL differ: `query_offset(QueryOffset::At(0))` (top left, query 0 \
+         at key 0) or `query_offset(QueryOffset::BottomRight)` (the last query at the last key)",
+        format!("none, with {q} queries over {k} keys"),
+    )
 }
 
 fn check_not_empty(shape: &Shape, packed: Option<&(Boundaries, Boundaries)>) -> Result<()> {

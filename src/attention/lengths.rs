@@ -1,7 +1,7 @@
 //! The same problem over another count of keys.
 
-use super::layout::{Extent, Strides};
-use super::mask::MaskSpec;
+use super::builder::no_offset;
+use super::layout::Extent;
 use super::problem::{Elements, Problem};
 use super::shape::Shape;
 use crate::error::{MlxError, Result};
@@ -50,7 +50,8 @@ impl Problem {
         };
         let keys = |row| extent(shape.kv_heads, key_len, row);
         let cells = extent(shape.heads, query_len, key_len);
-        let mask = self.mask.map_or(Ok(0), |mask| mask_span(&mask, cells))?;
+        let mask_strides = self.mask.map(|mask| mask.strides());
+        let mask = mask_strides.map_or(Ok(0), |strides| strides.span("mask", cells))?;
         Ok(Self {
             shape,
             elements: Elements {
@@ -69,29 +70,9 @@ impl Problem {
     }
 }
 
-/// The refusal of `q` queries over `k` keys without an offset, where positions matter.
-pub(super) fn no_offset(q: usize, k: usize) -> MlxError {
-    MlxError::expected(
-        "query_offset",
-        "a choice where qL and kL differ: `query_offset(QueryOffset::At(0))` (top left, query 0 \
-         at key 0) or `query_offset(QueryOffset::BottomRight)` (the last query at the last key)",
-        format!("none, with {q} queries over {k} keys"),
-    )
-}
-
-/// Elements of a mask whose cells have this extent.
-pub(super) fn mask_span(mask: &MaskSpec, cells: Extent) -> Result<usize> {
-    let strides = Strides {
-        batch: mask.batch_stride,
-        head: mask.head_stride,
-        seq: mask.row_stride,
-    };
-    strides.span("mask", cells)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::{Layout, ProblemBuilder, QueryOffset, Role};
+    use super::super::{Layout, MaskSpec, ProblemBuilder, QueryOffset, Role};
     use super::*;
     use crate::dtype::DType;
 

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use super::layout::Strides;
 use crate::dtype::DType;
 
 /// Causal and window visibility of one sequence.
@@ -194,6 +195,15 @@ impl MaskSpec {
             },
             head_stride: if heads > 1 { plane } else { 0 },
             row_stride: keys,
+        }
+    }
+
+    /// Its strides, as those of other operands.
+    pub(super) fn strides(&self) -> Strides {
+        Strides {
+            batch: self.batch_stride,
+            head: self.head_stride,
+            seq: self.row_stride,
         }
     }
 
