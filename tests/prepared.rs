@@ -70,6 +70,17 @@ impl Cache {
         form.1(builder).build().unwrap()
     }
 
+    /// A cache of which `len` rows are filled: the rest is NaN, which no row may see.
+    fn filled(&self, full: &[f32], len: usize) -> Vec<u8> {
+        let dim = self.data.shape.qk_dim;
+        let row = |i: usize| i / dim % ROOM;
+        let elements = full.iter().enumerate();
+        let elements: Vec<f32> = elements
+            .map(|(i, x)| if row(i) < len { *x } else { f32::NAN })
+            .collect();
+        to_bytes(&elements, self.data.dtype)
+    }
+
     /// Compares with the oracle over the same lengths.
     fn check(&self, what: &str, problem: &Problem, got: &[f32]) {
         let Self { data, mask, slopes } = self;
@@ -109,6 +120,10 @@ impl Cache {
         for len in LENGTHS {
             let what = format!("{} on {}, {len} keys", form.0, device.kind());
             let problem = self.problem(len, form);
+            for (buffer, full) in [(&k, &self.data.k), (&v, &self.data.v)] {
+                let filled = self.filled(full, len);
+                buffer.write::<u8>().unwrap().copy_from_slice(&filled);
+            }
             command.set_key_len(len).unwrap();
             encoder.replay_prepared(&command).unwrap();
             encoder.commit_and_wait().unwrap();

@@ -270,3 +270,54 @@ impl Kernels {
         once.get_or_init(|| build().map(Arc::new)).clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::attention::Shape;
+    use crate::backend::Limits;
+    use crate::backend::metal::plan::PlanOptions;
+
+    #[test]
+    fn another_length_keeps_the_kernel_where_its_constants_are_the_same() {
+        let built = Cell::new(0);
+        let build = |launch: &Launch| {
+            built.set(built.get() + 1);
+            let limits = Limits {
+                thread_execution_width: 32,
+                max_threads: 1024,
+                static_threadgroup_bytes: 0,
+            };
+            let kernel = Kernel::new(launch.kernel, &launch.constants, limits, ());
+            Ok(Arc::new(kernel))
+        };
+        let prepare = |key_len: usize, before: Option<&Planned>| {
+            let shape = Shape {
+                batch: 1,
+                heads: 1,
+                kv_heads: 1,
+                query_len: 1,
+                key_len,
+                qk_dim: 64,
+                v_dim: 64,
+            };
+            let problem = Problem::builder(DType::F16, shape).build().unwrap();
+            let work = Work::Attention(Arc::new(problem), PlanOptions::default());
+            let prepared = Prepared::new(&work, before, build).unwrap();
+            assert_eq!(prepared.kernel.constants, prepared.launch.constants);
+            Planned {
+                device: 0,
+                work,
+                state: Box::new(prepared),
+            }
+        };
+        // Whole tiles of keys, then ragged ones, which another kernel takes.
+        let mut planned = prepare(160, None);
+        for (key_len, kernels) in [(32, 1), (97, 2), (99, 2), (1, 2), (64, 3)] {
+            planned = prepare(key_len, Some(&planned));
+            assert_eq!(built.get(), kernels, "{key_len} keys");
+        }
+    }
+}

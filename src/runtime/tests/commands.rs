@@ -16,7 +16,7 @@ use crate::ops::{self, Operands};
 use crate::runtime::device::MlxDevice;
 use crate::{DType, MlxBuffer, MlxError, Result};
 
-/// Whether commands have run, and how they end.
+/// Whether commands have run, and whether those that are submitted fail.
 #[derive(Default)]
 struct Gate {
     open: Mutex<bool>,
@@ -24,7 +24,8 @@ struct Gate {
     fails: AtomicBool,
 }
 
-struct Later(Arc<Gate>);
+/// Ends when the gate opens, and fails where commands did when it was submitted.
+struct Later(Arc<Gate>, bool);
 
 impl Pending for Later {
     fn wait(&self) -> Result<Timing> {
@@ -32,7 +33,7 @@ impl Pending for Later {
         while !*open {
             open = self.0.opened.wait(open).unwrap();
         }
-        match self.0.fails.load(Ordering::Relaxed) {
+        match self.1 {
             true => Err(MlxError::CommandBufferError("it failed".into())),
             false => Ok(Timing {
                 start: 1.0,
@@ -85,7 +86,8 @@ impl Backend for Slow {
     }
 
     fn submit(&self, _steps: Vec<Step>) -> Arc<dyn Pending> {
-        Arc::new(Later(Arc::clone(&self.gate)))
+        let fails = self.gate.fails.load(Ordering::Relaxed);
+        Arc::new(Later(Arc::clone(&self.gate), fails))
     }
 }
 

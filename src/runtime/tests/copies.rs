@@ -168,20 +168,26 @@ fn slices_show_what_was_uploaded_after_them_to_the_next_slice_alone() {
 #[test]
 fn threads_that_copy_between_two_buffers_both_ways_do_not_wait_for_each_other() {
     let device = device();
-    let (a, b) = (u8s(&device, 8), u8s(&device, 8));
-    let rounds = if cfg!(miri) { 5 } else { 2000 };
+    // Copies that take a while, under both locks, so that the other way is met half way.
+    let (half, rounds) = if cfg!(miri) { (4, 5) } else { (1 << 16, 3000) };
+    let buffer = || {
+        device
+            .alloc_buffer(2 * half, DType::U8, vec![2 * half])
+            .unwrap()
+    };
+    let (a, b) = (buffer(), buffer());
     std::thread::scope(|scope| {
-        for (to, from) in [(&a, &b), (&b, &a)] {
+        for (to, from) in [(&a, &b), (&b, &a), (&a, &b), (&b, &a)] {
             scope.spawn(move || {
                 for _ in 0..rounds {
-                    to.copy_from(0, from, 4..8).unwrap();
-                    to.upload(4, &[1_u8, 2]).unwrap();
+                    to.copy_from(0, from, half..2 * half).unwrap();
+                    to.upload(half, &[1_u8, 2]).unwrap();
                 }
             });
         }
     });
     for buffer in [&a, &b] {
-        assert_eq!(bytes(buffer)[4..], [1, 2, 6, 7]);
+        assert_eq!(bytes(buffer)[half..half + 3], [1, 2, 0]);
     }
 }
 
