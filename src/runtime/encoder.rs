@@ -312,7 +312,7 @@ impl CommandEncoder {
     /// |---|---|
     /// | a dispatch, [`Self::replay`] | no, but while the device compiles a kernel that it meets first |
     /// | `commit`, CPU and emulator | until the command has run, and before it those of other threads that it takes turns with |
-    /// | `commit`, CUDA and Metal | until the encoder's commit before this one has run, unless that was waited for: two commands of an encoder are on the GPU at most |
+    /// | `commit`, CUDA and Metal | until the encoder's commit before this one has run, unless that was waited for: two commands of an encoder are on the GPU at most; before a raw dispatch whose params lie in a buffer, until what precedes it has run |
     /// | [`Submission::is_done`] | no |
     /// | [`Submission::wait`], [`Self::wait_until_completed`], dropping the encoder | until the command has run |
     ///

@@ -38,7 +38,8 @@ impl Submission {
     pub fn is_done(&self) -> bool {
         let done = self.0.command.is_done();
         if done {
-            self.0.state().holds.clear();
+            // Returns at once; the error, if it failed, is for a wait to tell.
+            let _ = self.0.finish();
         }
         done
     }
@@ -90,12 +91,17 @@ impl Submitted {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for it, without the lock, so that others can ask whether it is done.
-    fn wait(&self) -> Result<Timing> {
+    /// Waits until it has run and lets go of what it touched. The lock is not held meanwhile, so that
+    /// others can ask whether it is done.
+    fn finish(&self) -> Result<Timing> {
         let timing = self.command.wait();
-        let mut state = self.state();
-        state.holds.clear();
-        state.reported = true;
+        self.state().holds.clear();
+        timing
+    }
+
+    fn wait(&self) -> Result<Timing> {
+        let timing = self.finish();
+        self.state().reported = true;
         timing
     }
 
