@@ -71,14 +71,11 @@ fn main() -> Result<()> {
         keys.extend(key);
         values.extend(value);
         let problem = problem(token + 1)?;
-        let inputs = Inputs {
-            q: Values::F16(&query),
-            k: Values::F16(&keys),
-            v: Values::F16(&values),
-            mask: None,
-            sinks: None,
-            alibi_slopes: None,
-        };
+        let inputs = Inputs::new(
+            Values::F16(&query),
+            Values::F16(&keys),
+            Values::F16(&values),
+        );
         let reference = |precision| oracle::attention(&problem, &inputs, precision);
         let (exact, naive) = (reference(Precision::Exact)?, reference(Precision::Naive)?);
         let got: Vec<f64> = o.iter().map(|x| x.to_f64()).collect();

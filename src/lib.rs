@@ -68,7 +68,7 @@ pub use backend::cpu::{CpuOptions, Isa};
 #[cfg(feature = "emulator")]
 pub use backend::emulator::EmulatorOptions;
 pub use dtype::DType;
-pub use error::{MlxError, Result};
+pub use error::{MlxError, Result, Unsupported};
 #[cfg(feature = "emulator")]
 pub use msl_emulator::Counters as EmulatorCounters;
 pub use runtime::buffer::MlxBuffer;

@@ -89,12 +89,9 @@ impl Cache {
             .each_ref()
             .map(|b| Values::from_bytes(data.dtype, b).unwrap());
         let inputs = Inputs {
-            q,
-            k,
-            v,
             mask: problem.mask().map(|_| Values::F32(mask)),
-            sinks: None,
             alibi_slopes: problem.has_alibi().then_some(slopes),
+            ..Inputs::new(q, k, v)
         };
         let reference = |precision| oracle::attention(problem, &inputs, precision).unwrap();
         let (exact, naive) = (reference(Precision::Exact), reference(Precision::Naive));

@@ -1,9 +1,9 @@
 //! The same problem over another count of keys.
 
-use super::builder::no_offset;
-use super::layout::Extent;
-use super::problem::{Elements, Problem};
-use super::shape::Shape;
+use super::builder::check_no_offset;
+use super::keys::{KeyLengths, Keys};
+use super::placement::{Placement, mask_elements};
+use super::problem::Problem;
 use crate::error::{MlxError, Result};
 
 impl Problem {
@@ -14,14 +14,18 @@ impl Problem {
     /// # Errors
     /// `InvalidArgument` where
     /// - `key_len` is 0, or more than [`ProblemBuilder::key_capacity`](super::ProblemBuilder::key_capacity)
-    ///   (without a capacity or with a mask: more than the problem was built with);
-    /// - sequences are packed, each of which has a length of its own;
+    ///   or a sequence's entries in the block table (without a capacity or with a mask: more than the
+    ///   problem was built with);
+    /// - each sequence has a length of its own: packed keys, and [`KeyLengths`] other than all of them;
     /// - there are tile classes, whose grid depends on the count of keys;
     /// - positions matter, qL and `key_len` differ, and no query offset was stated.
     pub fn with_key_len(&self, key_len: usize) -> Result<Self> {
         let refused = |expected: &str, got| Err(MlxError::expected("key_len", expected, got));
-        if self.packed.is_some() {
-            return refused("sequences that are not packed", "cu_seqlens");
+        if matches!(self.keys, Keys::Packed(_)) {
+            return refused("keys that are not packed", "cu_seqlens");
+        }
+        if self.key_lengths != KeyLengths::All {
+            return refused("sequences of one length", "key_lengths");
         }
         if self.tile_classes {
             return refused("a problem without tile classes", "tile classes");
@@ -34,45 +38,22 @@ impl Problem {
             let expected = format!("1 to {most} keys, which the operands have room for");
             return Err(MlxError::expected("key_len", expected, key_len));
         }
-        let query_len = self.shape.query_len;
-        if !self.offset_stated && self.position_matters() && query_len != key_len && query_len > 0 {
-            return Err(no_offset(query_len, key_len));
+        let mut changed = self.clone();
+        changed.shape.key_len = key_len;
+        if !self.offset_stated {
+            check_no_offset(&changed)?;
         }
-        let shape = Shape {
-            key_len,
-            ..self.shape
-        };
-        let extent = |heads, len, row| Extent {
-            batch: shape.batch,
-            heads,
-            len,
-            row,
-        };
-        let keys = |row| extent(shape.kv_heads, key_len, row);
-        let cells = extent(shape.heads, query_len, key_len);
-        let mask_strides = self.mask.map(|mask| mask.strides());
-        let mask = mask_strides.map_or(Ok(0), |strides| strides.span("mask", cells))?;
-        Ok(Self {
-            shape,
-            elements: Elements {
-                k: self.k.span("K", keys(shape.qk_dim))?,
-                v: self.v.span("V", keys(shape.v_dim))?,
-                mask,
-                ..self.elements
-            },
-            ..self.clone()
-        })
-    }
-
-    /// Whether a query's position decides what it sees or how it is scored.
-    fn position_matters(&self) -> bool {
-        self.causal || self.window.is_some() || self.window_right.is_some() || self.alibi
+        Placement::of(self).keys(&mut changed)?;
+        if let Some(mask) = &self.score.mask {
+            changed.elements.mask = mask_elements(mask, &changed)?;
+        }
+        Ok(changed)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Layout, MaskSpec, ProblemBuilder, QueryOffset, Role};
+    use super::super::{Layout, MaskSpec, Pages, ProblemBuilder, QueryOffset, Role, Shape};
     use super::*;
     use crate::dtype::DType;
 
@@ -113,6 +94,24 @@ mod tests {
         assert_eq!(short.with_key_len(5).unwrap(), built(5, form));
     }
 
+    #[test]
+    fn pages_have_room_for_what_a_block_table_names() {
+        let pages = |b: ProblemBuilder| {
+            b.pages(Pages {
+                count: 9,
+                page_size: 4,
+                per_sequence: 3,
+            })
+        };
+        for len in [1, 4, 12] {
+            assert_eq!(
+                built(5, pages).with_key_len(len).unwrap(),
+                built(len, pages)
+            );
+        }
+        refused(&built(5, pages), 13, &["1 to 12", "got 13"]);
+    }
+
     #[track_caller]
     fn refused(problem: &Problem, len: usize, words: &[&str]) {
         let error = problem.with_key_len(len).unwrap_err().to_string();
@@ -138,6 +137,8 @@ mod tests {
     fn what_no_single_length_describes_is_refused() {
         let packed = Problem::varlen(DType::BF16, 2, 2, 64, &[0, 3], &[0, 5]);
         refused(&packed.build().unwrap(), 4, &["packed", "cu_seqlens"]);
+        let each = |b: ProblemBuilder| b.key_lengths(KeyLengths::Host([2, 5].into()));
+        refused(&built(5, each), 4, &["one length", "key_lengths"]);
         let classes = |b: ProblemBuilder| {
             b.mask(MaskSpec::broadcast(DType::BF16, [1, 1, 3, 5]))
                 .tile_classes(true)

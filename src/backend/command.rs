@@ -8,7 +8,7 @@ use bytemuck::Pod;
 
 use super::Memory;
 use crate::attention::Tile;
-use crate::attention::mask::Visibility;
+use crate::attention::Visibility;
 use crate::attention::{Problem, Role};
 use crate::backend::access::Access;
 use crate::backend::metal::plan::PlanOptions;

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use self::command::{Planned, Span, Task, Work};
+pub use self::kind::DeviceKind;
 use self::metal::bindings::{self, Accesses, Constants};
 use crate::attention::Problem;
 use crate::backend::access::Access;
@@ -19,52 +20,14 @@ pub(crate) mod command;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub(crate) mod devices;
 #[cfg(feature = "emulator")]
 pub(crate) mod emulator;
 pub(crate) mod gpu_struct;
 pub(crate) mod host_memory;
+pub(crate) mod kind;
 pub(crate) mod metal;
 pub(crate) mod shared_params;
-
-/// Kinds of device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum DeviceKind {
-    /// This machine's processors.
-    Cpu,
-    /// An Apple GPU.
-    Metal,
-    /// An NVIDIA GPU.
-    Cuda,
-    /// The Metal kernels, run on this machine's processors.
-    Emulator,
-}
-
-impl DeviceKind {
-    /// Every kind.
-    pub const ALL: [DeviceKind; 4] = [Self::Cpu, Self::Metal, Self::Cuda, Self::Emulator];
-
-    /// Name as `MLX_FLASH_DEVICE` takes it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Cpu => "cpu",
-            Self::Metal => "metal",
-            Self::Cuda => "cuda",
-            Self::Emulator => "emulator",
-        }
-    }
-
-    /// Finds a kind by name.
-    pub fn by_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.name() == name)
-    }
-}
-
-impl fmt::Display for DeviceKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
 
 /// A device's memory, visible to the host.
 pub(crate) trait Memory: Any + Send + Sync + fmt::Debug {

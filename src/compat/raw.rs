@@ -7,7 +7,7 @@ use super::args::Args;
 use super::params::params;
 use crate::attention::Tile;
 use crate::attention::layout::{Layout, Strides};
-use crate::attention::mask::{MaskSpec, Visibility};
+use crate::attention::{MaskSpec, Visibility};
 use crate::attention::{Problem, QueryOffset, Role, Shape};
 use crate::backend::access::Access;
 use crate::backend::command::{

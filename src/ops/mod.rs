@@ -38,6 +38,10 @@ pub struct Operands<'a> {
     pub alibi_slopes: Option<&'a MlxBuffer>,
     /// Log-sum-exp, `[B, H, qL]` (packed: `[H, total_q]`), f32; written.
     pub lse: Option<&'a MlxBuffer>,
+    /// Block table of paged keys, `[B, pages of a sequence]`, i32.
+    pub block_table: Option<&'a MlxBuffer>,
+    /// Keys of each sequence, `[B]`, u32.
+    pub key_lengths: Option<&'a MlxBuffer>,
 }
 
 impl<'a> Operands<'a> {
@@ -53,6 +57,8 @@ impl<'a> Operands<'a> {
             sinks: None,
             alibi_slopes: None,
             lse: None,
+            block_table: None,
+            key_lengths: None,
         }
     }
 
@@ -67,6 +73,8 @@ impl<'a> Operands<'a> {
             Role::Sinks => self.sinks,
             Role::AlibiSlopes => self.alibi_slopes,
             Role::Lse => self.lse,
+            Role::BlockTable => self.block_table,
+            Role::KeyLengths => self.key_lengths,
         }
     }
 }

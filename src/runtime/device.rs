@@ -11,6 +11,7 @@ use super::buffer::MlxBuffer;
 use crate::attention::Problem;
 use crate::backend::command::{Planned, Work};
 use crate::backend::cpu::{Cpu, CpuOptions};
+use crate::backend::devices::{self, BY_DEFAULT};
 #[cfg(feature = "emulator")]
 use crate::backend::emulator::{Emulator, EmulatorOptions};
 use crate::backend::metal::plan::PlanOptions;
@@ -102,11 +103,14 @@ impl MlxDevice {
                 Some(kind) => Self::open(kind),
                 None => Err(MlxError::expected(
                     "MLX_FLASH_DEVICE",
-                    "auto, cpu, metal, cuda or emulator",
+                    format!(
+                        "auto or one of {}",
+                        DeviceKind::ALL.map(DeviceKind::name).join(", ")
+                    ),
                     name,
                 )),
             },
-            _ => [DeviceKind::Metal, DeviceKind::Cuda, DeviceKind::Cpu]
+            _ => BY_DEFAULT
                 .into_iter()
                 .find_map(|kind| Self::open(kind).ok())
                 .ok_or(MlxError::DeviceNotFound),
@@ -115,25 +119,7 @@ impl MlxDevice {
 
     /// Opens a device by kind; the CPU as `MLX_FLASH_CPU_ISA` and `MLX_FLASH_THREADS` say.
     pub fn open(kind: DeviceKind) -> Result<Self> {
-        match kind {
-            DeviceKind::Cpu => Self::cpu(CpuOptions::from_env()?),
-            #[cfg(all(feature = "metal", target_vendor = "apple"))]
-            DeviceKind::Metal => Ok(Self::from_backend(Arc::new(
-                crate::backend::metal::Metal::open()?,
-            ))),
-            #[cfg(feature = "cuda")]
-            DeviceKind::Cuda => Ok(Self::from_backend(Arc::new(
-                crate::backend::cuda::Cuda::open()?,
-            ))),
-            #[cfg(feature = "emulator")]
-            DeviceKind::Emulator => Self::emulator(EmulatorOptions::default()),
-            // On Apple systems a build with all features has every device.
-            #[allow(unreachable_patterns)]
-            other => Err(MlxError::DeviceUnavailable {
-                device: other.name().into(),
-                reason: absent(other).into(),
-            }),
-        }
+        devices::open(kind).map(Self::from_backend)
     }
 
     /// Opens the CPU with given options.
@@ -239,19 +225,6 @@ impl MlxDevice {
         let mut buffer = self.alloc_buffer(size_of_val(data), dtype, shape)?;
         buffer.as_mut_slice::<T>()?.copy_from_slice(data);
         Ok(buffer)
-    }
-}
-
-/// Why a build has no backend of this kind, and what to build instead.
-fn absent(kind: DeviceKind) -> &'static str {
-    match kind {
-        DeviceKind::Metal if cfg!(target_vendor = "apple") => {
-            "this build has no Metal: build it with `--features metal`"
-        }
-        DeviceKind::Metal => "Metal is on Apple systems alone; use `cpu`",
-        DeviceKind::Cuda => "this build has no CUDA: build it with `--features cuda`",
-        DeviceKind::Emulator => "this build has no emulator: build it with `--features emulator`",
-        DeviceKind::Cpu => "this build has no such backend",
     }
 }
 

@@ -9,9 +9,9 @@ use msl_emulator::{CompileOptions, Library};
 
 use super::EmulatorOptions;
 use crate::attention::Tile;
-use crate::attention::{MaskSpec, Problem, QueryOffset, Shape};
+use crate::attention::{MaskSpec, Problem, QueryOffset, Role, Shape};
 use crate::backend::metal::bindings::names;
-use crate::backend::metal::plan::PlanOptions;
+use crate::backend::metal::plan::{Plan, PlanArg, PlanOptions};
 use crate::backend::metal::sources;
 use crate::backend::metal::table::{self, MaskKind, Variant};
 use crate::ops::flash_attn_prefill_blk::{
@@ -20,7 +20,7 @@ use crate::ops::flash_attn_prefill_blk::{
 use crate::ops::flash_attn_prefill_mask::{SdpaMaskParams, build_sdpa_mask_bf16};
 use crate::ops::flash_attn_vec::{FlashAttnVecParams, flash_attn_vec, tmp_buffer_bytes};
 use crate::ops::{self, Operands};
-use crate::{DType, KernelRegistry, MlxBuffer, MlxDevice, Result};
+use crate::{DType, KernelArg, KernelRegistry, MTLSize, MlxBuffer, MlxDevice, Result};
 
 const SEEDS: [u64; 3] = [1, 20, 333];
 
@@ -80,6 +80,8 @@ struct Prefill {
     full: bool,
     /// Whether the last value row is NaN, so that each query tile is worked on again.
     poison: bool,
+    /// Whether the registry's text runs, which need not be the crate's.
+    foreign: bool,
 }
 
 impl Prefill {
@@ -177,7 +179,11 @@ impl Prefill {
             variant: Some(variant),
         };
         let problem = builder.build()?;
-        ops::encode(&mut encoder, &problem, &operands, options)?;
+        if self.foreign {
+            dispatch(&mut encoder, device, registry, &problem, &operands, options)?;
+        } else {
+            ops::encode(&mut encoder, &problem, &operands, options)?;
+        }
         encoder.commit_and_wait()?;
         let mut bits = out.as_slice::<u8>()?.to_vec();
         if full {
@@ -185,6 +191,37 @@ impl Prefill {
         }
         Ok(bits)
     }
+}
+
+/// Dispatches the kernel of the registry's text as the plan of a problem without options has it.
+fn dispatch(
+    encoder: &mut crate::CommandEncoder,
+    device: &MlxDevice,
+    registry: &mut KernelRegistry,
+    problem: &Problem,
+    operands: &Operands<'_>,
+    options: PlanOptions,
+) -> Result<()> {
+    let plan = Plan::new(problem, options)?;
+    let args: Vec<_> = plan
+        .args
+        .iter()
+        .map(|(index, arg)| {
+            let arg = match arg {
+                PlanArg::Operand(Role::Query) => KernelArg::Buffer(operands.q),
+                PlanArg::Operand(Role::Key) => KernelArg::Buffer(operands.k),
+                PlanArg::Operand(Role::Value) => KernelArg::Buffer(operands.v),
+                PlanArg::Operand(Role::Output) => KernelArg::Buffer(operands.out),
+                PlanArg::Operand(role) => unreachable!("{}", role.name()),
+                PlanArg::Bytes(bytes) => KernelArg::Bytes(bytes),
+            };
+            (*index as u64, arg)
+        })
+        .collect();
+    let [grid, threadgroup] = [plan.grid, plan.threadgroup].map(|[x, y, z]| MTLSize::new(x, y, z));
+    let pipeline = registry.get(plan.variant.kernel, device.metal_device(), plan.constants)?;
+    encoder.encode_threadgroups_with_args(pipeline, &args, grid, threadgroup);
+    Ok(())
 }
 
 fn classify(
@@ -306,6 +343,7 @@ fn orders(seeds: &[u64]) {
                 nsg,
                 full,
                 poison: false,
+                foreign: false,
             };
             let run: Run = Box::new(move |d, r| case.run(d, r));
             runs.push((format!("{} full {full}", case.name()), run));
@@ -386,6 +424,7 @@ fn a_kernel_without_any_one_barrier_is_rejected() {
         nsg,
         full: false,
         poison: true,
+        foreign: true,
     })
     .collect();
     let text = only(&["bf16_d64", "f32_d64", "f32_d256", "f16_d512"]);

@@ -39,6 +39,9 @@ pub mod prefill {
             Role::Sinks => 9,
             Role::AlibiSlopes => 10,
             Role::Lse => 11,
+            // No kernel binds these yet.
+            Role::BlockTable => 14,
+            Role::KeyLengths => 15,
         }
     }
 }

@@ -178,7 +178,7 @@ impl Long<'_> {
             }
             Role::Sinks | Role::AlibiSlopes => Some(head),
             // All heads and batches share them.
-            Role::TileClasses => Some(0),
+            Role::TileClasses | Role::BlockTable | Role::KeyLengths => Some(0),
         };
         let mut args = self.dispatch.args.clone();
         for (index, arg) in &mut args {
