@@ -84,6 +84,8 @@ pub use runtime::encoder::{CommandEncoder, KernelArg, MTLSize};
 pub use runtime::mem_ranges::{BufferRange, MemRangeRole, MemRanges};
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 pub use runtime::metal;
+pub use runtime::prepared::PreparedCommand;
+pub use runtime::submission::Submission;
 pub use runtime::{buffer, device, encoder};
 
 /// The README's quickstart, compiled and run.

@@ -24,8 +24,19 @@ const DIM: usize = 64;
 const ELEMENTS: usize = 2 * ROWS * DIM;
 
 /// What the threads do, and how often it was done and not refused.
-const ACTIONS: [&str; 8] = [
-    "attend", "commit", "wait", "read", "write", "copy", "replay", "renew",
+const ACTIONS: [&str; 12] = [
+    "attend",
+    "commit",
+    "done",
+    "wait",
+    "read",
+    "write",
+    "copy",
+    "upload",
+    "download",
+    "copy from",
+    "replay",
+    "renew",
 ];
 
 struct World {
@@ -117,6 +128,7 @@ impl World {
                 encoder().commit();
                 true
             }
+            "done" => encoder().commit().is_done(),
             "wait" => encoder().commit_and_wait().is_ok(),
             "read" => buffer.read::<f32>().is_ok_and(|guard| {
                 assert_whole(&guard);
@@ -149,6 +161,22 @@ impl World {
                         true
                     }
                 }
+            }
+            "upload" => {
+                let values = [(1 << pick(6)) as f32; ELEMENTS];
+                buffer.upload(0, &values).is_ok()
+            }
+            "download" => {
+                let mut values = [f32::NAN; ELEMENTS];
+                let done = buffer.download(0, &mut values).is_ok();
+                if done {
+                    assert_whole(&values);
+                }
+                done
+            }
+            "copy from" => {
+                let source = &self.buffers[pick(self.buffers.len())];
+                buffer.copy_from(0, source, 0..ELEMENTS).is_ok()
             }
             "replay" => encoder()
                 .replay(&self.captures[pick(self.captures.len())])

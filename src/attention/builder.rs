@@ -289,7 +289,9 @@ impl ProblemBuilder {
             value_format: self.placement.value_format,
             score,
             offset: QueryOffset::default(),
+            offset_stated: self.offset.is_some(),
             reach: self.reach,
+            most_keys: 0,
             q: Strides::default(),
             k: Strides::default(),
             v: Strides::default(),
@@ -305,6 +307,7 @@ impl ProblemBuilder {
         problem.offset = self.offset(&problem)?;
         self.placement.queries(&mut problem)?;
         self.placement.keys(&mut problem)?;
+        problem.most_keys = self.placement.most_keys(&problem).min(LONGEST);
         if let Some(mask) = &problem.score.mask {
             problem.elements.mask = mask_elements(mask, &problem)?;
         }
@@ -356,21 +359,27 @@ impl ProblemBuilder {
                 _ => Ok(offset),
             };
         }
-        let position_matters = self.reach != Reach::default() || self.score.alibi;
-        let of_device = problem.key_lengths == KeyLengths::Device;
-        let unlike = (0..problem.shape.batch)
-            .map(|b| problem.sequence(b))
-            .map(|s| (s.query_len, s.key_len))
-            .find(|(q, k)| (q != k || of_device) && *q > 0 && *k > 0);
-        match unlike {
-            Some((q, k)) if position_matters => Err(MlxError::expected(
-                "query_offset",
-                "a choice where qL and kL differ: `query_offset(QueryOffset::At(0))` (top left, query 0 \
-                 at key 0) or `query_offset(QueryOffset::BottomRight)` (the last query at the last key)",
-                format!("none, with {q} queries over {k} keys"),
-            )),
-            _ => Ok(QueryOffset::At(0)),
-        }
+        check_no_offset(problem)?;
+        Ok(QueryOffset::At(0))
+    }
+}
+
+/// Refuses a problem whose query offset was not stated and makes a difference.
+pub(super) fn check_no_offset(problem: &Problem) -> Result<()> {
+    let position_matters = problem.reach != Reach::default() || problem.score.alibi;
+    let of_device = problem.key_lengths == KeyLengths::Device;
+    let unlike = (0..problem.shape.batch)
+        .map(|b| problem.sequence(b))
+        .map(|s| (s.query_len, s.key_len))
+        .find(|(q, k)| (q != k || of_device) && *q > 0 && *k > 0);
+    match unlike {
+        Some((q, k)) if position_matters => Err(MlxError::expected(
+            "query_offset",
+            "a choice where qL and kL differ: `query_offset(QueryOffset::At(0))` (top left, query 0 \
+             at key 0) or `query_offset(QueryOffset::BottomRight)` (the last query at the last key)",
+            format!("none, with {q} queries over {k} keys"),
+        )),
+        _ => Ok(()),
     }
 }
 

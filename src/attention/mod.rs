@@ -5,6 +5,7 @@ mod builder;
 mod element;
 mod keys;
 pub mod layout;
+mod lengths;
 pub mod mask;
 mod operand;
 pub mod oracle;

@@ -32,6 +32,28 @@ impl Placement {
         }
     }
 
+    /// How a problem's operands lie, for as many keys as it has room for.
+    pub(super) fn of(problem: &Problem) -> Self {
+        Self {
+            layout: Layout::HeadMajor,
+            key_capacity: None,
+            strides: [problem.q, problem.k, problem.v, problem.o].map(Some),
+            key_format: problem.key_format,
+            value_format: problem.value_format,
+        }
+    }
+
+    /// The largest count of keys that a problem so placed has room for. A mask has columns for the keys that
+    /// it was stated for.
+    pub(super) fn most_keys(&self, problem: &Problem) -> usize {
+        let key_len = problem.shape.key_len;
+        match (&problem.score.mask, &problem.keys) {
+            (Some(_), _) => key_len,
+            (None, Keys::Paged(pages)) => pages.per_sequence.saturating_mul(pages.page_size),
+            (None, _) => self.key_capacity.unwrap_or(key_len),
+        }
+    }
+
     /// Of K and of V.
     pub(super) fn formats(&self) -> [Format; 2] {
         [self.key_format, self.value_format]

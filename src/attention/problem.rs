@@ -60,7 +60,12 @@ pub struct Problem {
     pub(super) value_format: Format,
     pub(super) score: Score,
     pub(super) offset: QueryOffset,
+    /// Whether the builder was given the offset.
+    pub(super) offset_stated: bool,
     pub(super) reach: Reach,
+    /// The largest count of keys that [`Problem::with_key_len`] takes: what the operands were stated to
+    /// have room for.
+    pub(super) most_keys: usize,
     pub(super) q: Strides,
     pub(super) k: Strides,
     pub(super) v: Strides,
@@ -399,6 +404,7 @@ impl Problem {
                 scale: self.score.scale,
                 ..Score::default()
             },
+            most_keys: 0,
             k: row(qk_dim),
             v: row(v_dim),
             tile_classes: false,

@@ -178,7 +178,8 @@ impl std::fmt::Debug for Planned {
 #[derive(Debug, Clone)]
 pub(crate) struct Task<B> {
     pub(crate) planned: Arc<Planned>,
-    pub(crate) operands: Vec<(Slot, B)>,
+    /// Shared, so that a command that is replayed copies no handle.
+    pub(crate) operands: Arc<[(Slot, B)]>,
 }
 
 impl<B> Task<B> {

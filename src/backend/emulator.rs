@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use msl_emulator::{Binding, CompileOptions, Constant, Counters, DispatchOptions, Library};
 
-use super::command::Work;
+use super::command::{Planned, Work};
 use super::host_memory::HostMemory;
 use super::metal::launch::{self, Kernels, Launch, Prepared};
 use super::metal::split;
@@ -67,6 +67,10 @@ impl Emulator {
 
     pub(crate) fn take_counters(&self) -> Counters {
         std::mem::take(&mut self.counters.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn build_for(&self, launch: &Launch) -> Result<Arc<Kernel>> {
+        self.build(launch.kernel, launch.source, &launch.constants)
     }
 
     fn library(&self, kernel: &str, source: &str) -> Result<Arc<Library>> {
@@ -255,9 +259,13 @@ impl Backend for Emulator {
     }
 
     fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
-        let launch = Launch::of(work)?;
-        let kernel = self.build(launch.kernel, launch.source, &launch.constants)?;
-        Ok(Box::new(Prepared { launch, kernel }))
+        Ok(Box::new(Prepared::new(work, None, |l| self.build_for(l))?))
+    }
+
+    fn prepare_again(&self, work: &Work, before: &Planned) -> Result<Box<dyn Any + Send + Sync>> {
+        Ok(Box::new(Prepared::new(work, Some(before), |l| {
+            self.build_for(l)
+        })?))
     }
 
     fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Arc<Kernel>> {

@@ -4,7 +4,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use self::command::{Span, Task, Work};
+use self::command::{Planned, Span, Task, Work};
 pub(crate) use self::kernel::{Arg, Constants, Dispatch, Kernel, Limits};
 pub use self::kind::DeviceKind;
 pub(crate) use self::memory::Memory;
@@ -49,6 +49,9 @@ pub(crate) struct Timing {
 pub(crate) trait Pending: Send + Sync {
     /// Blocks until it has run; the same answer every time.
     fn wait(&self) -> Result<Timing>;
+
+    /// Whether it has run, so that [`Self::wait`] returns at once. Never blocks.
+    fn is_done(&self) -> bool;
 }
 
 /// A command that ran while it was submitted.
@@ -57,6 +60,10 @@ pub(crate) struct Done(pub(crate) Result<Timing>);
 impl Pending for Done {
     fn wait(&self) -> Result<Timing> {
         self.0.clone()
+    }
+
+    fn is_done(&self) -> bool {
+        true
     }
 }
 
@@ -76,6 +83,11 @@ pub(crate) trait Backend: Any + Send + Sync {
     fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported>;
     /// Prepares work for any operands; an attention only where [`Self::supports`] takes its problem.
     fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>>;
+    /// As [`Self::prepare`], for work that differs from `before` in lengths alone: what does not depend on
+    /// them may be taken from what `before` holds.
+    fn prepare_again(&self, work: &Work, _before: &Planned) -> Result<Box<dyn Any + Send + Sync>> {
+        self.prepare(work)
+    }
     /// Whether it runs the kernels' text, and so a caller's own.
     fn runs_text(&self) -> bool {
         false

@@ -183,10 +183,11 @@ fn classify(
     };
     let task = Task {
         planned: encoder.device().plan(Work::ClassifyTiles(classify))?,
-        operands: vec![
+        operands: [
             (Slot::Operand(Role::Mask), mask.clone()),
             (Slot::Operand(Role::TileClasses), blk_out.clone()),
-        ],
+        ]
+        .into(),
     };
     encoder.task(task, CapturedOpKind::Other)
 }

@@ -104,7 +104,7 @@ fn build(
     };
     let task = Task {
         planned: encoder.device().plan(Work::FillMask(fill))?,
-        operands: vec![(Slot::Operand(Role::Mask), mask.clone())],
+        operands: [(Slot::Operand(Role::Mask), mask.clone())].into(),
     };
     encoder.task(task, CapturedOpKind::Other)?;
     Ok(mask)
@@ -148,11 +148,12 @@ pub fn build_block_diagonal_sdpa_mask_bf16(
     };
     let task = Task {
         planned: encoder.device().plan(Work::FillBlocks(fill))?,
-        operands: vec![
+        operands: [
             (Slot::Operand(Role::Mask), mask.clone()),
             (Slot::SequenceIds, seq_id.clone()),
             (Slot::Positions, local_pos.clone()),
-        ],
+        ]
+        .into(),
     };
     encoder.task(task, CapturedOpKind::Other)?;
     Ok(mask)

@@ -200,16 +200,17 @@ pub fn flash_attn_vec(
     let operand = |role, buffer: &MlxBuffer| (Slot::Operand(role), buffer.clone());
     let partials = Task {
         planned: encoder.device().plan(first)?,
-        operands: vec![
+        operands: [
             operand(Role::Query, q),
             operand(Role::Key, k),
             operand(Role::Value, v),
             (Slot::Partials, tmp.clone()),
-        ],
+        ]
+        .into(),
     };
     let join = Task {
         planned: encoder.device().plan(second)?,
-        operands: vec![(Slot::Partials, tmp.clone()), operand(Role::Output, output)],
+        operands: [(Slot::Partials, tmp.clone()), operand(Role::Output, output)].into(),
     };
     // Both checks first: an error must leave the encoder as it was.
     encoder.check_task(&join)?;

@@ -149,7 +149,10 @@ fn read(device: &DeviceHandle, raw: &RawDispatch) -> Result<Task<MlxBuffer>> {
         },
     }?;
     let planned = device.plan(work).map_err(|e| args.fail(e))?;
-    Ok(Task { planned, operands })
+    Ok(Task {
+        planned,
+        operands: operands.into(),
+    })
 }
 
 type Read = Result<(Work, Vec<(Slot, MlxBuffer)>)>;

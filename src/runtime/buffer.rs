@@ -24,6 +24,7 @@ use crate::error::{MlxError, Result};
 /// | [`write`](Self::write) | the memory itself, for writing | a commit that touches the bytes is an error |
 /// | [`as_slice`](Self::as_slice) | a copy that this handle keeps | nothing is refused |
 /// | [`as_mut_slice`](Self::as_mut_slice) | the memory itself, for writing | no other handle exists |
+/// | [`upload`](Self::upload), [`download`](Self::download), [`copy_from`](Self::copy_from) | a copy of some elements | the call alone |
 ///
 /// Each of them is refused, with an error that says what to do, from the moment that a dispatch which
 /// writes the bytes is encoded until its command has been waited for. A refused commit runs nothing.

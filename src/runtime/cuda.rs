@@ -41,6 +41,11 @@ impl InFlight {
     pub fn wait(&self) -> Result<()> {
         self.enqueued.wait()
     }
+
+    /// Whether the command has run; never blocks. What it touches is held until this is dropped.
+    pub fn is_done(&self) -> bool {
+        self.enqueued.is_done()
+    }
 }
 
 impl fmt::Debug for InFlight {

@@ -37,20 +37,28 @@ impl DeviceHandle {
     pub(crate) fn plan(&self, work: Work) -> Result<Arc<Planned>> {
         match &work {
             Work::Attention(problem, hint) => self.plan_attention(problem, *hint),
-            _ => self.prepare(work),
+            _ => self.prepare(work, None),
         }
     }
 
-    fn prepare(&self, work: Work) -> Result<Arc<Planned>> {
+    fn prepare(&self, work: Work, before: Option<&Planned>) -> Result<Arc<Planned>> {
         if let Work::Attention(problem, _) = &work {
             self.backend.supports(problem)?;
         }
-        let state = self.backend.prepare(&work)?;
+        let state = match before {
+            Some(before) => self.backend.prepare_again(&work, before)?,
+            None => self.backend.prepare(&work)?,
+        };
         Ok(Arc::new(Planned {
             device: self.id,
             work,
             state,
         }))
+    }
+
+    /// Prepares work that differs in lengths alone from what this device prepared before.
+    pub(crate) fn plan_again(&self, before: &Planned, work: Work) -> Result<Arc<Planned>> {
+        self.prepare(work, Some(before))
     }
 
     /// As [`Self::plan`] for attention; the problem is copied where it is new.
@@ -64,7 +72,7 @@ impl DeviceHandle {
             return Ok(Arc::clone(found));
         }
         // The lock is not held meanwhile: the device may compile a kernel.
-        let planned = self.prepare(Work::Attention(Arc::new(problem.clone()), hint))?;
+        let planned = self.prepare(Work::Attention(Arc::new(problem.clone()), hint), None)?;
         let mut remembered = remembered();
         remembered.truncate(REMEMBERED - 1);
         remembered.push_front(Arc::clone(&planned));

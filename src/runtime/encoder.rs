@@ -10,10 +10,11 @@ pub use super::capture::{CapturedNode, CapturedOpKind};
 use super::device::{DeviceHandle, MlxDevice};
 use super::hazards::{Hazards, Use};
 pub use super::size::MTLSize;
+use super::submission::{InParts, Submission, Submitted};
 use super::uses::Hold;
 use crate::backend::access::Access;
 use crate::backend::command::Task;
-use crate::backend::{Done, Pending, Timing};
+use crate::backend::{Done, Pending};
 use crate::error::{MlxError, Result};
 
 /// What to bind at an index.
@@ -48,26 +49,7 @@ pub struct CommandEncoder {
     encoded_writes: Vec<Hold>,
     /// A dispatch that could not be recorded; the commit reports it and runs nothing.
     fault: Option<MlxError>,
-    submitted: Mutex<Option<Submitted>>,
-}
-
-struct Submitted {
-    command: Arc<dyn Pending>,
-    /// What it touches, held until it has run.
-    holds: Vec<Hold>,
-    /// Whether a wait has told how it ended.
-    reported: bool,
-    /// How an earlier commit ended that nobody waited for.
-    earlier: Result<()>,
-}
-
-impl Submitted {
-    fn wait(&mut self) -> Result<Timing> {
-        let timing = self.command.wait();
-        self.holds.clear();
-        self.reported = true;
-        self.earlier.clone().and(timing)
-    }
+    submitted: Mutex<Option<Arc<Submitted>>>,
 }
 
 impl std::fmt::Debug for CommandEncoder {
@@ -214,8 +196,16 @@ impl CommandEncoder {
         self.fault.get_or_insert(error);
     }
 
+    /// Ends the capture and gives what it holds, or why a dispatch could not be recorded.
+    pub(super) fn finish_capture(&mut self) -> Result<Vec<CapturedNode>> {
+        let nodes = self.captured.take().ok_or_else(|| {
+            MlxError::expected("capture", "one that is under way", "one that was taken")
+        })?;
+        self.fault.take().map_or(Ok(nodes), Err)
+    }
+
     /// Records a dispatch that [`Self::check`] has passed.
-    fn record(&mut self, dispatch: CapturedDispatch) {
+    pub(super) fn record(&mut self, dispatch: CapturedDispatch) {
         let mut uses = Vec::new();
         for (buffer, access) in dispatch.buffers() {
             uses.push(Use {
@@ -314,19 +304,27 @@ impl CommandEncoder {
         Ok(())
     }
 
-    /// Starts running what was recorded. Errors are told by [`CommandEncoder::wait_until_completed`] alone; an
+    /// Starts running what was recorded, and gives a handle that tells whether it has run and waits for it.
+    /// Errors are told by a wait alone, the handle's or [`CommandEncoder::wait_until_completed`]; an
     /// encoder that is dropped before tells none. The encoder can record again at once.
     ///
-    /// On the CPU and the emulator the command runs before this returns. Where a command of another
-    /// thread writes bytes that this one touches, or touches bytes that this one writes, the two run one
-    /// after the other, whole, in the order of their commits. A thread of rayon's does not wait for
-    /// another command: there such a commit is refused. A GPU's queue or stream orders commands in the
-    /// order of their commits.
+    /// | call | blocks |
+    /// |---|---|
+    /// | a dispatch, [`Self::replay`] | no, but while the device compiles a kernel that it meets first |
+    /// | `commit`, CPU and emulator | until the command has run, and before it those of other threads that it takes turns with |
+    /// | `commit`, CUDA and Metal | until the encoder's commit before this one has run, unless that was waited for: two commands of an encoder are on the GPU at most; before a raw dispatch whose params lie in a buffer, until what precedes it has run |
+    /// | [`Submission::is_done`] | no |
+    /// | [`Submission::wait`], [`Self::wait_until_completed`], dropping the encoder | until the command has run |
+    ///
+    /// Where a command of another thread writes bytes that this one touches, or touches bytes that this one
+    /// writes, the two run one after the other, whole, in the order of their commits. A thread of rayon's
+    /// does not wait for another command: there such a commit is refused. A GPU's queue or stream orders
+    /// commands in the order of their commits.
     ///
     /// A commit that writes what the host reads through a guard, or touches what the host writes through
     /// one, is refused too, with an error that names the buffer. What is refused has run nothing and is
     /// no longer recorded.
-    pub fn commit(&mut self) {
+    pub fn commit(&mut self) -> Submission {
         let backend = Arc::clone(&self.device.backend);
         let mut began = None;
         let (command, mut holds) = self.submit_with(
@@ -348,16 +346,10 @@ impl CommandEncoder {
         let mut submitted = self.submitted();
         // A command that is still running is waited for by the one that follows it, which also
         // reports its failure if nobody has heard of it.
-        let earlier = match submitted.take() {
-            Some(mut earlier) if !earlier.reported => earlier.wait().map(|_| ()),
-            _ => Ok(()),
-        };
-        *submitted = Some(Submitted {
-            command,
-            holds,
-            reported: false,
-            earlier,
-        });
+        let earlier = submitted.take().map_or(Ok(()), |earlier| earlier.unheard());
+        let new = Arc::new(Submitted::new(command, holds, earlier));
+        *submitted = Some(Arc::clone(&new));
+        Submission::new(new)
     }
 
     /// Takes what was recorded, with what holds its writes, or the dispatch's fault that spoils it.
@@ -372,18 +364,18 @@ impl CommandEncoder {
         &self.device
     }
 
-    fn submitted(&self) -> std::sync::MutexGuard<'_, Option<Submitted>> {
+    fn submitted(&self) -> std::sync::MutexGuard<'_, Option<Arc<Submitted>>> {
         self.submitted
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wait(&self) -> Result<(f64, f64)> {
-        let mut submitted = self.submitted();
-        let Some(last) = submitted.as_mut() else {
-            return Ok((0.0, 0.0));
-        };
-        last.wait().map(|t| (t.start, t.end))
+        // The lock is not held meanwhile.
+        let last = self.submitted().clone();
+        last.map_or(Ok((0.0, 0.0)), |last| {
+            last.wait_for_all().map(|t| (t.start, t.end))
+        })
     }
 
     /// Blocks until the last commit has run and tells how it ended, or how an earlier one failed
@@ -410,22 +402,6 @@ impl Drop for CommandEncoder {
     /// Waits for what still runs: its buffers count as being written until then.
     fn drop(&mut self) {
         let _ = self.wait();
-    }
-}
-
-/// A command whose first part has run.
-struct InParts {
-    start: f64,
-    rest: Arc<dyn Pending>,
-}
-
-impl Pending for InParts {
-    fn wait(&self) -> Result<Timing> {
-        let rest = self.rest.wait()?;
-        Ok(Timing {
-            start: self.start,
-            ..rest
-        })
     }
 }
 

@@ -10,9 +10,12 @@ pub mod encoder;
 pub mod mem_ranges;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 pub mod metal;
+pub mod prepared;
+pub mod submission;
 
 pub use crate::compat::registry;
 
+mod copies;
 mod guards;
 mod hazards;
 mod host;

@@ -93,6 +93,14 @@ impl Uses {
         self.of(range).find(|(other, _)| holder.excludes(*other))
     }
 
+    /// Refuses what the host would do as `holder` while another is in the way.
+    fn admit(&self, range: &Range<usize>, holder: Holder) -> Result<()> {
+        match self.in_the_way(range, holder) {
+            Some((other, _)) => Err(busy(other)),
+            None => Ok(()),
+        }
+    }
+
     fn add(&mut self, range: &Range<usize>, holder: Holder) {
         *self
             .entries
@@ -188,9 +196,7 @@ impl Storage {
         };
         let range = self.host_range(range);
         let mut uses = self.uses();
-        if let Some((other, _)) = uses.in_the_way(&range, holder) {
-            return Err(busy(other));
-        }
+        uses.admit(&range, holder)?;
         let base = self.base(&uses, access)?;
         uses.add(&range, holder);
         let hold = Hold {
@@ -210,9 +216,7 @@ impl Storage {
     ) -> Result<(Option<HostMemory>, u64)> {
         let uses = self.uses();
         let all = self.host_range(range.clone());
-        if let Some((other, _)) = uses.in_the_way(&all, Holder::LentRead) {
-            return Err(busy(other));
-        }
+        uses.admit(&all, Holder::LentRead)?;
         let version = uses.version;
         if !uses.untracked && last.is_some_and(|last| last.version == version) {
             return Ok((None, version));
@@ -233,6 +237,45 @@ impl Storage {
         // SAFETY: the new memory has as many bytes, and nobody else has it.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
         Ok((Some(new), version))
+    }
+
+    /// Copies bytes of the host's to byte `at` and those after it, all of which are inside the memory.
+    ///
+    /// The lock is held meanwhile instead of the bytes, so that nothing else starts to use them: guards are
+    /// for mirrors that were brought up to date as a whole, and these bytes alone are copied.
+    pub(super) fn upload(&self, at: usize, bytes: &[u8]) -> Result<()> {
+        let mut uses = self.uses();
+        uses.admit(&(at..at + bytes.len()), Holder::LentWrite)?;
+        uses.version += 1;
+        // SAFETY: every view lies inside its memory. No command and no guard holds these bytes: either would
+        // be in the way, and neither starts before `uses` is released.
+        unsafe { self.memory.upload(at, bytes) }
+    }
+
+    /// Copies byte `at` and those after it, all of which are inside the memory, to the host.
+    pub(super) fn download(&self, at: usize, into: &mut [u8]) -> Result<()> {
+        let uses = self.uses();
+        uses.admit(&(at..at + into.len()), Holder::LentRead)?;
+        // SAFETY: as for `upload`, of what would write these bytes.
+        unsafe { self.memory.download(at, into) }
+    }
+
+    /// Copies bytes of `source`, which a device of the same kind has, to byte `at` and those after it. All
+    /// are inside their memory, and the two ranges share no byte.
+    pub(super) fn copy_from(&self, at: usize, source: &Self, range: Range<usize>) -> Result<()> {
+        let written = at..at + range.len();
+        // The lock at the lower address first, so that no two copies wait for each other; one lock where
+        // the two are one.
+        let (to, from) = (std::ptr::from_ref(self), std::ptr::from_ref(source));
+        let before = (to < from).then(|| self.uses());
+        let mut of_source = source.uses();
+        let mut own = before.or_else(|| (to > from).then(|| self.uses()));
+        of_source.admit(&range, Holder::LentRead)?;
+        let uses = own.as_deref_mut().unwrap_or(&mut *of_source);
+        uses.admit(&written, Holder::LentWrite)?;
+        uses.version += 1;
+        // SAFETY: as for `upload` and `download`.
+        unsafe { self.memory.copy_from(at, &*source.memory, range) }
     }
 
     /// A copy of bytes for a command that holds them and has its turn.

@@ -7,6 +7,7 @@ mod agreement;
 #[path = "../common/mod.rs"]
 mod common;
 mod compiled;
+mod copies;
 mod device;
 mod extremes;
 mod figures;

@@ -134,11 +134,15 @@ fn kernels_in_a_chain_wait_for_each_other() {
                 match round % 3 {
                     // All on one stream, then all on the caller's, then by turns.
                     0 if i + 1 < chain.len() => {}
-                    0 => encoder.commit(),
+                    0 => {
+                        encoder.commit();
+                    }
                     // SAFETY: the stream is the primary context's, and destroyed below.
                     1 => in_flight
                         .push(unsafe { encoder.encode_into_stream(stream.cast()) }.unwrap()),
-                    _ if i % 2 == 1 => encoder.commit(),
+                    _ if i % 2 == 1 => {
+                        encoder.commit();
+                    }
                     // SAFETY: as above.
                     _ => in_flight
                         .push(unsafe { encoder.encode_into_stream(stream.cast()) }.unwrap()),

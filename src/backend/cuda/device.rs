@@ -15,7 +15,7 @@ use super::submit::{self, Enqueued};
 use super::table::Needs;
 use crate::attention::Problem;
 use crate::backend::abilities::Abilities;
-use crate::backend::command::Work;
+use crate::backend::command::{Planned, Work};
 use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
 use crate::error::{Result, Unsupported};
 
@@ -156,6 +156,15 @@ impl Backend for Cuda {
 
     fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
         let prepared = Prepared::new(&self.gpu, work, |problem| self.attention(problem))?;
+        Ok(Box::new(prepared))
+    }
+
+    fn prepare_again(&self, work: &Work, before: &Planned) -> Result<Box<dyn Any + Send + Sync>> {
+        let kernels = before.state.downcast_ref().and_then(Prepared::kernels);
+        let prepared = Prepared::new(&self.gpu, work, |problem| match kernels {
+            Some(kernels) => Ok(Arc::clone(kernels)),
+            None => self.attention(problem),
+        })?;
         Ok(Box::new(prepared))
     }
 

@@ -255,6 +255,17 @@ impl Event {
         unsafe { result::event::synchronize(self.raw) }.map_err(failed("the command"))
     }
 
+    /// Whether what was on the stream before it has run, or has failed, which [`Self::synchronize`] then
+    /// reports at once.
+    pub(super) fn has_happened(&self) -> bool {
+        // SAFETY: it lives.
+        let asked = self
+            .context
+            .enter()
+            .map(|()| unsafe { result::event::query(self.raw) });
+        !matches!(asked, Ok(Err(error)) if error.0 == sys::CUresult::CUDA_ERROR_NOT_READY)
+    }
+
     /// Seconds from this event to a later one; both have happened.
     pub(super) fn seconds_to(&self, later: &Event) -> Result<f64> {
         // SAFETY: both live.

@@ -102,7 +102,7 @@ impl Launch<'_> {
 
     /// Brings the operands up to date on the GPU.
     fn bring(&self) -> Result<()> {
-        for (slot, span) in &self.task.operands {
+        for (slot, span) in self.task.operands.iter() {
             let memory = CudaMemory::of(&*span.memory, self.gpu)
                 .ok_or_else(|| self.fail(format!("{}: is not this GPU's", slot.name())))?;
             memory.prepare(self.stream, self.task.work().access(*slot))?;

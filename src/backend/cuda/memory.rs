@@ -2,6 +2,7 @@
 //! brought up to date before the host looks, and brought back before the GPU does.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{result, sys};
@@ -12,6 +13,17 @@ use crate::backend::Memory;
 use crate::backend::access::Access;
 use crate::backend::host_memory::HostMemory;
 use crate::error::{MlxError, Result};
+
+/// Most bytes that are handed to the driver at once where they go through memory of our own.
+const STAGED: usize = 4 << 20;
+
+/// Room for so many bytes.
+fn room(bytes: usize) -> Result<Vec<u8>> {
+    let mut room = Vec::new();
+    let reserved = room.try_reserve_exact(bytes);
+    reserved.map_err(|_| MlxError::BufferAllocationError { bytes })?;
+    Ok(room)
+}
 
 /// Which side was written last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +100,38 @@ impl CudaMemory {
             .filter(|memory| Arc::ptr_eq(&memory.gpu, gpu))
     }
 
+    /// The GPU's address of a byte.
+    fn at(&self, byte: usize) -> sys::CUdeviceptr {
+        self.device + byte as sys::CUdeviceptr
+    }
+
+    /// Puts bytes inside the memory on the device's own stream.
+    fn send(&self, at: usize, bytes: &[u8]) -> Result<()> {
+        self.gpu.context.enter()?;
+        // The driver has copied pageable memory when it returns. The caller's may be pinned, which the GPU
+        // would still read after the caller has it back, so it goes through memory of our own.
+        let mut own = room(bytes.len().min(STAGED))?;
+        for (i, bytes) in bytes.chunks(STAGED).enumerate() {
+            own.clear();
+            own.extend_from_slice(bytes);
+            // SAFETY: as many bytes on either side, inside the memory; `own` is pageable.
+            unsafe {
+                result::memcpy_htod_async(self.at(at + i * STAGED), &own, self.gpu.stream.raw())
+            }
+            .map_err(failed("copying to the GPU"))?;
+        }
+        self.finish_foreign()
+    }
+
+    /// Waits for a copy of the caller's memory: the caller may free it, or use it on another stream, once
+    /// no handle is left.
+    fn finish_foreign(&self) -> Result<()> {
+        if self.foreign {
+            self.gpu.stream.synchronize()?;
+        }
+        Ok(())
+    }
+
     /// Before a kernel on `stream` uses it: what the host wrote is brought to the GPU. The caller holds
     /// [`Gpu::submitting`] until the device's own stream waits for `stream`: from here on the memory
     /// counts as uploaded for every command.
@@ -149,6 +193,90 @@ impl Memory for CudaMemory {
 
     fn is_mirrored(&self) -> bool {
         true
+    }
+
+    /// Puts the bytes on the device's own stream. They are written there after every command that was
+    /// submitted before, also on a caller's stream, since the device's own waits for that, and before every
+    /// command that is submitted later, since a caller's stream waits for the device's own. The host does
+    /// not wait for the copy, but for one of the caller's memory.
+    unsafe fn upload(&self, at: usize, bytes: &[u8]) -> Result<()> {
+        // Before the mirror is looked at: a command that is being put on a caller's stream may bring the
+        // whole mirror to the GPU there, and counts it as brought before this device's own stream waits.
+        let _submitting = self.gpu.submitting();
+        let mut mirror = self.mirror();
+        if mirror.newer != Newer::Host {
+            self.send(at, bytes)?;
+        }
+        match &mirror.host {
+            // The same as the GPU's side, and it stays so; or newer, and goes to the GPU as a whole with the
+            // next command that uses the memory.
+            Some(host) if mirror.newer != Newer::Device => {
+                // SAFETY: the mirror has `len` bytes, among which the caller promises these to be, and
+                // that no guard lends them and no other copy uses them. `prepare`, which reads all of the
+                // mirror, does so under the lock that is held here.
+                unsafe { host.upload(at, bytes)? };
+            }
+            _ => mirror.newer = Newer::Device,
+        }
+        Ok(())
+    }
+
+    /// Brings the bytes alone to the host, where its side is not as new as the GPU's.
+    unsafe fn download(&self, at: usize, into: &mut [u8]) -> Result<()> {
+        let mirror = self.mirror();
+        let current = match mirror.newer {
+            Newer::Host => true,
+            // Nobody says when the caller's memory is written.
+            Newer::Same => !self.foreign,
+            Newer::Device => false,
+        };
+        if let Some(host) = mirror.host.as_ref().filter(|_| current) {
+            // SAFETY: the mirror has `len` bytes, among which the caller promises these to be, and that
+            // nobody writes them.
+            return unsafe { host.download(at, into) };
+        }
+        self.gpu.context.enter()?;
+        // The commands that wrote the bytes have been waited for, but not the copies and the zeroing that
+        // this stream was given.
+        self.gpu.stream.synchronize()?;
+        // SAFETY: the caller promises that the bytes are inside the memory and that no command writes them;
+        // the driver has copied them when it returns.
+        unsafe { result::memcpy_dtoh_sync(into, self.at(at)) }
+            .map_err(failed("copying from the GPU"))
+    }
+
+    /// Copies on the GPU, ordered as an [`upload`](Memory::upload) is. Where the host's side of either is
+    /// newer than the GPU's, the bytes go through the host.
+    unsafe fn copy_from(&self, at: usize, source: &dyn Memory, range: Range<usize>) -> Result<()> {
+        let source = Self::of(source, &self.gpu)
+            .ok_or_else(|| MlxError::expected("copy_from", "memory of this GPU", "another's"))?;
+        {
+            let _submitting = self.gpu.submitting();
+            // One after the other: they may be one. Neither becomes newer on the host's side meanwhile, for
+            // no guard is given out while a copy is under way.
+            let on_host = |memory: &Self| memory.mirror().newer == Newer::Host;
+            if !on_host(source) && !on_host(self) {
+                self.gpu.context.enter()?;
+                let from = source.at(range.start);
+                // SAFETY: the caller promises that both ranges are inside their memory, share no byte
+                // and are in no command that still runs. Either memory outlives the copy: freeing what
+                // `cuMemAlloc` gave waits for the GPU, and the caller's memory is waited for below.
+                unsafe {
+                    result::memcpy_dtod_async(self.at(at), from, range.len(), self.gpu.stream.raw())
+                }
+                .map_err(failed("copying on the GPU"))?;
+                self.mirror().newer = Newer::Device;
+                source.finish_foreign()?;
+                return self.finish_foreign();
+            }
+        }
+        let mut bytes = room(range.len())?;
+        bytes.resize(range.len(), 0);
+        // SAFETY: promised by the caller.
+        unsafe {
+            source.download(range.start, &mut bytes)?;
+            self.upload(at, &bytes)
+        }
     }
 
     fn host_as_it_stands(&self, access: Access) -> Result<*mut u8> {

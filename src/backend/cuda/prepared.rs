@@ -161,6 +161,14 @@ impl Prefill {
 }
 
 impl Prepared {
+    /// The kernels of an attention: they do not depend on lengths, but which of them a launch takes does.
+    pub(super) fn kernels(&self) -> Option<&Arc<Attention>> {
+        match self {
+            Self::Attention(prefill) => Some(&prefill.kernels),
+            _ => None,
+        }
+    }
+
     /// Prepares work; `attention` gives the kernels for what a problem needs.
     pub(super) fn new(
         gpu: &Arc<Gpu>,

@@ -128,6 +128,15 @@ impl Pending for Committed {
         };
         self.outcome.get_or_init(wait).clone()
     }
+
+    fn is_done(&self) -> bool {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*running {
+            Some(running) => running.end.has_happened(),
+            // Another thread is waiting for it, or has.
+            None => self.outcome.get().is_some(),
+        }
+    }
 }
 
 impl Drop for Committed {
@@ -170,6 +179,10 @@ pub(super) fn enqueue(gpu: &Arc<Gpu>, steps: Vec<Step>, stream: &Stream) -> Resu
 impl Enqueued {
     pub(crate) fn wait(&self) -> Result<()> {
         self.end.synchronize()
+    }
+
+    pub(crate) fn is_done(&self) -> bool {
+        self.end.has_happened()
     }
 }
 

@@ -17,7 +17,7 @@ use super::memory::MetalMemory;
 use super::sources;
 use super::submit;
 use crate::attention::Problem;
-use crate::backend::command::Work;
+use crate::backend::command::{Planned, Work};
 use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
 use crate::error::{MlxError, Result, Unsupported};
 
@@ -67,6 +67,10 @@ impl Metal {
 
     pub(crate) fn device(&self) -> &ProtocolObject<dyn MTLDevice> {
         &self.device
+    }
+
+    fn build_for(&self, launch: &Launch) -> Result<Arc<Kernel>> {
+        self.build(launch.kernel, launch.source, &launch.constants)
     }
 
     pub(super) fn queue(&self) -> &ProtocolObject<dyn MTLCommandQueue> {
@@ -148,9 +152,13 @@ impl Backend for Metal {
     }
 
     fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
-        let launch = Launch::of(work)?;
-        let kernel = self.build(launch.kernel, launch.source, &launch.constants)?;
-        Ok(Box::new(Prepared { launch, kernel }))
+        Ok(Box::new(Prepared::new(work, None, |l| self.build_for(l))?))
+    }
+
+    fn prepare_again(&self, work: &Work, before: &Planned) -> Result<Box<dyn Any + Send + Sync>> {
+        Ok(Box::new(Prepared::new(work, Some(before), |l| {
+            self.build_for(l)
+        })?))
     }
 
     fn build(&self, kernel: &str, source: &str, constants: &Constants) -> Result<Arc<Kernel>> {

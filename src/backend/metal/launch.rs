@@ -12,7 +12,8 @@ use crate::attention::{Problem, Role};
 use crate::backend::DeviceKind;
 use crate::backend::abilities::Abilities;
 use crate::backend::command::{
-    ClassifyTiles, DecodePartials, FillBlocks, FillMask, JoinPartials, Slot, Span, Task, Work,
+    ClassifyTiles, DecodePartials, FillBlocks, FillMask, JoinPartials, Planned, Slot, Span, Task,
+    Work,
 };
 use crate::backend::shared_params::VecParamsGpu;
 use crate::backend::{self, Arg, Dispatch, Kernel};
@@ -197,6 +198,26 @@ pub(crate) struct Prepared {
     pub(crate) kernel: Arc<Kernel>,
 }
 
+impl Prepared {
+    /// Prepares work with the kernel that `build` gives, or that of `before` where it is the same: of the
+    /// function constants some depend on lengths.
+    pub(crate) fn new(
+        work: &Work,
+        before: Option<&Planned>,
+        build: impl FnOnce(&Launch) -> Result<Arc<Kernel>>,
+    ) -> Result<Self> {
+        let launch = Launch::of(work)?;
+        let before = before.and_then(|planned| planned.state.downcast_ref::<Self>());
+        let kept = before.map(|before| &before.kernel);
+        let same = |k: &&Arc<Kernel>| k.name == launch.kernel && k.constants == launch.constants;
+        let kernel = match kept.filter(same) {
+            Some(kernel) => Arc::clone(kernel),
+            None => build(&launch)?,
+        };
+        Ok(Self { launch, kernel })
+    }
+}
+
 /// The dispatch of a task that a device of the Metal family prepared.
 pub(crate) fn dispatch(task: &Task<Span>) -> Result<Dispatch> {
     let Some(Prepared { launch, kernel }) = task.planned.state.downcast_ref::<Prepared>() else {
@@ -271,5 +292,63 @@ impl Kernels {
             Arc::clone(kernels.entry(key).or_default())
         };
         once.get_or_init(|| build().map(Arc::new)).clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::attention::Shape;
+    use crate::backend::Limits;
+    use crate::backend::command::Hint;
+    use crate::backend::metal::bindings::accesses;
+
+    #[test]
+    fn another_length_keeps_the_kernel_where_its_constants_are_the_same() {
+        let built = Cell::new(0);
+        let build = |launch: &Launch| {
+            built.set(built.get() + 1);
+            let limits = Limits {
+                thread_execution_width: 32,
+                max_threads: 1024,
+                static_threadgroup_bytes: 0,
+            };
+            let kernel = Kernel::new(
+                launch.kernel,
+                &launch.constants,
+                limits,
+                accesses(launch.kernel),
+                (),
+            );
+            Ok(Arc::new(kernel))
+        };
+        let prepare = |key_len: usize, before: Option<&Planned>| {
+            let shape = Shape {
+                batch: 1,
+                heads: 1,
+                kv_heads: 1,
+                query_len: 1,
+                key_len,
+                qk_dim: 64,
+                v_dim: 64,
+            };
+            let problem = Problem::builder(DType::F16, shape).build().unwrap();
+            let work = Work::Attention(Arc::new(problem), Hint::default());
+            let prepared = Prepared::new(&work, before, build).unwrap();
+            assert_eq!(prepared.kernel.constants, prepared.launch.constants);
+            Planned {
+                device: 0,
+                work,
+                state: Box::new(prepared),
+            }
+        };
+        // Whole tiles of keys, then ragged ones, which another kernel takes.
+        let mut planned = prepare(160, None);
+        for (key_len, kernels) in [(32, 1), (97, 2), (99, 2), (1, 2), (64, 3)] {
+            planned = prepare(key_len, Some(&planned));
+            assert_eq!(built.get(), kernels, "{key_len} keys");
+        }
     }
 }

@@ -149,6 +149,19 @@ impl Pending for Committed {
         };
         self.outcome.get_or_init(wait).clone()
     }
+
+    fn is_done(&self) -> bool {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let ended = |buffer: &CommandBuffer| {
+            let status = buffer.status();
+            status == MTLCommandBufferStatus::Completed || status == MTLCommandBufferStatus::Error
+        };
+        match &*running {
+            Some(running) => running.buffers.iter().all(ended),
+            // Another thread is waiting for it, or has.
+            None => self.outcome.get().is_some(),
+        }
+    }
 }
 
 /// Waits for all, then tells when the first began and the last ended, or why one failed.

@@ -11,7 +11,7 @@ use crate::{DType, MlxBuffer, MlxError};
 const SHUT: u16 = 0xff80;
 
 #[track_caller]
-fn refused<T>(result: Result<T, MlxError>, words: &[&str]) {
+pub(super) fn refused<T>(result: Result<T, MlxError>, words: &[&str]) {
     let message = match result {
         Err(MlxError::InvalidArgument(message)) => message,
         Err(other) => panic!("another error: {other}"),

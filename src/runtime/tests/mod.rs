@@ -1,6 +1,8 @@
 //! Buffers, encoder and registry on the CPU device, small enough for miri.
 
 mod checks;
+mod commands;
+mod copies;
 mod guards;
 mod turns;
 
