@@ -1,5 +1,4 @@
-// Runs of a threadblock over its query tiles where K or V holds NaN or infinities. Goes after common.cu
-// or hopper_ptx.cu.
+// Runs of a threadblock over its query tiles where K or V holds NaN or infinities. Goes after score.h.
 //
 // A hidden key has weight 0, but 0 times NaN or infinity is NaN in P V. So the plain run looks at its
 // finished rows once, and where one is not finite the threadblock does its tiles again: same tiles,
@@ -68,13 +67,5 @@ DEV float counted(float was, float count, int run) {
     return was != was || was == infinity ? nan : -infinity;
 }
 
-// A score that overflowed, as the largest number of its sign; NaN stays.
-DEV float clamped(float x) {
-    float y;
-    asm("min.NaN.f32 %0, %1, 0f7f7fffff;" : "=f"(y) : "f"(x));
-    asm("max.NaN.f32 %0, %1, 0fff7fffff;" : "=f"(y) : "f"(y));
-    return y;
-}
-
 // A visible key's weight in the runs that count; a hidden one's.
-DEV float presence(float score) { return score == __int_as_float(0xff800000) ? 0.0f : 1.0f; }
+DEV float presence(float score) { return score == NEG_INF ? 0.0f : 1.0f; }

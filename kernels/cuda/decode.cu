@@ -32,9 +32,9 @@ extern "C" __global__ void __launch_bounds__(32) partials(const float* q, const 
             }
 #pragma unroll
             for (int other = 16; other > 0; other /= 2) dot += __shfl_xor_sync(ALL_LANES, dot, other);
-            x[j] = clamped(dot * p.scale);
-            if (p.softcap != 0.0f) x[j] = p.softcap * tanhf(x[j] / p.softcap);
-            if (k0 + j >= p.kv_seq_len) x[j] = NEG_INF;
+            x[j] = score_scaled(dot, p.scale);
+            if (p.softcap != 0.0f) x[j] = score_softcapped(x[j] / p.softcap, p.softcap);
+            x[j] = score_if_seen(x[j], k0 + j < p.kv_seq_len);
             highest = fmaxf(highest, x[j]);
         }
         const float subtract = highest == NEG_INF ? 0.0f : highest, factor = expf(m - subtract);

@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             for (int r = 0; r < ROWS; r++) {
                 float highest = m[r];
 #pragma unroll
-                for (int j = 0; j < KEYS; j++) s[r][j] = scaled(s[r][j], p);
+                for (int j = 0; j < KEYS; j++) s[r][j] = score_scaled(s[r][j], p.scale);
 #if GENERAL
                 int rows[KEYS], keys[KEYS];
 #pragma unroll

@@ -521,11 +521,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 int tile = hi - 2;
                 // Tiles from free_hi on hide keys from some row; so do those before free_lo.
 #if RIGHT
-                const int free_hi = (t.m0 + wg * 64 + t.q_off + p.right + 1) / BN;
+                const int free_hi = (score_last_key(t.m0 + wg * 64 + t.q_off, p.right) + 1) / BN;
                 for (; tile >= max(lo, free_hi); tile--) step(tile, Yes());
 #endif
 #if LEFT
-                const int past = min(t.m0 + wg * 64 + 64, t.sq) - 1 + t.q_off - p.left;
+                const int past = score_first_key(min(t.m0 + wg * 64 + 64, t.sq) - 1 + t.q_off, p.left);
                 const int free_lo = max(lo, past <= 0 ? 0 : (past + BN - 1) / BN);
 #else
                 const int free_lo = lo;

@@ -284,13 +284,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #if MASK
                 const bool masked = true;
 #else
-                bool masked = (tile + 1) * BN > t.sk;
-#if RIGHT
-                masked |= (tile + 1) * BN - 1 > m0 + t.q_off + p.right;
-#endif
-#if LEFT
-                masked |= tile * BN < min(m0 + 64, t.sq) - 1 + t.q_off - p.left;
-#endif
+                const bool masked = hides_keys(p, t, m0, tile);
 #endif
 #endif
                 if (run != PLAIN) {

@@ -8,7 +8,7 @@ DEV bool classes_in_words(const Params& p) {
 }
 #endif
 
-// The classes of a thread's two rows in a key tile: a mask is read and added in tiles of class 1 alone.
+// The classes of a thread's two rows in a key tile: a mask is read and added in mixed tiles alone.
 // Below head dim 512 a warp's 16 rows have the same.
 struct Cells {
 #if CLASSES && CLASS_ROWS < 16
@@ -21,7 +21,7 @@ struct Cells {
         return word[at / 4] >> (8 * (at % 4)) & 0xff;
     }
 #else
-    DEV_MEMBER u32 of(int, int) const { return 1; }
+    DEV_MEMBER u32 of(int, int) const { return CLASS_MIXED; }
 #endif
 };
 
@@ -57,7 +57,7 @@ DEV u32 class_of(const Params& p, const Tile& t, int tile) {
     const bool words = classes_in_words(p) && keys == ACROSS;
     const int rows = (t.sq - 1) / CLASS_ROWS - t.m0 / CLASS_ROWS; // past the last that one again
     const u8* first = p.classes + tile * ACROSS + t.m0 / CLASS_ROWS * p.classes_stride;
-    u32 zero[BM / 64], two[BM / 64]; // bits of the classes, and of their difference from 2
+    u32 unskipped[BM / 64], unfree[BM / 64]; // bits of the classes, and of what tells them from CLASS_FREE
     if (words) {
         // No load waits for another.
 #pragma unroll
@@ -66,36 +66,30 @@ DEV u32 class_of(const Params& p, const Tile& t, int tile) {
 #pragma unroll
             for (int i = 0; i < down * ACROSS / 4; i++)
                 x[i] = ((const u32*)(first + min(w * down + i % down, rows) * p.classes_stride))[i / down];
-            zero[w] = two[w] = 0;
+            unskipped[w] = unfree[w] = 0;
 #pragma unroll
             for (int i = 0; i < down * ACROSS / 4; i++) {
-                zero[w] |= x[i];
-                two[w] |= x[i] ^ 0x02020202u;
+                unskipped[w] |= x[i];
+                unfree[w] |= x[i] ^ CLASS_FREE * 0x01010101u;
             }
         }
     } else {
 #pragma unroll
         for (int w = 0; w < BM / 64; w++) {
-            zero[w] = two[w] = 0;
+            unskipped[w] = unfree[w] = 0;
 #pragma unroll 1
             for (int i = 0; i < down * keys; i++) {
                 const u8 x = first[min(w * down + i % down, rows) * p.classes_stride + i / down];
-                zero[w] |= x;
-                two[w] |= x ^ 2;
+                unskipped[w] |= x;
+                unfree[w] |= x ^ CLASS_FREE;
             }
         }
     }
     u32 out = 0;
 #pragma unroll
     for (int w = 0; w < BM / 64; w++) {
-        bool part = (tile + 1) * BN > t.sk;
-#if RIGHT
-        part |= (tile + 1) * BN - 1 > t.m0 + 64 * w + t.q_off + p.right;
-#endif
-#if LEFT
-        part |= tile * BN < min(t.m0 + 64 * w + 64, t.sq) - 1 + t.q_off - p.left;
-#endif
-        out |= (zero[w] ? (two[w] || part ? 0x101 : 1) : 0x100) << w;
+        const bool part = hides_keys(p, t, t.m0 + 64 * w, tile);
+        out |= (unskipped[w] ? (unfree[w] || part ? 0x101 : 1) : 0x100) << w;
     }
     return out;
 }

@@ -10,6 +10,8 @@ typedef long long i64;
 #define DEV [[maybe_unused]] static __device__ __forceinline__
 #define DEV_MEMBER __device__ __forceinline__
 
+#define HOPPER // to score_prelude.cu
+
 #ifndef F16
 #define F16 0
 #endif

@@ -28,8 +28,8 @@
 
 #define BM (64 * WGS) // query rows of a tile; at head dim 512, of a pair of CTAs
 #define PANELS ((D + 63) / 64)
-#define CLASS_ROWS (D >= 512 ? 8 : 32)
-#define CLASS_KEYS (D >= 512 ? 64 : 16)
+#define CLASS_ROWS CLASS_ROWS_AT(D)
+#define CLASS_KEYS CLASS_KEYS_AT(D)
 #define LIST_CAP 1024 // key tiles that a problem with classes may have, so that 10 bits number them
 
 struct Params {
@@ -67,10 +67,6 @@ typedef u8 MaskElement;
 typedef u16 MaskPair;
 #endif
 
-#define NEG_INF __int_as_float(0xff800000)
-#define LOG2E 1.4426950408889634f
-#define LN2 0.6931471805599453f
-
 // The parameters again, `zero` bytes on.
 DEV const Params& params_at(const Params& p, int zero) { return *(const Params*)((const u8*)&p + zero); }
 
@@ -86,13 +82,26 @@ DEV void bounds(const Params& p, const Tile& t, int row, int rows, int& lo, int&
     lo = 0;
     hi = (t.sk + BN - 1) / BN;
 #if RIGHT
-    const int end = min(row + rows, t.sq) + t.q_off + p.right; // keys that the last row sees
+    const int end = score_last_key(min(row + rows, t.sq) + t.q_off, p.right); // one past the last row's last key
     hi = min(hi, end <= 0 ? 0 : (end + BN - 1) / BN);
 #endif
 #if LEFT
-    lo = max(0, (row + t.q_off - p.left) / BN);
+    lo = max(0, score_first_key(row + t.q_off, p.left) / BN);
 #endif
     if (row >= t.sq || hi < lo) hi = lo;
+}
+
+// Whether key tile `tile` hides a key from one of the 64 rows from `row` on, by position or by ending past the
+// keys.
+DEV bool hides_keys(const Params& p, const Tile& t, int row, int tile) {
+    bool hides = (tile + 1) * BN > t.sk;
+#if RIGHT
+    hides |= (tile + 1) * BN - 1 > score_last_key(row + t.q_off, p.right);
+#endif
+#if LEFT
+    hides |= tile * BN < score_first_key(min(row + 64, t.sq) - 1 + t.q_off, p.left);
+#endif
+    return hides;
 }
 
 // The tile at `index`, where heads of a section go together and a head's last rows come first. With

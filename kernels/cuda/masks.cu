@@ -5,8 +5,9 @@ extern "C" __global__ void __launch_bounds__(256) fill(u16* mask, const MaskFill
     const i64 row = blockIdx.x, position = row + p.q_abs_offset;
     u16* cells = mask + row * p.seq_len_k;
     for (i64 key = threadIdx.x; key < p.seq_len_k; key += 256) {
-        const bool hidden = (p.causal != 0 && key > position) || (p.window != 0 && position - key >= p.window);
-        cells[key] = hidden ? 0xff80 : 0;
+        const bool seen = (p.causal == 0 || key <= score_last_key(position, 0)) &&
+                          (p.window == 0 || key >= score_first_key(position, i64(p.window) - 1));
+        cells[key] = seen ? 0 : 0xff80; // -infinity
     }
 }
 
@@ -18,14 +19,14 @@ struct Cells {
         asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(most) : "r"(pair));
         bits |= pair;
     }
-    DEV_MEMBER bool masked() const { return bf16_to_f32(most & 0xffff) <= -1.0e30f && bf16_to_f32(most >> 16) <= -1.0e30f; }
+    DEV_MEMBER bool masked() const { return bf16_to_f32(most & 0xffff) <= MASKED_AT_OR_BELOW && bf16_to_f32(most >> 16) <= MASKED_AT_OR_BELOW; }
     DEV_MEMBER bool zero() const { return (bits & 0x7fff7fff) == 0; }
 };
 
-DEV u8 class_code(bool masked, bool zero) { return masked ? 0 : zero ? 2 : 1; }
+DEV u8 class_code(bool masked, bool zero) { return masked ? CLASS_SKIP : zero ? CLASS_FREE : CLASS_MIXED; }
 
-// A warp a tile of any size. The first rule that fits: reaching past the keys: 1; all masked: 0; all
-// zero: 2; else 1. Rows past the last do not count.
+// A warp a tile of any size. The first rule that fits: reaching past the keys: mixed; all masked: skip; all
+// zero: free; else mixed. Rows past the last do not count.
 extern "C" __global__ void __launch_bounds__(32) classify(const u16* mask, u8* classes, const BlkParams p, int bq, int bk) {
     const i64 tile = blockIdx.x, kt = tile % p.nk, qt = tile / p.nk;
     const i64 key0 = kt * bk, row0 = qt * bq;

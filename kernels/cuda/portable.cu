@@ -118,7 +118,7 @@ template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) s[n][i] = scaled(s[n][i], p);
+        for (int i = 0; i < 4; i++) s[n][i] = score_scaled(s[n][i], p.scale);
 #if GENERAL
         const int rows[4] = {row, row, row + 8, row + 8};
         const int keys[4] = {key + 8 * n, key + 8 * n + 1, key + 8 * n, key + 8 * n + 1};

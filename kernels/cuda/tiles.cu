@@ -2,14 +2,8 @@
 // are the kernel's, and PACK: whether the query heads of one key/value head may share a tile, row r
 // of it being query r / pack of head r % pack.
 
-// Class tiles: rows and keys of one class.
-#if D >= 512
-#define CLASS_ROWS 8
-#define CLASS_KEYS 64
-#else
-#define CLASS_ROWS 32
-#define CLASS_KEYS 16
-#endif
+#define CLASS_ROWS CLASS_ROWS_AT(D)
+#define CLASS_KEYS CLASS_KEYS_AT(D)
 
 struct Tile {
     int b, h, kv_head;     // h is the first head of the rows
@@ -27,15 +21,11 @@ DEV int head_of(const Params& p, const Tile& t, int row) { return PACK ? t.h + r
 
 // Keys [first_key, end_key) are what a row sees.
 DEV int first_key(const Params& p, const Tile& t, int row) {
-    if (p.left < 0) return 0;
-    const i64 first = query_of(p, row) + t.q_off - p.left;
-    return first < 0 ? 0 : first > t.sk ? t.sk : int(first);
+    return p.left < 0 ? 0 : score_first_seen(query_of(p, row) + t.q_off, p.left, t.sk);
 }
 
 DEV int end_key(const Params& p, const Tile& t, int row) {
-    if (p.right < 0) return t.sk;
-    const i64 end = query_of(p, row) + t.q_off + p.right + 1;
-    return end < 0 ? 0 : end > t.sk ? t.sk : int(end);
+    return p.right < 0 ? t.sk : score_end_seen(query_of(p, row) + t.q_off, p.right, t.sk);
 }
 
 // Longest rows first, so that short ones fill the end; heads whose keys fit the cache together.
@@ -123,8 +113,8 @@ struct Walk {
                     const u8* classes = p.classes + i64(row) * p.classes_stride;
                     for (int key = k0 / CLASS_KEYS; key * CLASS_KEYS < key_end; key++) {
                         const u8 c = classes[key];
-                        some = some || c != 0;
-                        all_free = all_free && c == 2;
+                        some = some || c != CLASS_SKIP;
+                        all_free = all_free && c == CLASS_FREE;
                     }
                 }
             }

@@ -60,8 +60,8 @@ template <typename KV>
             }
             dot = simd_sum(dot);
             if (!isfinite(dot * p.scale)) { dot = finite_dot(dot, query, keys + (k0 + j) * dim, dim, p.scale, lane); }
-            float score = dot * p.scale;
-            if (p.softcap != 0.0f) { score = p.softcap * precise::tanh(score / p.softcap); }
+            float score = score_scaled(dot, p.scale);
+            if (p.softcap != 0.0f) { score = score_softcapped(score / p.softcap, p.softcap); }
             x[j] = score * HALF_LOG2E;
             step_max = max(step_max, x[j]);
         }

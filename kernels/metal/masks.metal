@@ -10,14 +10,14 @@
     const long position = long(row) + long(p.q_abs_offset);
     device bfloat* cells = mask + ulong(row) * ulong(p.seq_len_k);
     for (long key = thread_index; key < long(p.seq_len_k); key += threads) {
-        const bool hidden = (p.causal != 0 && key > position)
-            || (p.window != 0 && position - key >= long(p.window));
-        cells[key] = hidden ? bfloat(-INFINITY) : bfloat(0.0f);
+        const bool seen = (p.causal == 0 || key <= score_last_key(position, 0))
+            && (p.window == 0 || key >= score_first_key(position, long(p.window) - 1));
+        cells[key] = bfloat(score_if_seen(0.0f, seen));
     }
 }
 
-// One simdgroup a tile. The first rule that fits: past the keys: 0; reaching past them: 1; all
-// masked: 0; all zero: 2; else 1. Rows past the last do not count.
+// One simdgroup a class tile. The first rule that fits: reaching past the keys: mixed; all masked: skip; all
+// zero: free; else mixed. Rows past the last do not count.
 [[kernel]] void flash_attn_prefill_blk_bf16(
     device const bfloat* mask [[buffer(0)]],
     device uchar* classes [[buffer(1)]],
@@ -32,13 +32,14 @@
         for (long cell = lane; cell < rows * blk_bk; cell += 32) {
             const long row = row0 + cell / blk_bk, key = key0 + cell % blk_bk;
             const float value = float(mask[row * p.row_stride + key]);
-            masked &= value <= -1.0e30f;
+            masked &= value <= MASKED_AT_OR_BELOW;
             zero &= value == 0.0f;
         }
         masked = simd_all(masked);
         zero = simd_all(zero);
     }
     if (lane == 0) {
-        classes[ulong(tile.y) * ulong(p.nk) + ulong(tile.x)] = !whole ? 1 : masked ? 0 : zero ? 2 : 1;
+        const int kind = !whole ? CLASS_MIXED : masked ? CLASS_SKIP : zero ? CLASS_FREE : CLASS_MIXED;
+        classes[ulong(tile.y) * ulong(p.nk) + ulong(tile.x)] = uchar(kind);
     }
 }

@@ -69,8 +69,8 @@ METAL_FUNC bool tile(
             const int classes = chunk_classes<G>(at.blk, q0, k0, bounds.keys);
             if (classes == 0) { continue; }
             const int kind = (classes >> (cells / G::CLASS_BK * 2)) & 3;
-            masked = kind == 1;
-            hides = kind == 0;
+            masked = kind == CLASS_MIXED;
+            hides = kind == CLASS_SKIP;
         }
         worked = true;
 
@@ -139,17 +139,16 @@ METAL_FUNC bool tile(
         float chunk_max = running_max;
         UNROLL for (int c = 0; c < G::CELLS; ++c) {
             const int key = k0 + cells + c;
-            float value = s_row[c] * scale;
-            if (has_softcap) { value = precise::tanh(value) * (softcap * HALF_LOG2E); }
-            if (has_alibi) { value -= slope * float(abs(q0 + row + bounds.offset - key)); }
+            float value = score_scaled(s_row[c], scale);
+            if (has_softcap) { value = score_softcapped(value, softcap * HALF_LOG2E); }
+            if (has_alibi) { value = score_alibi(value, slope, score_distance(q0 + row + bounds.offset, long(key))); }
             bool hidden = hides || (bounded && (key >= bounds.keys || !sees(bounds, q0 + row, key)));
             if (masked && real_row && !hidden) {
                 const float bias = mask_cell<T, is_bool>(at.mask, mask_row + key);
-                hidden = bias == -INFINITY;
-                value += HALF_LOG2E * bias;
+                hidden = score_cell_hides(bias);
+                value = score_masked(value, bias, HALF_LOG2E);
             }
-            // Chosen, not added: NaN plus -infinity is NaN.
-            x[c] = hidden ? -INFINITY : value;
+            x[c] = score_if_seen(value, !hidden);
             seen |= !hidden;
             chunk_max = max(chunk_max, x[c]);
         }

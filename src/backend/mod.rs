@@ -22,6 +22,7 @@ pub(crate) mod emulator;
 pub(crate) mod gpu_struct;
 pub(crate) mod host_memory;
 pub(crate) mod metal;
+pub(crate) mod score;
 pub(crate) mod shared_params;
 
 /// Kinds of device.
