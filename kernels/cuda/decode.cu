@@ -5,6 +5,9 @@
 #define PER_LANE ((D + 31) / 32)
 #define RUN 4
 
+// Where row `key` of the keys or values of a head begins, in elements: the rows of a cache lie one after another.
+DEV i64 kv_row(i64 head, i64 key) { return head + key * D; }
+
 extern "C" __global__ void __launch_bounds__(32) partials(const float* q, const void* k, const void* v, float* out, const VecParams p) {
     const i64 split = blockIdx.x % p.splits, head = blockIdx.x / p.splits;
     const i64 base = head / (p.num_heads / p.num_kv_heads) * p.kv_capacity * D;
@@ -27,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(32) partials(const float* q, const 
 #pragma unroll
                 for (int i = 0; i < PER_LANE; i++) {
                     const int d = 32 * i + lane;
-                    if (d < D) dot += query[i] * element<KV>(k, base + (k0 + j) * D + d);
+                    if (d < D) dot += query[i] * element<KV>(k, kv_row(base, k0 + j) + d);
                 }
             }
 #pragma unroll
@@ -50,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(32) partials(const float* q, const 
 #pragma unroll
             for (int i = 0; i < PER_LANE; i++) {
                 const int d = 32 * i + lane;
-                if (d < D) o[i] += weight * element<KV>(v, base + (k0 + j) * D + d);
+                if (d < D) o[i] += weight * element<KV>(v, kv_row(base, k0 + j) + d);
             }
         }
     }

@@ -185,15 +185,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const u32 v_there = run == PLAIN ? v_full : v_raw;
             for (int turn = 0; index_at(turn) < indices; turn++) {
                 const Tile t = tile_at(turn);
-                const int kv_head = t.h / p.kv_group;
-                const int kv_batch = VARLEN ? 0 : t.b;
+                const KvHead kv = kv_head_of(p, t);
                 int n = t.hi - t.lo;
                 auto load = [&](const TensorMap* map, u32 dst, u32 full, int tile) {
                     bar_expect(full, TILE_BYTES);
 #pragma unroll 1
                     for (int c = 0; c < PANELS; c++)
-                        tma_load(dst + c * BN * 128, map, full, c * 64, t.k_start + tile * BN,
-                                 kv_head, kv_batch);
+                        tma_load(dst + c * BN * 128, map, full, c * 64, kv.row(tile), kv.head, kv.batch);
                 };
                 // What a consumer is to do, and its rows of Q if there are keys.
                 auto load_q = [&](int w) {
@@ -208,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll 1
                     for (int c = 0; c < PANELS; c++)
                         tma_load(sm_q + rq.slot() * Q_BYTES + c * BM * 128 + w * 8192, &map_q, full,
-                                 c * 64, t.q_start + t.m0 + w * 64, t.h, kv_batch);
+                                 c * 64, t.q_start + t.m0 + w * 64, t.h, kv.batch);
                 };
                 auto load_all_q = [&]() {
 #pragma unroll 1

@@ -114,7 +114,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #endif
             for (int run = PLAIN, turns = 0; run != DONE; run = next_run(run), turns++) {
                 if (lane == 0 && n > 0) {
-                    const int head = t.h / p.kv_group, batch = VARLEN ? 0 : t.b;
+                    const KvHead kv = kv_head_of(p, t);
                     // Slot s for the tile of parity `phase`, which `there` waits for; the CTA whose turn it is
                     // issues the copy.
                     auto arm = [&](int s, u32 phase, u32 there) {
@@ -125,26 +125,26 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                     const u32 v_there = run == PLAIN ? full + 64 : v_raw;
                     const int before = turns * n; // tiles of the runs before
                     auto load_k = [&](int i) {
-                        const int row = t.k_start + TILE_AT(i) * BN;
+                        const int row = kv.row(TILE_AT(i));
                         for (int c = 0; c < 8; c++) {
                             if (arm(c, (before + i) & 1, full + 8 * c))
                                 tma_load_multicast(ring + c * SLOT_BYTES, &map_k, full + 8 * c, c * 64,
-                                                   row, head, batch, 3);
+                                                   row, kv.head, kv.batch, 3);
                         }
                     };
                     // Rows 16 (c / 2) on of the left half (c even) or the right.
                     auto load_v = [&](int i) {
-                        const int row = t.k_start + TILE_AT(i) * BN;
+                        const int row = kv.row(TILE_AT(i));
                         for (int c = 0; c < 8; c++) {
                             if (arm(8 + c, (before + i) & 1, v_there + 8 * c))
                                 tma_load5_multicast(ring + (8 + c) * SLOT_BYTES, &map_v,
                                                     v_there + 8 * c, 0, row + (c / 2) * 16,
-                                                    (c & 1) * 4, head, batch, 3);
+                                                    (c & 1) * 4, kv.head, kv.batch, 3);
                         }
                     };
                     bar_expect(q_full, Q_BYTES);
                     for (int c = 0; c < 8; c++)
-                        tma_load(sm_q + c * 8192, &map_q, q_full, c * 64, t.q_start + m0, t.h, batch);
+                        tma_load(sm_q + c * 8192, &map_q, q_full, c * 64, t.q_start + m0, t.h, kv.batch);
                     load_k(0);
                     for (int i = 0; i < n; i++) {
                         if (i + 1 < n) load_k(i + 1);

@@ -91,6 +91,16 @@ DEV void bounds(const Params& p, const Tile& t, int row, int rows, int& lo, int&
     if (row >= t.sq || hi < lo) hi = lo;
 }
 
+// Where the keys and values of a tile's head are in the tensor maps: every copy of K and V takes its coordinates
+// from here.
+struct KvHead {
+    int first, head, batch;
+    // The row that key tile `tile` starts at.
+    DEV_MEMBER int row(int tile) const { return first + tile * BN; }
+};
+
+DEV KvHead kv_head_of(const Params& p, const Tile& t) { return KvHead{t.k_start, t.h / p.kv_group, VARLEN ? 0 : t.b}; }
+
 // Whether key tile `tile` hides a key from one of the 64 rows from `row` on, by position or by ending past the
 // keys.
 DEV bool hides_keys(const Params& p, const Tile& t, int row, int tile) {

@@ -60,19 +60,19 @@ DEV float exp2_fast(float x) {
 }
 
 // Brings ROWS rows from `first` on; zeros from row `end` on.
-template <int ROWS> DEV void load(u32 to, const u16* from, i64 stride, int first, int end, bool vector) {
-    const u16* base = from + stride * first;
+template <int ROWS> DEV void load(u32 to, const HeadRows<u16>& from, int first, int end, bool vector) {
+    const HeadRows<u16> tile = from.from(first);
     const int there = end - first;
     if (vector) {
         for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
             const int row = i / CHUNKS, chunk = i % CHUNKS;
             const bool in = row < there;
-            copy16(chunk_at(to, row, chunk), in ? base + stride * row + 8 * chunk : from, in);
+            copy16(chunk_at(to, row, chunk), in ? tile.at(row) + 8 * chunk : from.first, in);
         }
     } else {
         for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
             const int row = i / D, column = i % D;
-            const u16 x = row < there ? base[stride * row + column] : u16(0);
+            const u16 x = row < there ? tile.at(row)[column] : u16(0);
             const u32 at = chunk_at(to, row, column / 8) + 2 * (column % 8);
             asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(x) : "memory");
         }
@@ -80,14 +80,14 @@ template <int ROWS> DEV void load(u32 to, const u16* from, i64 stride, int first
 }
 
 // As `load` for Q, whose rows may be of several heads.
-DEV void load_q(u32 to, const u16* from, const Params& p, const Tile& t, bool vector) {
-    if (p.pack == 1) return load<BM>(to, from, p.q_strides[2], t.m0, t.rows, vector);
+DEV void load_q(u32 to, const HeadRows<u16>& from, const Params& p, const Tile& t, bool vector) {
+    if (p.pack == 1) return load<BM>(to, from, t.m0, t.rows, vector);
     for (int i = threadIdx.x; i < BM * CHUNKS; i += THREADS) {
         const int local = i / CHUNKS, chunk = i % CHUNKS, row = t.m0 + local;
         const bool in = row < t.rows;
-        const u16* at = from + p.q_strides[2] * (row / p.pack) + p.q_strides[1] * (row % p.pack) + 8 * chunk;
+        const u16* at = from.first + p.q_strides[2] * (row / p.pack) + p.q_strides[1] * (row % p.pack) + 8 * chunk;
         if (vector) {
-            copy16(chunk_at(to, local, chunk), in ? at : from, in);
+            copy16(chunk_at(to, local, chunk), in ? at : from.first, in);
         } else {
             for (int c = 0; c < 8; c++) {
                 const u16 x = in ? at[c] : u16(0);
@@ -246,9 +246,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
         const u32 sm_q = shared_address(raw), sm_k = sm_q + BM * ROW_BYTES, sm_v = sm_k + BN * ROW_BYTES;
         [[maybe_unused]] const u32 sm_p = sm_v + BN * ROW_BYTES;
         float* stats = (float*)(raw + (BM + 2 * BN) * ROW_BYTES + BM * P_ROW_BYTES);
-        const u16* q = (const u16*)p.q + row_offset(p.q_strides, t.b, t.h, 0) + p.q_strides[2] * t.q_start;
-        const u16* k = (const u16*)p.k + row_offset(p.k_strides, t.b, t.kv_head, 0) + p.k_strides[2] * t.k_start;
-        const u16* v = (const u16*)p.v + row_offset(p.v_strides, t.b, t.kv_head, 0) + p.v_strides[2] * t.k_start;
+        const HeadRows<u16> q = q_rows<u16>(p, t);
+        const HeadRows<u16> k = kv_rows<u16>(t, p.k, p.k_strides), v = kv_rows<u16>(t, p.v, p.v_strides);
         const bool vector = p.vector & 1;
 
         const int lane = threadIdx.x % 32, wm = threadIdx.x / 32 % WM, wn = threadIdx.x / 32 / WM;
@@ -266,14 +265,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
         Walk walk(p, t);
         if (walk.at < walk.end) {
             if (run == PLAIN) load_q(sm_q, q, p, t, vector);
-            load<BN>(sm_k, k, p.k_strides[2], walk.at * BN, t.sk, vector);
+            load<BN>(sm_k, k, walk.at * BN, t.sk, vector);
             copies_commit();
         }
         while (walk.at < walk.end) {
             const int k0 = walk.at * BN;
             copies_wait();
             __syncthreads(); // K is there, and the last tile's V has been read
-            load<BN>(sm_v, v, p.v_strides[2], k0, t.sk, vector);
+            load<BN>(sm_v, v, k0, t.sk, vector);
             copies_commit();
 
             float s[KEYS / 8][4];
@@ -321,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
             }
             walk.seek(p, t, walk.at + 1);
             if (walk.at < walk.end) {
-                load<BN>(sm_k, k, p.k_strides[2], walk.at * BN, t.sk, vector);
+                load<BN>(sm_k, k, walk.at * BN, t.sk, vector);
                 copies_commit();
             }
             if (active || WN > 1) {

@@ -78,6 +78,24 @@ DEV i64 row_offset(const i64 strides[3], int b, int h, int row) {
     return strides[0] * b + strides[1] * h + strides[2] * row;
 }
 
+// Rows of one head, `stride` elements apart.
+template <typename T> struct HeadRows {
+    const T* first;
+    i64 stride;
+    DEV_MEMBER const T* at(int row) const { return first + stride * row; }
+    DEV_MEMBER HeadRows from(int row) const { return {at(row), stride}; }
+};
+
+template <typename T> DEV HeadRows<T> q_rows(const Params& p, const Tile& t) {
+    return {(const T*)p.q + row_offset(p.q_strides, t.b, t.h, 0) + p.q_strides[2] * t.q_start, p.q_strides[2]};
+}
+
+// The rows of K or V that the tile's heads read: every kernel on tiles reaches keys and values through this
+// function, `from` (the rows of a key tile) and `at` (one of them).
+template <typename T> DEV HeadRows<T> kv_rows(const Tile& t, const void* base, const i64 (&strides)[3]) {
+    return {(const T*)base + row_offset(strides, t.b, t.kv_head, 0) + strides[2] * t.k_start, strides[2]};
+}
+
 // The row of the partial results.
 DEV i64 result_row(const Params& p, const Tile& t, int row) {
     return (i64(t.b) * p.heads + head_of(p, t, row)) * p.rows + t.q_start + query_of(p, row);

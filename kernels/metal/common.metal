@@ -46,6 +46,11 @@ METAL_FUNC Cell lane_cell(ushort lane) {
     return Cell{ushort((quad & 4) + (lane / 2) % 4), ushort((quad & 2) * 2 + (lane % 2) * 2)};
 }
 
+// Row `key` of the keys or values of a head, whose rows lie `stride` elements apart: every kernel reaches K and V
+// through this function. Eight rows from a multiple of 8 on lie one stride apart.
+template <typename T>
+METAL_FUNC device const T* kv_row(device const T* rows, long stride, long key) { return rows + key * stride; }
+
 // Loads the 8x8 block at `src`, of which the first `rows` source rows are there and the others
 // count as zero and are not read. Transposed, a source row becomes a column.
 template <typename T, bool transpose>

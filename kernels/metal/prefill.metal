@@ -97,7 +97,8 @@ METAL_FUNC bool tile(
                     const int there = bounds.keys - key;
                     if (there <= 0) { continue; }
                     simdgroup_matrix<T, 8, 8> k_block;
-                    load_block<T, true>(k_block, at.k + key * k_stride + d, k_stride, align_k ? 8 : there, cell);
+                    load_block<T, true>(
+                        k_block, kv_row(at.k, k_stride, key) + d, k_stride, align_k ? 8 : there, cell);
                     UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
                         simdgroup_multiply_accumulate(part[kb][rb], q_block[rb], k_block, part[kb][rb]);
                     }
@@ -132,7 +133,8 @@ METAL_FUNC bool tile(
             NO_UNROLL for (int c = 0; c < G::CELLS; ++c) {
                 const int key = k0 + cells + c;
                 if (!sees_cell<T, G, is_bool>(at, bounds, q0, row, key)) { continue; }
-                s_row[c] = finite_score<T>(s_row[c], limit, q_tile + row * G::LDQ, at.k + key * k_stride, G::D);
+                device const T* k_row = kv_row(at.k, k_stride, key);
+                s_row[c] = finite_score<T>(s_row[c], limit, q_tile + row * G::LDQ, k_row, G::D);
             }
         }
         float x[G::CELLS];

@@ -151,7 +151,8 @@ METAL_FUNC void add_values(
             const int column = block_column<G>(j, sg);
             if (no_block<G>(column)) { break; }
             simdgroup_matrix<T, 8, 8> v_block;
-            load_block<T, false>(v_block, at.v + key * v_stride + column, v_stride, align_k ? 8 : there, cell);
+            load_block<T, false>(
+                v_block, kv_row(at.v, v_stride, key) + column, v_stride, align_k ? 8 : there, cell);
             if (careful) {
                 UNROLL for (ushort e = 0; e < 2; ++e) {
                     const T v = v_block.thread_elements()[e];
@@ -172,7 +173,7 @@ METAL_FUNC void add_infinite_values(
     thread Accumulators<G>& o, thread const Operands<T>& at, thread const Bounds& bounds, long v_stride,
     int2 range, int q0, int rows, Cell cell, ushort sg) {
     NO_UNROLL for (int key = range.x; key < range.y; ++key) {
-        device const T* v_row = at.v + key * v_stride + cell.col;
+        device const T* v_row = kv_row(at.v, v_stride, key) + cell.col;
         bool infinite = false;
         UNROLL for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
             const int column = block_column<G>(j, sg);
