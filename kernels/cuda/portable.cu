@@ -2,18 +2,21 @@
 // (Dao 2023, FlashAttention-2). WM x WN warps; a warp has 16 rows, and with WN > 1 the warps of one
 // row share its keys in Q K^T and its columns in P V.
 //
-// Macros: D, BM = 16 * WM rows and BN keys a tile, WM, WN, BF16, GENERAL, PACK = 1.
+// Macros: D (a multiple of 8), BM = 16 * WM rows and BN keys a tile, WM, WN, BF16, GENERAL, PACK = 1.
 
 #define THREADS (32 * WM * WN)
+// Columns of a tile: the instructions take 16 at once. Columns from D on are zero and never stored.
+#define WIDTH ((D + 15) / 16 * 16)
+#define PADDED (WIDTH != D)
 // Rows of shared memory hold chunks of 16 bytes. Where 8 rows fill whole bank cycles, chunks are
 // swizzled; elsewhere a chunk of padding makes the row's length odd. Both keep ldmatrix free of
 // conflicts.
-#define CHUNKS (D / 8)
-#define SWIZZLE (D % 64 == 0)
+#define CHUNKS (WIDTH / 8)
+#define SWIZZLE (WIDTH % 64 == 0)
 #define ROW_CHUNKS (SWIZZLE ? CHUNKS : CHUNKS + 1)
 #define ROW_BYTES (16 * ROW_CHUNKS)
 #define KEYS (BN / WN)   // of a warp in Q K^T
-#define COLUMNS (D / WN) // of a warp in P V
+#define COLUMNS (WIDTH / WN) // of a warp in P V
 #define P_ROW_BYTES (2 * BN + 16)
 
 DEV u32 chunk_at(u32 base, int row, int chunk) {
@@ -66,13 +69,13 @@ template <int ROWS> DEV void load(u32 to, const HeadRows<u16>& from, int first, 
     if (vector) {
         for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
             const int row = i / CHUNKS, chunk = i % CHUNKS;
-            const bool in = row < there;
+            const bool in = row < there && !(PADDED && chunk >= D / 8);
             copy16(chunk_at(to, row, chunk), in ? tile.at(row) + 8 * chunk : from.first, in);
         }
     } else {
-        for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
-            const int row = i / D, column = i % D;
-            const u16 x = row < there ? tile.at(row)[column] : u16(0);
+        for (int i = threadIdx.x; i < ROWS * WIDTH; i += THREADS) {
+            const int row = i / WIDTH, column = i % WIDTH;
+            const u16 x = row < there && !(PADDED && column >= D) ? tile.at(row)[column] : u16(0);
             const u32 at = chunk_at(to, row, column / 8) + 2 * (column % 8);
             asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(x) : "memory");
         }
@@ -84,7 +87,7 @@ DEV void load_q(u32 to, const HeadRows<u16>& from, const Params& p, const Tile& 
     if (p.pack == 1) return load<BM>(to, from, t.m0, t.rows, vector);
     for (int i = threadIdx.x; i < BM * CHUNKS; i += THREADS) {
         const int local = i / CHUNKS, chunk = i % CHUNKS, row = t.m0 + local;
-        const bool in = row < t.rows;
+        const bool in = row < t.rows && !(PADDED && chunk >= D / 8);
         const u16* at = from.first + p.q_strides[2] * (row / p.pack) + p.q_strides[1] * (row % p.pack) + 8 * chunk;
         if (vector) {
             copy16(chunk_at(to, local, chunk), in ? at : from.first, in);
@@ -184,6 +187,7 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
         const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++) {
+            if (PADDED && column + 8 * n >= D) continue;
             out[column + 8 * n] = state.o[n][2 * r] * inverse;
             out[column + 8 * n + 1] = state.o[n][2 * r + 1] * inverse;
         }
@@ -197,11 +201,14 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
     u16* out = (u16*)p.o + o_offset(p, t, row);
     if (p.vector & 2) {
 #pragma unroll
-        for (int n = 0; n < COLUMNS / 8; n++)
+        for (int n = 0; n < COLUMNS / 8; n++) {
+            if (PADDED && column + 8 * n >= D) continue;
             *(u32*)(out + column + 8 * n) = pack(state.o[n][2 * r] * f.factor, state.o[n][2 * r + 1] * f.factor);
+        }
     } else {
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++) {
+            if (PADDED && column + 8 * n >= D) continue;
             out[column + 8 * n] = ROUND(state.o[n][2 * r] * f.factor);
             out[column + 8 * n + 1] = ROUND(state.o[n][2 * r + 1] * f.factor);
         }
@@ -217,7 +224,7 @@ DEV void count_row(const Params& p, const Tile& t, const State& state, int r, in
     for (int i = 0; i < COLUMNS / 4; i++) {
         const int c = column + 8 * (i / 2) + i % 2;
         const float count = state.o[i / 2][2 * r + i % 2];
-        if (!(count > 0.0f)) continue;
+        if (!(count > 0.0f) || (PADDED && c >= D)) continue;
         if (p.splits > 1) partial[c] = counted(partial[c], count, run);
         else out[c] = ROUND(counted(element<ELEMENT>(out, c), count, run));
     }
@@ -281,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
                 for (int n = 0; n < KEYS / 8; n++)
                     for (int i = 0; i < 4; i++) s[n][i] = 0.0f;
 #pragma unroll
-                for (int d = 0; d < D / 16; d++) {
+                for (int d = 0; d < WIDTH / 16; d++) {
                     u32 a[4];
                     ldmatrix4(a, chunk_at(sm_q, 16 * wm + lane % 16, 2 * d + lane / 16));
                     if constexpr (KEYS == 8) {

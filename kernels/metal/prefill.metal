@@ -323,31 +323,5 @@ template <typename T, int D, int BQ, int C, int NSG, bool is_bool, int ALIAS>
     PREFILL("flash_attn_prefill_" stem, T, D, BQ, C, NSG, false, alias) \
     PREFILL("flash_attn_prefill_" stem "_boolmask", T, D, BQ, C, NSG, true, alias)
 
-// One line a dtype and head dim: a host hands its compiler the line that it needs, without the others.
-MASKS("bf16_d32", bfloat, 32, 32, 32, 4, 0)
-MASKS("f16_d32", half, 32, 32, 32, 4, 0)
-MASKS("bf16_d64", bfloat, 64, 32, 32, 4, 0)
-MASKS("f16_d64", half, 64, 32, 32, 4, 0)
-MASKS("bf16_d80", bfloat, 80, 32, 32, 4, 0)
-MASKS("f16_d80", half, 80, 32, 32, 4, 0)
-MASKS("bf16_d96", bfloat, 96, 32, 32, 4, 0)
-MASKS("f16_d96", half, 96, 32, 32, 4, 0)
-MASKS("bf16_d128", bfloat, 128, 32, 32, 4, 0)
-MASKS("f16_d128", half, 128, 32, 32, 4, 0)
-MASKS("bf16_d192", bfloat, 192, 32, 32, 4, 0)
-MASKS("f16_d192", half, 192, 32, 32, 4, 0)
-MASKS("bf16_d256", bfloat, 256, 32, 32, 4, 0)
-MASKS("f16_d256", half, 256, 32, 32, 4, 0)
-MASKS("bf16_d512", bfloat, 512, 8, 64, 8, 0)
-MASKS("f16_d512", half, 512, 8, 64, 8, 0)
-MASKS("llamacpp_bf16_d512", bfloat, 512, 8, 64, 8, 1)
-MASKS("llamacpp_f16_d512", half, 512, 8, 64, 8, 1)
-MASKS("f32_d32", float, 32, 32, 32, 4, 0)
-MASKS("f32_d64", float, 64, 32, 32, 4, 0)
-MASKS("f32_d80", float, 80, 32, 32, 4, 0)
-MASKS("f32_d96", float, 96, 32, 32, 4, 0)
-MASKS("f32_d128", float, 128, 32, 32, 4, 0)
-MASKS("f32_d192", float, 192, 32, 32, 4, 0)
-MASKS("f32_d256", float, 256, 8, 64, 8, 0)
-MASKS("f32_d512", float, 512, 8, 64, 8, 0)
-MASKS("llamacpp_f32_d512", float, 512, 8, 64, 8, 1)
+// The host appends a line MASKS(stem, T, D, BQ, C, NSG, alias) for each dtype and head dim of its table, and hands
+// a compiler the line that it needs, without the others.

@@ -352,7 +352,10 @@ impl Row {
         let (d, bm, bn) = (needs.head_dim, self.bm, self.bn);
         match self.text {
             Text::Portable { across } => {
-                let row = 2 * d + if d.is_multiple_of(64) { 0 } else { 16 };
+                // Columns come in steps of 16.
+                let columns = d.next_multiple_of(16);
+                let swizzled = columns.is_multiple_of(64);
+                let row = 2 * columns + if swizzled { 0 } else { 16 };
                 let shares = if across > 1 {
                     bm * (2 * bn + 16) + across * bm * 4
                 } else {
@@ -562,7 +565,7 @@ mod tests {
             assert!(row.bm.is_multiple_of(16), "{row:?}");
             let keys = row.bn / across;
             assert!(keys == 8 || keys.is_multiple_of(16), "{row:?}");
-            let columns = |d: &usize| (d / across).is_multiple_of(16);
+            let columns = |d: &usize| (d.next_multiple_of(16) / across).is_multiple_of(16);
             assert!(row.dims.iter().all(columns), "{row:?}");
         }
     }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use super::bindings::names;
 use super::params;
-use super::table::PREFILL;
+use super::table::{INSTANTIATIONS, PREFILL};
 use crate::backend::score::SCORE_TEXT;
 use crate::backend::shared_params;
 use crate::hash::fnv1a;
@@ -39,12 +39,12 @@ const INCLUDES: &str = "#include <metal_stdlib>\n#include <metal_simdgroup_matri
 const COMMON: &str = include_str!("../../../kernels/metal/common.metal");
 
 /// Declares the text of one library: the includes, the params' structs, what kernels share, the rule of a
-/// score, and the kernels.
+/// score, the kernels, and lines that instantiate them.
 macro_rules! library {
-    ($(#[$meta:meta])* $name:ident = $($file:literal),+ with $($params:path),+) => {
+    ($(#[$meta:meta])* $name:ident = $($file:literal),+ with $($params:path),+ $(; $lines:path)?) => {
         $(#[$meta])*
         pub(crate) static $name: &str = {
-            const PARTS: &[&str] = &[INCLUDES, $($params,)+ COMMON, SCORE_TEXT, $(include_str!($file)),+];
+            const PARTS: &[&str] = &[INCLUDES, $($params,)+ COMMON, SCORE_TEXT, $(include_str!($file),)+ $($lines)?];
             const BYTES: [u8; length(PARTS)] = join(PARTS);
             match std::str::from_utf8(&BYTES) {
                 Ok(text) => text,
@@ -58,7 +58,8 @@ library! {
     /// Text of the prefill kernels.
     PREFILL_TEXT = "../../../kernels/metal/scores.metal", "../../../kernels/metal/tile.metal",
         "../../../kernels/metal/prefill.metal" with
-        params::ATTN_PARAMS_TEXT, params::ATTN_MASK_PARAMS_TEXT, params::ATTN_EXTRA_PARAMS_TEXT
+        params::ATTN_PARAMS_TEXT, params::ATTN_MASK_PARAMS_TEXT, params::ATTN_EXTRA_PARAMS_TEXT;
+        INSTANTIATIONS
 }
 library! {
     /// Text of the mask-fill and tile-class kernels.
