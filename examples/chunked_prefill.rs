@@ -24,7 +24,8 @@ fn shape(query_len: usize, key_len: usize) -> Shape {
         kv_heads: KV_HEADS,
         query_len,
         key_len,
-        head_dim: DIM,
+        qk_dim: DIM,
+        v_dim: DIM,
     }
 }
 

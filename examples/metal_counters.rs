@@ -92,7 +92,8 @@ fn count(
         kv_heads: 1,
         query_len: LEN,
         key_len: LEN,
-        head_dim,
+        qk_dim: head_dim,
+        v_dim: head_dim,
     };
     let problem = with(Problem::builder(dtype, shape)).build()?;
     let elements = LEN * head_dim;

@@ -18,7 +18,8 @@ fn main() -> mlx_flash_attn::Result<()> {
         kv_heads: 2,
         query_len: 256,
         key_len: 256,
-        head_dim: 64,
+        qk_dim: 64,
+        v_dim: 64,
     };
     let problem = Problem::builder(DType::BF16, shape)
         .causal(true)

@@ -34,7 +34,8 @@ fn main() -> Result<()> {
         kv_heads: 1,
         query_len: LEN,
         key_len: LEN,
-        head_dim: DIM,
+        qk_dim: DIM,
+        v_dim: DIM,
     };
     let problem = Problem::builder(DType::F16, shape)
         .causal(true)

@@ -60,7 +60,8 @@ fn main() -> Result<()> {
             kv_heads: KV_HEADS,
             query_len: len,
             key_len: len,
-            head_dim: DIM,
+            qk_dim: DIM,
+            v_dim: DIM,
         };
         let single = Problem::builder(DType::BF16, shape)
             .layout(Layout::SeqMajor)

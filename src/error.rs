@@ -1,5 +1,32 @@
 //! The one error type of this crate.
 
+/// What a device cannot do, though the problem is a right one: another device may do it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what} is not supported on the {device} device: {reason}")]
+#[non_exhaustive]
+pub struct Unsupported {
+    /// The device's kind, as `MLX_FLASH_DEVICE` takes it.
+    pub device: &'static str,
+    /// The part of the problem that it cannot do.
+    pub what: String,
+    /// Why, and what it can do instead.
+    pub reason: String,
+}
+
+impl Unsupported {
+    pub(crate) fn new(
+        device: &'static str,
+        what: impl Into<String>,
+        reason: impl Into<String>,
+    ) -> Self {
+        Self {
+            device,
+            what: what.into(),
+            reason: reason.into(),
+        }
+    }
+}
+
 /// Why a call was refused or a command failed.
 ///
 /// A refused call has encoded nothing and written nothing.
@@ -37,6 +64,9 @@ pub enum MlxError {
     /// An argument is wrong; the message names it, what was expected and what was given.
     #[error("invalid argument: {0}")]
     InvalidArgument(String),
+    /// The device cannot do what the problem asks.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
     /// No kernel is known by this name.
     #[error("kernel not found: {0}")]
     KernelNotFound(String),

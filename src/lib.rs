@@ -11,7 +11,7 @@
 //! use mlx_flash_attn::{DType, MlxDevice};
 //!
 //! # fn main() -> mlx_flash_attn::Result<()> {
-//! let shape = Shape { batch: 1, heads: 8, kv_heads: 2, query_len: 100, key_len: 100, head_dim: 64 };
+//! let shape = Shape { batch: 1, heads: 8, kv_heads: 2, query_len: 100, key_len: 100, qk_dim: 64, v_dim: 64 };
 //! let problem = Problem::builder(DType::BF16, shape).causal(true).build()?;
 //!
 //! let device = MlxDevice::new()?;

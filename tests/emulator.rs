@@ -326,7 +326,7 @@ fn masked_tiles_are_not_loaded() {
 
 /// NaN, infinities and the largest finite numbers in the rows `keys` of K and V.
 fn poisoned(data: &Qkv, keys: std::ops::Range<usize>) -> Qkv {
-    let dim = data.shape.head_dim;
+    let dim = data.shape.qk_dim;
     let top = if data.dtype == DType::F16 {
         65504.0
     } else {

@@ -42,7 +42,8 @@ fn extra(len: usize) -> usize {
         kv_heads: heads,
         query_len: len,
         key_len: len,
-        head_dim: dim,
+        qk_dim: dim,
+        v_dim: dim,
     };
     let problem = Problem::builder(DType::BF16, shape)
         .causal(true)

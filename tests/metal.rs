@@ -67,7 +67,8 @@ fn problem() -> Problem {
         kv_heads: HEADS,
         query_len: LENGTH,
         key_len: LENGTH,
-        head_dim: DIM,
+        qk_dim: DIM,
+        v_dim: DIM,
     };
     Problem::builder(DType::F16, shape)
         .causal(true)

@@ -51,7 +51,7 @@ struct Raw {
 }
 
 fn run(device: &MlxDevice, data: &Qkv, raw: &Raw) -> Vec<f32> {
-    let dim = data.shape.head_dim;
+    let dim = data.shape.qk_dim;
     let [q, k, v, _] = data.buffers(device);
     let out = output(device, data.q.len(), data.dtype);
     let params = params(dim, raw.tile);

@@ -4,8 +4,8 @@ use super::layout::{Extent, Layout, Strides};
 use super::mask::MaskSpec;
 use super::mask::class_tile;
 use super::operand::Role;
-use super::problem::HEAD_DIMS;
-use super::problem::{Elements, Problem, QueryOffset, Shape};
+use super::problem::{Elements, Problem, QueryOffset};
+use super::shape::{HEAD_DIMS, Shape};
 use super::varlen::Boundaries;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
@@ -126,6 +126,12 @@ impl ProblemBuilder {
         self
     }
 
+    /// Elements of a row of V and of O, where rows of Q and K have another width.
+    pub fn v_dim(mut self, width: usize) -> Self {
+        self.shape.v_dim = width;
+        self
+    }
+
     /// Element type of K and V where it differs: `F16` under `F32` queries.
     pub fn kv_dtype(mut self, dtype: DType) -> Self {
         self.kv_dtype = dtype;
@@ -206,7 +212,7 @@ impl ProblemBuilder {
         }
         check_shape(&shape)?;
         check_dtypes(self.dtype, self.kv_dtype)?;
-        let scale = self.scale.unwrap_or(1.0 / (shape.head_dim as f32).sqrt());
+        let scale = self.scale.unwrap_or(1.0 / (shape.qk_dim as f32).sqrt());
         if !scale.is_finite() {
             return Err(MlxError::expected("scale", "a finite number", scale));
         }
@@ -246,23 +252,29 @@ impl ProblemBuilder {
                 capacity,
             ));
         }
-        let extent = |heads, len| Extent {
+        let queries = |row| Extent {
             batch,
-            heads,
-            len,
-            row: shape.head_dim,
+            heads: shape.heads,
+            len: rows_q,
+            row,
         };
-        let (eq, ek) = (extent(shape.heads, rows_q), extent(shape.kv_heads, rows_k));
-        let q = self.strides_of(Role::Query, shape.heads, rows_q)?;
-        let k = self.strides_of(Role::Key, shape.kv_heads, capacity)?;
-        let v = self.strides_of(Role::Value, shape.kv_heads, capacity)?;
-        let o = self.strides_of(Role::Output, shape.heads, rows_q)?;
-        o.check_disjoint("out", eq)?;
+        let keys = |row| Extent {
+            batch,
+            heads: shape.kv_heads,
+            len: rows_k,
+            row,
+        };
+        let Shape { qk_dim, v_dim, .. } = shape;
+        let q = self.strides_of(Role::Query, shape.heads, rows_q, qk_dim)?;
+        let k = self.strides_of(Role::Key, shape.kv_heads, capacity, qk_dim)?;
+        let v = self.strides_of(Role::Value, shape.kv_heads, capacity, v_dim)?;
+        let o = self.strides_of(Role::Output, shape.heads, rows_q, v_dim)?;
+        o.check_disjoint("out", queries(v_dim))?;
         let mut elements = Elements {
-            q: q.span("Q", eq)?,
-            k: k.span("K", ek)?,
-            v: v.span("V", ek)?,
-            o: o.span("out", eq)?,
+            q: q.span("Q", queries(qk_dim))?,
+            k: k.span("K", keys(qk_dim))?,
+            v: v.span("V", keys(v_dim))?,
+            o: o.span("out", queries(v_dim))?,
             ..Elements::default()
         };
         elements.lse = (Strides {
@@ -352,20 +364,23 @@ impl ProblemBuilder {
         }
     }
 
-    fn strides_of(&self, role: Role, heads: usize, capacity: usize) -> Result<Strides> {
-        match self.strides.get(role as usize).copied().flatten() {
-            Some(strides) => Ok(strides),
-            None => self
-                .layout
-                .strides(heads, capacity, self.shape.head_dim)
-                .ok_or_else(|| {
-                    MlxError::InvalidArgument(format!(
-                        "{}: {heads} heads x {capacity} rows x {} elements overflow",
-                        role.name(),
-                        self.shape.head_dim
-                    ))
-                }),
+    fn strides_of(
+        &self,
+        role: Role,
+        heads: usize,
+        capacity: usize,
+        width: usize,
+    ) -> Result<Strides> {
+        if let Some(strides) = self.strides.get(role as usize).copied().flatten() {
+            return Ok(strides);
         }
+        let dense = self.layout.strides(heads, capacity, width);
+        dense.ok_or_else(|| {
+            MlxError::InvalidArgument(format!(
+                "{}: {heads} heads x {capacity} rows x {width} elements overflow",
+                role.name()
+            ))
+        })
     }
 
     fn check_tile_classes(&self, shape: &Shape) -> Result<usize> {
@@ -390,7 +405,7 @@ impl ProblemBuilder {
                 format!("{mask:?}"),
             ));
         }
-        let tile = class_tile(shape.head_dim);
+        let tile = class_tile(shape.qk_dim);
         let (nq, nk) = tile.count(shape.query_len, shape.key_len);
         nq.checked_mul(nk)
             .ok_or_else(|| MlxError::InvalidArgument(format!("blk: {nq} x {nk} tiles overflow")))
@@ -434,7 +449,6 @@ fn check_shape(shape: &Shape) -> Result<()> {
         ("n_kv_heads", shape.kv_heads, 1, MOST),
         ("seq_len_q", shape.query_len, 0, LONGEST),
         ("seq_len_k", shape.key_len, 0, LONGEST),
-        ("head_dim", shape.head_dim, 1, MOST),
     ];
     for (name, size, least, most) in sizes {
         if !(least..=most).contains(&size) {
@@ -448,14 +462,17 @@ fn check_shape(shape: &Shape) -> Result<()> {
             shape.heads, shape.kv_heads
         )));
     }
-    if !HEAD_DIMS.contains(&shape.head_dim) {
-        return Err(MlxError::expected(
-            "head_dim",
-            format!("one of {:?}", HEAD_DIMS),
-            shape.head_dim,
-        ));
+    let widths = match shape.head_dim() {
+        Some(head_dim) => [("head_dim", head_dim); 2],
+        None => [("qk_dim", shape.qk_dim), ("v_dim", shape.v_dim)],
+    };
+    match widths.into_iter().find(|(_, w)| !HEAD_DIMS.contains(w)) {
+        Some((name, width)) => {
+            let dims = format!("one of {HEAD_DIMS:?}");
+            Err(MlxError::expected(name, dims, width))
+        }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 fn check_dtypes(dtype: DType, kv_dtype: DType) -> Result<()> {

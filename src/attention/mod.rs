@@ -7,6 +7,7 @@ pub mod mask;
 mod operand;
 pub mod oracle;
 pub mod problem;
+mod shape;
 pub mod tolerance;
 mod varlen;
 
@@ -14,4 +15,5 @@ pub use builder::ProblemBuilder;
 pub use layout::{Layout, Strides};
 pub use mask::{MaskSpec, Tile, TileClass, Visibility, class_tile};
 pub use operand::{OperandSpec, Role};
-pub use problem::{HEAD_DIMS, Problem, QueryOffset, Sequence, Shape};
+pub use problem::{Problem, QueryOffset, Sequence};
+pub use shape::{HEAD_DIMS, Shape};

@@ -136,7 +136,7 @@ pub fn attention_with_progress(
 ) -> Result<Reference> {
     check(problem, inputs)?;
     let shape = problem.shape();
-    let dim = shape.head_dim;
+    let dim = shape.v_dim;
     let rows: Vec<(Sequence, usize, usize)> = (0..shape.batch)
         .flat_map(|b| {
             let s = problem.sequence(b);
@@ -229,7 +229,7 @@ fn score(
         problem.q_at(s, h, i),
         problem.k_at(s, h / problem.group(), j),
     );
-    let dim = problem.shape().head_dim;
+    let dim = problem.shape().qk_dim;
     let products = (0..dim).map(|d| (inputs.q.get(q + d), inputs.k.get(k + d)));
     let scale = f64::from(problem.scale());
     let naive = precision == Precision::Naive;
@@ -276,7 +276,7 @@ fn row(
     h: usize,
     i: usize,
 ) -> (Vec<f64>, f64) {
-    let dim = problem.shape().head_dim;
+    let dim = problem.shape().v_dim;
     let visible: Vec<(usize, f64)> = (0..s.key_len)
         .filter_map(|j| score(problem, inputs, precision, s, (h, i, j)).map(|x| (j, x)))
         .collect();
@@ -332,7 +332,7 @@ fn row(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::problem::Shape;
+    use crate::attention::Shape;
 
     fn shape(query_len: usize, key_len: usize) -> Shape {
         Shape {
@@ -341,7 +341,8 @@ mod tests {
             kv_heads: 1,
             query_len,
             key_len,
-            head_dim: 32,
+            qk_dim: 32,
+            v_dim: 32,
         }
     }
 

@@ -4,28 +4,9 @@ use super::builder::ProblemBuilder;
 use super::layout::{Layout, Strides};
 use super::mask::{MaskSpec, Visibility};
 use super::operand::{OperandSpec, Role};
+use super::shape::Shape;
 use super::varlen::Boundaries;
 use crate::dtype::DType;
-
-/// Every head dimension that some device serves, ascending.
-pub const HEAD_DIMS: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
-
-/// The sizes of a problem.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Shape {
-    /// Batch size B.
-    pub batch: usize,
-    /// Query heads H.
-    pub heads: usize,
-    /// Key/value heads Hkv; divides H (GQA, MQA).
-    pub kv_heads: usize,
-    /// Query length qL.
-    pub query_len: usize,
-    /// Key/value length kL.
-    pub key_len: usize,
-    /// Head dimension D.
-    pub head_dim: usize,
-}
 
 /// Where query row 0 stands among the keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -126,7 +107,8 @@ impl Problem {
             kv_heads,
             query_len: 0,
             key_len: 0,
-            head_dim,
+            qk_dim: head_dim,
+            v_dim: head_dim,
         };
         let packed = Some((cu_seqlens_q.into(), cu_seqlens_k.into()));
         ProblemBuilder::new(dtype, shape, packed).layout(Layout::SeqMajor)
@@ -323,11 +305,12 @@ impl Problem {
         if self.shape.key_len > 0 || self.has_no_rows() {
             return None;
         }
-        let row = Strides {
+        let row = |width| Strides {
             batch: 0,
             head: 0,
-            seq: self.shape.head_dim,
+            seq: width,
         };
+        let Shape { qk_dim, v_dim, .. } = self.shape;
         let packed = self.packed.as_ref();
         Some(Self {
             shape: Shape {
@@ -341,16 +324,16 @@ impl Problem {
             window: None,
             window_right: None,
             softcap: None,
-            k: row,
-            v: row,
+            k: row(qk_dim),
+            v: row(v_dim),
             mask: None,
             tile_classes: false,
             sinks: false,
             alibi: false,
             packed: packed.map(|(q, _)| (q.clone(), Boundaries::one_row(q.count()))),
             elements: Elements {
-                k: self.shape.head_dim,
-                v: self.shape.head_dim,
+                k: qk_dim,
+                v: v_dim,
                 mask: 0,
                 tile_classes: 0,
                 ..self.elements
@@ -359,7 +342,7 @@ impl Problem {
         })
     }
 
-    /// Floating-point operations over the visible pairs: `4 * D` each.
+    /// Floating-point operations over the visible pairs: `2 * (qk_dim + v_dim)` each.
     pub fn flops(&self) -> f64 {
         let pairs: f64 = (0..self.shape.batch)
             .map(|b| {
@@ -369,6 +352,7 @@ impl Problem {
                     .sum::<f64>()
             })
             .sum();
-        4.0 * pairs * self.shape.heads as f64 * self.shape.head_dim as f64
+        let width = (self.shape.qk_dim + self.shape.v_dim) as f64;
+        2.0 * pairs * self.shape.heads as f64 * width
     }
 }

@@ -53,7 +53,7 @@ fn most_rounded(dtype: DType, largest: f64) -> f64 {
 /// use mlx_flash_attn::attention::{Problem, Shape, tolerance};
 ///
 /// # fn main() -> mlx_flash_attn::Result<()> {
-/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, query_len: 2, key_len: 3, head_dim: 32 };
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, query_len: 2, key_len: 3, qk_dim: 32, v_dim: 32 };
 /// let problem = Problem::builder(DType::F32, shape).build()?;
 /// let (q, k, v) = (vec![0.5; 64], vec![0.25; 96], vec![1.0; 96]);
 /// let inputs = Inputs {
@@ -73,7 +73,7 @@ fn most_rounded(dtype: DType, largest: f64) -> f64 {
 /// ```
 pub fn compare(problem: &Problem, got: &[f64], exact: &Reference, naive: &Reference) -> Comparison {
     let dtype = problem.dtype();
-    let dim = problem.shape().head_dim;
+    let dim = problem.shape().v_dim;
     let largest = |f: &dyn Fn(usize) -> f64| (0..exact.o.len()).map(f).fold(0.0, f64::max);
     let naive_error = largest(&|i| (naive.o[i] - exact.o[i]).abs());
     // What was rounded may happen to be 0, where every result is a number of the dtype.

@@ -19,7 +19,7 @@ use crate::attention::Problem;
 use crate::backend::metal::bindings::{Constants, constant};
 use crate::backend::metal::sources;
 use crate::backend::metal::table::{self, APPLE_THREADGROUP_BYTES};
-use crate::error::{MlxError, Result};
+use crate::error::{MlxError, Result, Unsupported};
 
 /// How to open the emulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -244,8 +244,8 @@ impl Backend for Emulator {
         Ok(Arc::new(HostMemory::zeroed(bytes)?))
     }
 
-    fn supports(&self, problem: &Problem) -> Result<()> {
-        launch::supports(problem)
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
+        launch::supports(self.kind(), problem)
     }
 
     fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {

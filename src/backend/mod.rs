@@ -10,8 +10,9 @@ use self::metal::bindings::{self, Accesses, Constants};
 use crate::attention::Problem;
 use crate::backend::access::Access;
 use crate::dtype::DType;
-use crate::error::{MlxError, Result};
+use crate::error::{MlxError, Result, Unsupported};
 
+pub(crate) mod abilities;
 pub(crate) mod access;
 pub(crate) mod command;
 pub(crate) mod cpu;
@@ -239,8 +240,8 @@ pub(crate) trait Backend: Any + Send + Sync {
     /// Zeroed memory of at least 1 byte.
     fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>>;
     /// Whether it can do what the problem asks; the error says what it cannot.
-    fn supports(&self, problem: &Problem) -> Result<()>;
-    /// Prepares work that it supports, for any operands.
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported>;
+    /// Prepares work for any operands; an attention only where [`Self::supports`] takes its problem.
     fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>>;
     /// Whether it runs the kernels' text, and so a caller's own.
     fn runs_text(&self) -> bool {

@@ -114,9 +114,9 @@ impl DecodePartials {
         Ok(VecParamsGpu {
             num_heads: narrow("num_heads", shape.heads)?,
             num_kv_heads: narrow("num_kv_heads", shape.kv_heads)?,
-            head_dim: narrow("head_dim", shape.head_dim)?,
+            head_dim: narrow("head_dim", shape.qk_dim)?,
             kv_seq_len: key_len,
-            kv_capacity: narrow("kv_capacity", head / shape.head_dim.max(1))?,
+            kv_capacity: narrow("kv_capacity", head / shape.qk_dim.max(1))?,
             kv_start: visibility
                 .window
                 .map_or(0, |window| key_len.saturating_sub(window)),

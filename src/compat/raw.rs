@@ -248,7 +248,7 @@ fn partials(args: &Args<'_>, name: &str) -> Read {
         let elements = spec.map_or(0, |spec| spec.elements);
         let dtype = spec.map_or(kv_dtype, |spec| spec.dtype);
         let buffer = args.operand(index, elements, dtype, Access::Read)?;
-        Ok((Slot::Operand(role), buffer))
+        Ok::<_, MlxError>((Slot::Operand(role), buffer))
     };
     let operands = vec![
         operand(Role::Query, other::VEC_Q)?,
@@ -273,7 +273,8 @@ pub(crate) fn decode_problem(p: &VecParamsGpu, kv_dtype: DType) -> Result<Proble
         kv_heads: p.num_kv_heads as usize,
         query_len: 1,
         key_len: p.kv_seq_len as usize,
-        head_dim: p.head_dim as usize,
+        qk_dim: p.head_dim as usize,
+        v_dim: p.head_dim as usize,
     };
     let mut builder = Problem::builder(DType::F32, shape)
         .kv_dtype(kv_dtype)
@@ -397,7 +398,8 @@ fn problem(args: &Args<'_>, raw: &RawDispatch, variant: &Variant) -> Result<Prob
             kv_heads: heads / group,
             query_len: size(p.ql)?,
             key_len: size(p.kl)?,
-            head_dim: variant.head_dim,
+            qk_dim: variant.head_dim,
+            v_dim: variant.head_dim,
         };
         Problem::builder(variant.dtype, shape)
     };

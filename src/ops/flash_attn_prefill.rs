@@ -72,7 +72,8 @@ impl FlashAttnPrefillParams {
             kv_heads: self.n_kv_heads as usize,
             query_len: self.seq_len_q as usize,
             key_len: self.seq_len_k as usize,
-            head_dim: self.head_dim as usize,
+            qk_dim: self.head_dim as usize,
+            v_dim: self.head_dim as usize,
         }
     }
 }

@@ -149,7 +149,7 @@ fn check_operands(problem: &Problem, operands: &Operands<'_>) -> Result<()> {
     }
     if let (true, Some(classes)) = (problem.has_tile_classes(), operands.tile_classes) {
         let shape = problem.shape();
-        let tile = crate::attention::class_tile(shape.head_dim);
+        let tile = crate::attention::class_tile(shape.qk_dim);
         let (nq, nk) = tile.count(shape.query_len, shape.key_len);
         if classes.shape().len() == 2 && classes.shape() != [nq, nk] {
             return Err(MlxError::expected(

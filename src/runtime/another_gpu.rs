@@ -13,7 +13,7 @@ use crate::backend::cpu::{Cpu, CpuOptions};
 use crate::backend::host_memory::HostMemory;
 use crate::backend::metal::bindings::names;
 use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
-use crate::error::Result;
+use crate::error::{Result, Unsupported};
 use crate::{DType, MlxError};
 
 /// A device that runs on the CPU and knows its own memory and kernels, as GPUs do.
@@ -49,7 +49,7 @@ impl Backend for Numbered {
         Ok(Arc::new(OfNumber(HostMemory::zeroed(bytes)?, self.1)))
     }
 
-    fn supports(&self, problem: &Problem) -> Result<()> {
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
         self.0.supports(problem)
     }
 

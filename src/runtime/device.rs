@@ -16,7 +16,7 @@ use crate::backend::emulator::{Emulator, EmulatorOptions};
 use crate::backend::metal::plan::PlanOptions;
 use crate::backend::{Backend, DeviceKind};
 use crate::dtype::DType;
-use crate::error::{MlxError, Result};
+use crate::error::{MlxError, Result, Unsupported};
 
 /// An opaque reference to a device, for [`super::registry::KernelRegistry`].
 #[derive(Clone)]
@@ -42,6 +42,9 @@ impl DeviceHandle {
     }
 
     fn prepare(&self, work: Work) -> Result<Arc<Planned>> {
+        if let Work::Attention(problem, _) = &work {
+            self.backend.supports(problem)?;
+        }
         let state = self.backend.prepare(&work)?;
         Ok(Arc::new(Planned {
             device: self.id,
@@ -161,8 +164,8 @@ impl MlxDevice {
     /// Whether the device can do what a problem asks.
     ///
     /// # Errors
-    /// `InvalidArgument` says what it cannot do, in the words in which a call would.
-    pub fn supports(&self, problem: &Problem) -> Result<()> {
+    /// What it cannot do and why: what [`MlxError::Unsupported`] of a call would hold.
+    pub fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
         self.0.backend.supports(problem)
     }
 

@@ -259,7 +259,8 @@ impl Case {
                     kv_heads: self.kv_heads,
                     query_len: self.query_len,
                     key_len: self.key_len,
-                    head_dim: d,
+                    qk_dim: d,
+                    v_dim: d,
                 };
                 Problem::builder(self.dtype, shape)
             }

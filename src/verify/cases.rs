@@ -155,7 +155,8 @@ fn takes_half_keys(device: &MlxDevice) -> bool {
         kv_heads: 1,
         query_len: 1,
         key_len: 1,
-        head_dim: 64,
+        qk_dim: 64,
+        v_dim: 64,
     };
     let problem = Problem::builder(DType::F32, shape)
         .kv_dtype(DType::F16)

@@ -130,9 +130,10 @@ impl Data {
             let mut host = Host::poisoned(spec.dtype, spec.elements);
             for b in 0..shape.batch {
                 let s = problem.sequence(b);
-                let (heads, rows) = match role {
-                    Role::Query => (shape.heads, s.query_len),
-                    _ => (shape.kv_heads, s.key_len),
+                let (heads, rows, width) = match role {
+                    Role::Query => (shape.heads, s.query_len, shape.qk_dim),
+                    Role::Key => (shape.kv_heads, s.key_len, shape.qk_dim),
+                    _ => (shape.kv_heads, s.key_len, shape.v_dim),
                 };
                 for (h, i) in (0..heads).flat_map(|h| (0..rows).map(move |i| (h, i))) {
                     let at = match role {
@@ -140,7 +141,7 @@ impl Data {
                         Role::Key => problem.k_at(&s, h, i),
                         _ => problem.v_at(&s, h, i),
                     };
-                    for d in 0..shape.head_dim {
+                    for d in 0..width {
                         host.set(at + d, random.normal() as f32);
                     }
                 }

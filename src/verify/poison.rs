@@ -3,7 +3,7 @@
 use super::case::Case;
 use super::data::{Data, Host, Random};
 use super::run::Results;
-use crate::attention::{Problem, Sequence, oracle};
+use crate::attention::{Problem, Sequence, Shape, oracle};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -60,7 +60,7 @@ struct Cell {
 /// poisoned, and up to [`SEEN_CELLS`] that some rows see, half of the rows at most where possible.
 pub(super) fn spoil(case: &Case, data: &Data) -> Result<(Data, Plan)> {
     let problem = &data.problem;
-    let dim = problem.shape().head_dim;
+    let Shape { qk_dim, v_dim, .. } = problem.shape();
     let mut random = Random::new(case.seed() ^ 0x9015);
     let (rows, cells) = cells(data)?;
     let mut plan = Plan {
@@ -74,8 +74,8 @@ pub(super) fn spoil(case: &Case, data: &Data) -> Result<(Data, Plan)> {
         .filter(|cell| cell.seers.len() < rows)
         .partition(|cell| cell.seers.is_empty());
     for cell in hidden {
-        spoil_key(&mut spoilt.k, cell.k, dim, &mut random);
-        spoil_value(&mut spoilt.v, cell.v, dim, &mut random);
+        spoil_key(&mut spoilt.k, cell.k, qk_dim, &mut random);
+        spoil_value(&mut spoilt.v, cell.v, v_dim, &mut random);
         plan.hidden += 1;
     }
     // A few of them at random; where each is seen by more than half of the rows, the one that the
@@ -100,8 +100,8 @@ pub(super) fn spoil(case: &Case, data: &Data) -> Result<(Data, Plan)> {
         plan.seen += 1;
         let sees = random.pick(&[Sees::Value, Sees::Value, Sees::Key]);
         match sees {
-            Sees::Key => spoilt.k.set(cell.k + random.below(dim), f32::NAN),
-            _ => fill(&mut spoilt.v, cell.v, dim, |d| NOT_FINITE[d % 4]),
+            Sees::Key => spoilt.k.set(cell.k + random.below(qk_dim), f32::NAN),
+            _ => fill(&mut spoilt.v, cell.v, v_dim, |d| NOT_FINITE[d % 4]),
         }
         for row in cell.seers {
             plan.rows[row] = plan.rows[row].max(sees);
@@ -198,7 +198,7 @@ impl Plan {
 
     /// Holds the poisoned run against the plain one of the same device.
     pub(super) fn compare(&self, problem: &Problem, plain: &Results, got: &Results) -> Poisoned {
-        let dim = problem.shape().head_dim;
+        let dim = problem.shape().v_dim;
         let mut failures: Vec<String> = got.failures.clone();
         let (mut strays, mut swallowed) = (Strays::default(), Strays::default());
         let (mut lse_strays, mut lse_swallowed) = (Strays::default(), Strays::default());

@@ -419,7 +419,7 @@ fn read(
     buffers: &Buffers,
     failures: &mut Vec<String>,
 ) -> Result<(Vec<f64>, Option<Vec<f32>>)> {
-    let dim = problem.shape().head_dim;
+    let dim = problem.shape().v_dim;
     // First element in O, and the row in the oracle's order.
     let mut rows = Vec::new();
     for b in 0..problem.shape().batch {

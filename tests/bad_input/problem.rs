@@ -188,16 +188,30 @@ pub(crate) fn builder_rows() -> Vec<Row> {
             &["n_kv_heads", "0"],
             sized(|s| s.kv_heads = 0),
         ),
-        refused("no head dim", &["head_dim", "0"], sized(|s| s.head_dim = 0)),
+        refused(
+            "no head dim",
+            &["head_dim", "0"],
+            sized(|s| (s.qk_dim, s.v_dim) = (0, 0)),
+        ),
         refused(
             "a head dim between",
             &["head_dim", "[32, 64, 80", "72"],
-            sized(|s| s.head_dim = 72),
+            sized(|s| (s.qk_dim, s.v_dim) = (72, 72)),
         ),
         refused(
             "a head dim beyond",
             &["head_dim", "512]", "1024"],
-            sized(|s| s.head_dim = 1024),
+            sized(|s| (s.qk_dim, s.v_dim) = (1024, 1024)),
+        ),
+        refused(
+            "rows of Q and K between",
+            &["qk_dim", "[32, 64, 80", "72"],
+            sized(|s| s.qk_dim = 72),
+        ),
+        refused(
+            "rows of V and O between",
+            &["v_dim", "[32, 64, 80", "72"],
+            sized(|s| s.v_dim = 72),
         ),
         refused(
             "heads that do not divide",

@@ -49,7 +49,8 @@ pub(crate) fn shape(
         kv_heads,
         query_len,
         key_len,
-        head_dim,
+        qk_dim: head_dim,
+        v_dim: head_dim,
     }
 }
 
@@ -184,7 +185,7 @@ pub(crate) struct Qkv {
 
 impl Qkv {
     pub(crate) fn new(seed: u64, dtype: DType, shape: Shape) -> Self {
-        let d = shape.head_dim;
+        let d = shape.qk_dim;
         let q = shape.batch * shape.heads * shape.query_len * d;
         let k = shape.batch * shape.kv_heads * shape.key_len * d;
         Self {
@@ -243,7 +244,7 @@ impl Qkv {
     /// Attention over dense head-major operands, spelled out; see [`Plain`].
     pub(crate) fn plain(&self, plain: &Plain<'_>) -> Vec<f64> {
         let s = self.shape;
-        let (group, d) = (s.heads / s.kv_heads, s.head_dim);
+        let (group, d) = (s.heads / s.kv_heads, s.v_dim);
         let scale = plain.scale.unwrap_or(1.0 / (d as f64).sqrt());
         let mut out = Vec::with_capacity(self.q.len());
         for b in 0..s.batch {

@@ -3,7 +3,9 @@
 
 use mlx_flash_attn::attention::oracle::{self, Inputs, Precision, Values};
 use mlx_flash_attn::attention::tolerance::compare;
-use mlx_flash_attn::attention::{Layout, MaskSpec, Problem, QueryOffset, Role, Shape, Strides};
+use mlx_flash_attn::attention::{
+    HEAD_DIMS, Layout, MaskSpec, Problem, QueryOffset, Role, Shape, Strides,
+};
 use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::verify::Random;
 use mlx_flash_attn::{DType, MlxBuffer, MlxDevice, Result};
@@ -134,13 +136,16 @@ impl Wild {
             false => s.pick(&DTYPES),
         };
         let kv_heads = 1 + usize::from(s.below(3));
+        let dims = &HEAD_DIMS;
+        let qk_dim = s.pick(dims);
         let mut shape = Shape {
             batch: 1 + usize::from(s.below(3)),
             heads: kv_heads * (1 + usize::from(s.below(3))),
             kv_heads,
             query_len: s.size(wild),
             key_len: s.size(wild),
-            head_dim: s.pick(&[32, 64, 80, 96, 128, 192, 256, 512]),
+            qk_dim,
+            v_dim: if s.rarely(16) { s.pick(dims) } else { qk_dim },
         };
         if wild && s.rarely(4) {
             let size = s.size(true);
@@ -148,7 +153,7 @@ impl Wild {
                 0 => shape.batch = size,
                 1 => shape.heads = size,
                 2 => shape.kv_heads = size,
-                _ => shape.head_dim = size,
+                _ => shape.qk_dim = size,
             }
         }
         let packed = s.some(5, |s| {
@@ -239,7 +244,7 @@ impl Wild {
         let s = &self.shape;
         let mut b = match &self.packed {
             None => Problem::builder(self.dtype, *s),
-            Some((q, k)) => Problem::varlen(self.dtype, s.heads, s.kv_heads, s.head_dim, q, k),
+            Some((q, k)) => Problem::varlen(self.dtype, s.heads, s.kv_heads, s.qk_dim, q, k),
         };
         b = b
             .layout(self.layout)
@@ -270,7 +275,7 @@ impl Wild {
             b = b.window_right(w);
         }
         if let Some(gain) = self.gain {
-            b = b.scale(gain / (s.head_dim as f32).sqrt());
+            b = b.scale(gain / (s.qk_dim as f32).sqrt());
         }
         if let Some(c) = self.softcap {
             b = b.softcap(c);
@@ -302,7 +307,7 @@ pub(crate) fn check(wild: &Wild, device: &MlxDevice, most: usize) -> Reached {
         shape.heads,
         shape.query_len,
         shape.key_len,
-        shape.head_dim,
+        shape.qk_dim.max(shape.v_dim),
     ];
     let work = sizes
         .iter()
@@ -397,8 +402,8 @@ pub(crate) fn check(wild: &Wild, device: &MlxDevice, most: usize) -> Reached {
                 problem.o_at(&s, h, i),
                 oracle::reference_row(&problem, &s, h, i),
             );
-            for d in 0..shape.head_dim {
-                got[to * shape.head_dim + d] = stored.get(from + d);
+            for d in 0..shape.v_dim {
+                got[to * shape.v_dim + d] = stored.get(from + d);
             }
         }
     }
@@ -411,7 +416,7 @@ pub(crate) fn check(wild: &Wild, device: &MlxDevice, most: usize) -> Reached {
     assert!(c.max_abs.is_finite() && close, "{c:?}\n{wild:#?}");
     for (row, lse) in exact.lse.iter().enumerate() {
         if *lse == f64::NEG_INFINITY {
-            let row = &got[row * shape.head_dim..(row + 1) * shape.head_dim];
+            let row = &got[row * shape.v_dim..(row + 1) * shape.v_dim];
             assert!(row.iter().all(|x| *x == 0.0), "a hidden row\n{wild:#?}");
         }
     }

@@ -127,7 +127,7 @@ fn run_with(
         upload(device, &cells, dtype, &[s.query_len, s.key_len])
     });
     let classes = mask.as_ref().filter(|_| extras.classes).map(|mask| {
-        let [ql, kl, dim] = [s.query_len, s.key_len, s.head_dim].map(|n| n as u32);
+        let [ql, kl, dim] = [s.query_len, s.key_len, s.qk_dim].map(|n| n as u32);
         classify(device, mask, &tiles(ql, kl, dim))
     });
     let operands = Operands {
@@ -185,7 +185,7 @@ fn larger_problems_agree_with_the_cpu() {
         .cuda_warm_up(all.iter().map(|(_, problem, _)| problem))
         .unwrap();
     for (data, problem, extras) in all {
-        let (dtype, dim) = (data.dtype, data.shape.head_dim);
+        let (dtype, dim) = (data.dtype, data.shape.qk_dim);
         let (out, lse) = run_with(&device, &data, &problem, extras);
         let (want, want_lse) = run_with(&cpu, &data, &problem, extras);
         let (got, want) = (download(&out), download(&want));

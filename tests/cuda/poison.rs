@@ -194,7 +194,7 @@ impl Case {
             upload(device, &cells, dtype, &[s.query_len, s.key_len])
         });
         let classes = mask.as_ref().filter(|_| self.form.classes).map(|mask| {
-            let [ql, kl, dim] = [s.query_len, s.key_len, s.head_dim].map(|n| n as u32);
+            let [ql, kl, dim] = [s.query_len, s.key_len, s.qk_dim].map(|n| n as u32);
             classify(device, mask, &tiles(ql, kl, dim))
         });
         let operands = Operands {
@@ -230,7 +230,7 @@ impl Case {
     /// What is wrong where K, V or both are poisoned.
     fn faults(&self, device: &MlxDevice, in_k: bool, in_v: bool) -> Vec<String> {
         let s = self.data.shape;
-        let (dim, dtype) = (s.head_dim, self.data.dtype);
+        let (dim, dtype) = (s.qk_dim, self.data.dtype);
         let keys = self.poisoned_keys();
         // Column c of V is poisoned in every third key, so that most columns have but one kind.
         let v_at = |n: usize, c: usize| in_v && (c + n).is_multiple_of(3);

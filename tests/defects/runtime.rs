@@ -383,7 +383,7 @@ fn run_with(device: &MlxDevice, registry: &mut KernelRegistry, data: &Qkv, causa
     let params = FlashAttnPrefillParams {
         n_heads: size(data.shape.heads),
         n_kv_heads: size(data.shape.kv_heads),
-        head_dim: size(data.shape.head_dim),
+        head_dim: size(data.shape.qk_dim),
         seq_len_q: size(data.shape.query_len),
         seq_len_k: size(data.shape.key_len),
         batch: size(data.shape.batch),

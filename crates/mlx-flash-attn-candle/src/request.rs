@@ -181,7 +181,8 @@ impl Request {
                     kv_heads: ok.heads,
                     query_len: oq.len,
                     key_len: ok.len,
-                    head_dim: oq.dim,
+                    qk_dim: oq.dim,
+                    v_dim: oq.dim,
                 };
                 Problem::builder(dtype, shape).layout(layout)
             }

@@ -276,7 +276,8 @@ pub(crate) fn shape(text: &str) -> Result<Shape, String> {
         kv_heads,
         query_len,
         key_len,
-        head_dim,
+        qk_dim: head_dim,
+        v_dim: head_dim,
     })
 }
 

@@ -30,7 +30,7 @@ pub(crate) fn builder(args: &BenchArgs, shape: Shape, dtype: DType) -> Result<Pr
                 dtype,
                 shape.heads,
                 shape.kv_heads,
-                shape.head_dim,
+                shape.qk_dim,
                 &packed.queries,
                 &packed.keys,
             );

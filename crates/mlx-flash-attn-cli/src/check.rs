@@ -46,7 +46,7 @@ impl Verdict {
             lse: lse.map(|lse| tolerance::compare_lse(lse, &exact)),
             not_finite: exact
                 .o
-                .chunks_exact(problem.shape().head_dim)
+                .chunks_exact(problem.shape().v_dim)
                 .position(|row| row.iter().any(|x| !x.is_finite())),
         })
     }
@@ -109,8 +109,8 @@ fn in_reference_order(problem: &Problem, out: &Values<'_>, exact: &Reference) ->
         for h in 0..shape.heads {
             for i in 0..s.query_len {
                 let from = problem.o_at(&s, h, i);
-                let to = oracle::reference_row(problem, &s, h, i) * shape.head_dim;
-                if let Some(row) = got.get_mut(to..to + shape.head_dim) {
+                let to = oracle::reference_row(problem, &s, h, i) * shape.v_dim;
+                if let Some(row) = got.get_mut(to..to + shape.v_dim) {
                     for (d, x) in row.iter_mut().enumerate() {
                         *x = out.get(from + d);
                     }
@@ -135,7 +135,8 @@ mod tests {
         kv_heads: 2,
         query_len: 33,
         key_len: 40,
-        head_dim: 32,
+        qk_dim: 32,
+        v_dim: 32,
     };
 
     fn verdict(layout: Layout, spoil: impl Fn(&mut Vec<bf16>, &mut Vec<f32>)) -> Verdict {
@@ -148,7 +149,7 @@ mod tests {
             .unwrap();
         let mut random = Random::new(7);
         let mut operand = |heads, len| -> Vec<bf16> {
-            let n = SHAPE.batch * heads * len * SHAPE.head_dim;
+            let n = SHAPE.batch * heads * len * SHAPE.v_dim;
             (0..n).map(|_| bf16::from_f32(random.normal())).collect()
         };
         let (q, k, v) = (operand(4, 33), operand(2, 40), operand(2, 40));

@@ -150,7 +150,8 @@ impl<'a> Input<'a> {
             kv_heads,
             query_len,
             key_len,
-            head_dim,
+            qk_dim: head_dim,
+            v_dim: head_dim,
         };
         if let Some(packed) = &packed {
             packed.check(query_len, capacity)?;

@@ -66,7 +66,7 @@ pub(crate) fn sizes(shape: Shape) -> [usize; 6] {
         shape.kv_heads,
         shape.query_len,
         shape.key_len,
-        shape.head_dim,
+        shape.qk_dim,
     ]
 }
 

@@ -95,7 +95,7 @@ impl Job {
                 input.q.dtype,
                 shape.heads,
                 shape.kv_heads,
-                shape.head_dim,
+                shape.qk_dim,
                 &packed.queries,
                 &packed.keys,
             ),

@@ -30,7 +30,8 @@ const fn shape([batch, heads, kv_heads, query_len, key_len, head_dim]: [usize; 6
         kv_heads,
         query_len,
         key_len,
-        head_dim,
+        qk_dim: head_dim,
+        v_dim: head_dim,
     }
 }
 
@@ -165,7 +166,7 @@ fn masks(device: &MlxDevice, row: &Row, dtype: DType) -> Result<Vec<Contestant>>
 
 /// Tile classes of an additive mask.
 fn classes(device: &MlxDevice, shape: Shape, mask: &MlxBuffer) -> Result<MlxBuffer> {
-    let tile = class_tile(shape.head_dim);
+    let tile = class_tile(shape.qk_dim);
     let params = BlkParams {
         seq_len_q: u32::try_from(shape.query_len)?,
         seq_len_k: u32::try_from(shape.key_len)?,
@@ -239,10 +240,10 @@ fn decode(device: &MlxDevice, threads: usize, rounds: usize) -> Result<Vec<Form>
             .build()?;
         let name = format!(
             "{} on {}, D {}",
-            shape.heads, shape.kv_heads, shape.head_dim
+            shape.heads, shape.kv_heads, shape.qk_dim
         );
         let contestant = contestant(device, &name, problem)?;
-        let bytes = (4 * shape.kv_heads * shape.key_len * shape.head_dim) as f64;
+        let bytes = (4 * shape.kv_heads * shape.key_len * shape.qk_dim) as f64;
         for form in group(
             "one token, 32768 keys",
             DType::BF16,

@@ -73,7 +73,7 @@ pub(crate) struct Operands {
 pub(crate) fn operands(shape: Shape, dtypes: &[DType]) -> Vec<Operands> {
     let mut random = Random::new(1);
     let mut exact = |heads: usize, len: usize| -> Vec<f32> {
-        let n = shape.batch * heads * len * shape.head_dim;
+        let n = shape.batch * heads * len * shape.qk_dim;
         (0..n).map(|_| random.normal() as f32).collect()
     };
     let q = exact(shape.heads, shape.query_len);
@@ -118,7 +118,8 @@ pub(crate) fn relative_error(row: &Row, operands: &Operands, output: &[f32]) -> 
         batch,
         heads,
         query_len,
-        head_dim,
+        qk_dim: head_dim,
+        v_dim: head_dim,
         ..
     } = row.shape;
     ensure!(

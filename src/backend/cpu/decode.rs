@@ -7,12 +7,12 @@ use super::kernels;
 use super::processors::Cpu;
 use crate::attention::Role;
 use crate::backend::command::{DecodePartials, JoinPartials, Slot, Span, Task};
-use crate::error::Result;
+use crate::error::{MlxError, Result};
 
 /// Writes each head's partial results.
 pub(super) fn partials(cpu: &Cpu, decode: &DecodePartials, task: &Task<Span>) -> Result<()> {
     let problem = &*decode.problem;
-    let (heads, dim) = (problem.shape().heads, problem.shape().head_dim);
+    let (heads, dim) = (problem.shape().heads, problem.shape().qk_dim);
     let per_head = decode.splits as usize * (dim + 2);
     // SAFETY: the CPU's memory is this process's own, operands were found aligned when the task was made, and
     // nobody else uses written ones while it runs.
@@ -20,7 +20,7 @@ pub(super) fn partials(cpu: &Cpu, decode: &DecodePartials, task: &Task<Span>) ->
     let zeros = |count: usize| {
         let mut zeros = kernels::room(count)?;
         zeros.resize(count, 0.0f32);
-        Ok(zeros)
+        Ok::<_, MlxError>(zeros)
     };
     let mut o = zeros(heads.saturating_mul(dim))?;
     let mut lse = zeros(heads)?;

@@ -9,11 +9,12 @@ use super::job::Job;
 use super::processors::Cpu;
 use super::{decode, kernels, masks};
 use crate::attention::Problem;
+use crate::backend::abilities::Abilities;
 use crate::backend::command::{Span, Task, Work};
 use crate::backend::host_memory::HostMemory;
 use crate::backend::{Backend, DeviceKind, Done, Memory, Pending, Step, Timing, runs_no_text};
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Result, Unsupported};
 
 impl Cpu {
     /// Runs steps one after another, each on all threads, so that barriers hold by themselves.
@@ -68,14 +69,15 @@ impl Backend for Cpu {
         Ok(Arc::new(HostMemory::zeroed(bytes)?))
     }
 
-    fn supports(&self, problem: &Problem) -> Result<()> {
-        kernels::takes(problem)
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
+        let abilities = Abilities {
+            kv_dtype: true,
+            ..Abilities::ALIKE
+        };
+        abilities.check(self.kind(), problem)
     }
 
-    fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
-        if let Work::Attention(problem, _) = work {
-            self.supports(problem)?;
-        }
+    fn prepare(&self, _work: &Work) -> Result<Box<dyn Any + Send + Sync>> {
         Ok(Box::new(()))
     }
 

@@ -14,9 +14,10 @@ use super::prepared::{Attention, Prefill, Prepared};
 use super::submit::{self, Enqueued};
 use super::table::Needs;
 use crate::attention::Problem;
+use crate::backend::abilities::Abilities;
 use crate::backend::command::Work;
 use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
-use crate::error::Result;
+use crate::error::{Result, Unsupported};
 
 /// The variable that names the GPU, a number from 0.
 const VARIABLE: &str = "MLX_FLASH_CUDA_DEVICE";
@@ -67,12 +68,13 @@ impl Cuda {
     /// Compiles and loads, side by side, what these problems run.
     pub(crate) fn warm_up(&self, problems: &[&Problem]) -> Result<()> {
         in_parallel(problems, |problem| {
+            self.supports(problem)?;
             Prefill::new(self.attention(problem)?).warm_up(&self.gpu, problem)
         })
         .map(|_| ())
     }
 
-    fn attention(&self, problem: &Problem) -> Result<Arc<Attention>> {
+    fn attention(&self, problem: &Problem) -> std::result::Result<Arc<Attention>, Unsupported> {
         let needs = Needs::of(problem);
         let mut attentions = self
             .attentions
@@ -96,6 +98,12 @@ impl Cuda {
         submit::enqueue(&self.gpu, steps, &unsafe { Stream::of_caller(stream) })
     }
 }
+
+/// What the table's rows may say beside Q's own element type.
+const ABILITIES: Abilities = Abilities {
+    kv_dtype: true,
+    ..Abilities::ALIKE
+};
 
 impl Backend for Cuda {
     fn kind(&self) -> DeviceKind {
@@ -141,7 +149,8 @@ impl Backend for Cuda {
         Ok(Arc::new(CudaMemory::zeroed(&self.gpu, bytes)?))
     }
 
-    fn supports(&self, problem: &Problem) -> Result<()> {
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
+        ABILITIES.check(self.kind(), problem)?;
         self.attention(problem).map(|_| ())
     }
 

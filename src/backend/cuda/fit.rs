@@ -156,7 +156,8 @@ mod tests {
             kv_heads: heads[1],
             query_len,
             key_len,
-            head_dim: 128,
+            qk_dim: 128,
+            v_dim: 128,
         };
         Problem::builder(DType::BF16, shape).build().unwrap()
     }

@@ -49,14 +49,14 @@ impl View {
         let mut view = if row.halves() && role == Role::Value {
             Self {
                 rank: 5,
-                lengths: [PANEL, len, shape.head_dim / PANEL, heads, batch],
+                lengths: [PANEL, len, shape.qk_dim / PANEL, heads, batch],
                 steps: [seq, PANEL, head, step],
                 part: [PANEL as u32, 16, 4, 1, 1],
             }
         } else {
             Self {
                 rank: 4,
-                lengths: [shape.head_dim, len, heads, batch, 1],
+                lengths: [shape.qk_dim, len, heads, batch, 1],
                 steps: [seq, head, step, PANEL],
                 part: [PANEL as u32, rows, 1, 1, 1],
             }

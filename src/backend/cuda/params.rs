@@ -78,7 +78,7 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
     let kv_size = problem.kv_dtype().size_of();
     let keys_bytes = shape
         .key_len
-        .saturating_mul(2 * shape.head_dim * kv_size)
+        .saturating_mul(2 * shape.qk_dim * kv_size)
         .max(1);
     // Where all rows take as long, a head after another keeps its keys in the cache by itself.
     let even = row.maps() && (left, right) == (-1, -1) && problem.mask().is_none();
@@ -126,7 +126,7 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
         k_strides: strides(of(Role::Key)),
         v_strides: strides(of(Role::Value)),
         rows,
-        classes_stride: class_tile(shape.head_dim)
+        classes_stride: class_tile(shape.qk_dim)
             .count(shape.query_len, shape.key_len)
             .1 as i64,
         splits: int(splits),

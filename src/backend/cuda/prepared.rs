@@ -11,9 +11,10 @@ use super::modules::Function;
 use super::spec::{self, Spec};
 use super::table::{self, Needs, Row};
 use crate::attention::{HEAD_DIMS, Problem};
+use crate::backend::DeviceKind;
 use crate::backend::command::{Pointers, Work};
 use crate::dtype::DType;
-use crate::error::{MlxError, Result};
+use crate::error::{MlxError, Result, Unsupported};
 
 /// What serves some work.
 #[derive(Debug)]
@@ -92,14 +93,22 @@ impl Attention {
     }
 
     /// The kernels for what a problem needs; an error where there is none.
-    pub(super) fn new(needs: Needs, gpu: &Gpu) -> Result<Self> {
+    pub(super) fn new(needs: Needs, gpu: &Gpu) -> std::result::Result<Self, Unsupported> {
         let rows = table::attention(needs, gpu.context.capability);
         let forms: Vec<_> = rows.map(|row| (row, Kept::new(row.spec(needs)))).collect();
         if forms.is_empty() {
-            return Err(MlxError::InvalidArgument(format!(
-                "head_dim: {} queries over {} on this device serve {HEAD_DIMS:?}, got {}",
-                needs.dtype, needs.kv_dtype, needs.head_dim
-            )));
+            let capability = gpu.context.capability;
+            return Err(Unsupported::new(
+                DeviceKind::Cuda.name(),
+                format!(
+                    "head_dim {} with {} queries over {} keys and values",
+                    needs.head_dim, needs.dtype, needs.kv_dtype
+                ),
+                format!(
+                    "no kernel for compute capability {}.{} serves it",
+                    capability.0, capability.1
+                ),
+            ));
         }
         Ok(Self {
             needs,
@@ -156,7 +165,7 @@ impl Prepared {
     pub(super) fn new(
         gpu: &Arc<Gpu>,
         work: &Work,
-        attention: impl FnOnce(&Problem) -> Result<Arc<Attention>>,
+        attention: impl FnOnce(&Problem) -> std::result::Result<Arc<Attention>, Unsupported>,
     ) -> Result<Self> {
         let served = |dim: usize| match HEAD_DIMS.contains(&dim) {
             true => Ok(dim),
@@ -174,7 +183,7 @@ impl Prepared {
                 Self::Classes(any, wide)
             }
             Work::DecodePartials(decode) => {
-                let (problem, dim) = (&decode.problem, decode.problem.shape().head_dim);
+                let (problem, dim) = (&decode.problem, decode.problem.shape().qk_dim);
                 Self::Partials(Kept::new(spec::decode(served(dim)?, problem.kv_dtype())))
             }
             Work::JoinPartials(join) => {

@@ -68,7 +68,7 @@ impl Needs {
         Self {
             dtype: problem.dtype(),
             kv_dtype: problem.kv_dtype(),
-            head_dim: shape.head_dim,
+            head_dim: shape.qk_dim,
             mask: problem.mask().map(|mask| mask.dtype),
             features: on(visibility.causal, RIGHT)
                 | on(windowed, LEFT | RIGHT)

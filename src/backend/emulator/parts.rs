@@ -81,7 +81,8 @@ fn a_dispatch_in_parts_gives_the_bits_of_one() {
         kv_heads: 2,
         query_len: rows,
         key_len: keys,
-        head_dim: dim,
+        qk_dim: dim,
+        v_dim: dim,
     };
     let padded = Problem::builder(DType::F32, shape)
         .mask(MaskSpec::broadcast(DType::F32, [2, 4, rows, keys]))

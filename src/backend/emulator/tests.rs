@@ -106,7 +106,8 @@ impl Prefill {
             kv_heads: 1,
             query_len: ql,
             key_len: kl,
-            head_dim: dim,
+            qk_dim: dim,
+            v_dim: dim,
         };
         let q = upload(device, &values(ql * dim, 3), dtype);
         let k = upload(device, &values(kl * dim, 5), dtype);

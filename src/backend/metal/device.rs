@@ -19,7 +19,7 @@ use super::submit;
 use crate::attention::Problem;
 use crate::backend::command::Work;
 use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
-use crate::error::{MlxError, Result};
+use crate::error::{MlxError, Result, Unsupported};
 
 // Without it a program that draws nothing is given no default device.
 #[link(name = "CoreGraphics", kind = "framework")]
@@ -143,8 +143,8 @@ impl Backend for Metal {
         Ok(Arc::new(MetalMemory::allocate(&self.device, bytes)?))
     }
 
-    fn supports(&self, problem: &Problem) -> Result<()> {
-        launch::supports(problem)
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
+        launch::supports(self.kind(), problem)
     }
 
     fn prepare(&self, work: &Work) -> Result<Box<dyn Any + Send + Sync>> {

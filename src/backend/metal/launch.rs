@@ -5,16 +5,19 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::bindings::{Constants, constant, names, other};
-use super::plan::{Plan, PlanArg, PlanOptions};
+use super::plan::{Plan, PlanArg};
 use super::sources;
+use super::table::{self, MaskKind};
 use crate::attention::{Problem, Role};
+use crate::backend::DeviceKind;
+use crate::backend::abilities::Abilities;
 use crate::backend::command::{
     ClassifyTiles, DecodePartials, FillMask, JoinPartials, Slot, Span, Task, Work,
 };
 use crate::backend::shared_params::VecParamsGpu;
 use crate::backend::{self, Arg, Dispatch, Kernel};
 use crate::dtype::DType;
-use crate::error::{MlxError, Result};
+use crate::error::{MlxError, Result, Unsupported};
 
 /// What is bound at an index.
 #[derive(Debug, Clone)]
@@ -148,8 +151,21 @@ impl Launch {
 }
 
 /// Whether a device of the Metal family has a kernel for the problem.
-pub(crate) fn supports(problem: &Problem) -> Result<()> {
-    Plan::new(problem, PlanOptions::default()).map(|_| ())
+pub(crate) fn supports(
+    device: DeviceKind,
+    problem: &Problem,
+) -> std::result::Result<(), Unsupported> {
+    Abilities::ALIKE.check(device, problem)?;
+    table::select(
+        problem.dtype(),
+        problem.shape().qk_dim,
+        MaskKind::of(problem),
+    )
+    .map(|_| ())
+    .map_err(|refusal| Unsupported {
+        device: device.name(),
+        ..refusal
+    })
 }
 
 /// What a device of the Metal family prepares: a launch with its compiled kernel.

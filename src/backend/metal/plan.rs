@@ -43,17 +43,14 @@ impl Plan {
     /// Plans `problem`.
     pub(crate) fn new(problem: &Problem, options: PlanOptions) -> Result<Self> {
         let shape = problem.shape();
-        let mask_kind = match problem.mask() {
-            Some(mask) if mask.is_bool() => MaskKind::Bool,
-            _ => MaskKind::Additive,
-        };
+        let mask_kind = MaskKind::of(problem);
         let variant = match options.variant {
             Some(v) if problem.mask().is_none() => v.without_mask(),
             Some(v) => v,
-            None => table::select(problem.dtype(), shape.head_dim, mask_kind)?,
+            None => table::select(problem.dtype(), shape.qk_dim, mask_kind)?,
         };
         if (variant.dtype, variant.head_dim, variant.mask)
-            != (problem.dtype(), shape.head_dim, mask_kind)
+            != (problem.dtype(), shape.qk_dim, mask_kind)
             || problem.kv_dtype() != problem.dtype()
         {
             return Err(MlxError::InvalidArgument(format!(
@@ -64,7 +61,7 @@ impl Plan {
                 variant.mask,
                 problem.dtype(),
                 problem.kv_dtype(),
-                shape.head_dim,
+                shape.qk_dim,
             )));
         }
         let simdgroups = simdgroups(variant, options.nsg)?;
@@ -180,7 +177,7 @@ fn attn_params(problem: &Problem, nq: usize, nk: usize, variant: &Variant) -> At
     AttnParamsGpu {
         b: shape.batch as i32,
         h: shape.heads as i32,
-        d: shape.head_dim as i32,
+        d: shape.qk_dim as i32,
         ql: shape.query_len as i32,
         kl: shape.key_len as i32,
         gqa_factor: problem.group() as i32,

@@ -385,7 +385,8 @@ mod tests {
             kv_heads: 2,
             query_len,
             key_len,
-            head_dim: 64,
+            qk_dim: 64,
+            v_dim: 64,
         };
         Problem::builder(DType::F16, shape).build().unwrap()
     }
@@ -467,7 +468,8 @@ mod tests {
             kv_heads: 8,
             query_len: 32_768,
             key_len: 32_768,
-            head_dim: 128,
+            qk_dim: 128,
+            v_dim: 128,
         };
         let problem = Problem::builder(DType::F16, shape).build().unwrap();
         let long = Long {

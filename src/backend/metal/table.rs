@@ -1,10 +1,11 @@
 //! The table of Metal kernels: which serves a dtype, head dim and mask kind, with its tile, its threads and
 //! its threadgroup memory.
 
-use crate::attention::HEAD_DIMS;
 use crate::attention::mask::Tile;
+use crate::attention::{HEAD_DIMS, Problem};
+use crate::backend::DeviceKind;
 use crate::dtype::DType;
-use crate::error::{MlxError, Result};
+use crate::error::Unsupported;
 
 /// Most threadgroup memory any Apple kernel may use, in bytes.
 pub const APPLE_THREADGROUP_BYTES: usize = 32_768;
@@ -16,6 +17,16 @@ pub enum MaskKind {
     Additive,
     /// Reads it as booleans.
     Bool,
+}
+
+impl MaskKind {
+    /// How a kernel for the problem reads its mask.
+    pub(crate) fn of(problem: &Problem) -> Self {
+        match problem.mask() {
+            Some(mask) if mask.is_bool() => Self::Bool,
+            _ => Self::Additive,
+        }
+    }
 }
 
 /// One row of the table.
@@ -159,7 +170,14 @@ rows!(
 );
 
 /// Finds the kernel for a problem.
-pub fn select(dtype: DType, head_dim: usize, mask: MaskKind) -> Result<&'static Variant> {
+///
+/// # Errors
+/// Where there is none, which head dims the dtype has kernels for.
+pub fn select(
+    dtype: DType,
+    head_dim: usize,
+    mask: MaskKind,
+) -> std::result::Result<&'static Variant, Unsupported> {
     PREFILL
         .iter()
         .find(|v| (v.dtype, v.head_dim, v.mask) == (dtype, head_dim, mask) && v.fits())
@@ -172,9 +190,11 @@ pub fn select(dtype: DType, head_dim: usize, mask: MaskKind) -> Result<&'static 
                         .any(|v| (v.dtype, v.head_dim) == (dtype, *d) && v.fits())
                 })
                 .collect();
-            MlxError::InvalidArgument(format!(
-                "head_dim: {dtype} on this device serves {there:?}, got {head_dim}"
-            ))
+            Unsupported::new(
+                DeviceKind::Metal.name(),
+                format!("head_dim {head_dim} in {dtype}"),
+                format!("its kernels serve {there:?}"),
+            )
         })
 }
 

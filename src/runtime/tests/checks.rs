@@ -13,6 +13,7 @@ use crate::backend::metal::bindings::{Constants, names};
 use crate::backend::metal::params::AttnParamsGpu;
 use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
 use crate::backend::{Backend, DeviceKind, Done, Kernel, Limits, Memory, Pending, Step, Timing};
+use crate::error::Unsupported;
 use crate::runtime::encoder::{CommandEncoder, KernelArg, MTLSize, as_bytes};
 use crate::{DType, KernelRegistry, MlxBuffer, MlxDevice, MlxError, Result};
 
@@ -36,7 +37,7 @@ impl Backend for Fake {
         Ok(Arc::new(HostMemory::zeroed(bytes)?))
     }
 
-    fn supports(&self, _problem: &Problem) -> Result<()> {
+    fn supports(&self, _problem: &Problem) -> std::result::Result<(), Unsupported> {
         Ok(())
     }
 

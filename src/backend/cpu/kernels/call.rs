@@ -105,7 +105,7 @@ impl<'a> Call<'a> {
                 problem.kv_dtype()
             )));
         }
-        let dim = problem.shape().head_dim;
+        let dim = problem.shape().qk_dim;
         let dim_words = dim / kernel.pair;
         let depth = dim_words.next_multiple_of(kernel.side);
         let seq_stride = |role| problem.strides(role).map_or(0, |s| s.seq);

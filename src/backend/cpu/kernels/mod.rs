@@ -53,19 +53,12 @@ mod types;
 use super::isa::Isa;
 use super::job::Job;
 use crate::DType;
-use crate::attention::Problem;
 use crate::error::Result;
 use bound_call::BoundCall;
 pub(crate) use buffer::room;
 use mask_map::MaskMap;
 pub(crate) use team::Team;
 use types::Float;
-
-/// Refuses a problem whose elements no kernel takes.
-pub(crate) fn takes(problem: &Problem) -> Result<()> {
-    Float::of(problem.dtype())?;
-    Float::of(problem.kv_dtype()).map(|_| ())
-}
 
 /// Computes O, and the log-sum-exp where it is asked for. The bits of the result depend on `isa` but
 /// not on the threads. Fails where there is no memory for it.

@@ -29,7 +29,8 @@ pub(super) fn shape(
         kv_heads,
         query_len,
         key_len,
-        head_dim,
+        qk_dim: head_dim,
+        v_dim: head_dim,
     }
 }
 
@@ -172,13 +173,13 @@ impl Data {
             for h in 0..shape.heads {
                 for i in 0..s.query_len {
                     let at = problem.q_at(&s, h, i);
-                    (0..shape.head_dim).for_each(|d| data.q.set(at + d, random.normal()));
+                    (0..shape.qk_dim).for_each(|d| data.q.set(at + d, random.normal()));
                 }
             }
             for h in 0..shape.kv_heads {
                 for j in 0..s.key_len {
                     let (k, v) = (problem.k_at(&s, h, j), problem.v_at(&s, h, j));
-                    (0..shape.head_dim).for_each(|d| {
+                    (0..shape.qk_dim).for_each(|d| {
                         data.k.set(k + d, random.normal());
                         data.v.set(v + d, random.normal());
                     });
@@ -231,7 +232,7 @@ impl Data {
     pub(super) fn set_key(&mut self, (b, h, j): (usize, usize, usize), k: f64, v: f64) {
         let s = self.problem.sequence(b);
         let (k_at, v_at) = (self.problem.k_at(&s, h, j), self.problem.v_at(&s, h, j));
-        for d in 0..self.problem.shape().head_dim {
+        for d in 0..self.problem.shape().qk_dim {
             self.k.set(k_at + d, k);
             self.v.set(v_at + d, v);
         }
@@ -272,7 +273,7 @@ impl Data {
         let shape = from.shape();
         for b in 0..shape.batch {
             let (s, t) = (from.sequence(b), to.sequence(b));
-            for d in 0..shape.head_dim {
+            for d in 0..shape.qk_dim {
                 for h in 0..shape.heads {
                     for i in 0..s.query_len {
                         data.q.set(
@@ -344,16 +345,16 @@ impl Data {
         let o_at = o.words.as_mut_ptr().cast::<u8>().wrapping_add(GUARD * size);
         run(&self.job(o_at, lse.as_mut_ptr().wrapping_add(GUARD)));
         let mut owned = vec![false; elements + 2 * GUARD];
-        let mut dense = vec![0.0; rows * shape.head_dim];
+        let mut dense = vec![0.0; rows * shape.qk_dim];
         for b in 0..shape.batch {
             let s = problem.sequence(b);
             for h in 0..shape.heads {
                 for i in 0..s.query_len {
                     let at = GUARD + problem.o_at(&s, h, i);
                     let row = oracle::reference_row(problem, &s, h, i);
-                    for d in 0..shape.head_dim {
+                    for d in 0..shape.qk_dim {
                         owned[at + d] = true;
-                        dense[row * shape.head_dim + d] = o.values().get(at + d);
+                        dense[row * shape.qk_dim + d] = o.values().get(at + d);
                     }
                 }
             }

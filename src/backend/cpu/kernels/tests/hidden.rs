@@ -32,7 +32,7 @@ fn runs(data: &Data, threads: usize) -> Vec<(&'static str, Output)> {
 fn check(what: &str, data: &Data, sees: Sees<'_>) {
     let problem = &data.problem;
     let shape = problem.shape();
-    let (dim, group) = (shape.head_dim, problem.group());
+    let (dim, group) = (shape.qk_dim, problem.group());
     let top = largest(problem.kv_dtype());
     let poison = [f64::NAN, f64::INFINITY, HIDDEN, top, -top];
     for threads in [1, 3] {
