@@ -144,8 +144,9 @@ DEV Tile tile_of(const Params& p, int index, int half = 0) {
     return t;
 }
 
-// A tile that another thread worked out; what all tiles have in common is where it always is.
-DEV Tile tile_told(const Params& p, const Tile& from) {
+// A tile that the producer put in shared memory. Fields that are the same for every tile are read from the
+// parameters again: they are cheap to load there and need no registers in between.
+DEV Tile tile_of_producer(const Params& p, const Tile& from) {
     Tile t = from;
 #if !VARLEN
     t.q_start = t.k_start = 0;

@@ -12,9 +12,9 @@ const CAREFUL: &str = include_str!("../../../kernels/cuda/careful.cu");
 const TILES: &str = include_str!("../../../kernels/cuda/tiles.cu");
 const SCORES: &str = include_str!("../../../kernels/cuda/scores.cu");
 
-/// What both Hopper kernels share, and the text of one.
+/// What both Hopper kernels share, and the texts of one.
 macro_rules! hopper {
-    ($kernel:literal) => {
+    ($($kernel:literal),+) => {
         &[
             include_str!("../../../kernels/cuda/hopper_ptx.cu"),
             SCORE_PRELUDE,
@@ -25,7 +25,7 @@ macro_rules! hopper {
             include_str!("../../../kernels/cuda/hopper_scores.cu"),
             include_str!("../../../kernels/cuda/hopper_rows.cu"),
             include_str!("../../../kernels/cuda/hopper_softmax.cu"),
-            include_str!($kernel),
+            $(include_str!($kernel),)+
         ]
     };
 }
@@ -44,7 +44,13 @@ pub(super) static PORTABLE: &[&str] = &[
 ];
 
 /// Attention in 16 bits for Hopper, with its own primitives.
-pub(super) static HOPPER: &[&str] = hopper!("../../../kernels/cuda/hopper.cu");
+pub(super) static HOPPER: &[&str] = hopper!(
+    "../../../kernels/cuda/hopper_shared.cu",
+    "../../../kernels/cuda/hopper_producer.cu",
+    "../../../kernels/cuda/hopper_consumer.cu",
+    "../../../kernels/cuda/hopper_output.cu",
+    "../../../kernels/cuda/hopper.cu"
+);
 
 /// The same at head dim 512.
 pub(super) static HOPPER_WIDE: &[&str] = hopper!("../../../kernels/cuda/hopper512.cu");
