@@ -49,7 +49,7 @@ DEV void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 // Waits until the kernel before has ended and what it wrote can be read, and lets the one after start,
 // which waits likewise. Without programmatic dependent launches neither does anything.
-DEV void follow_kernel_before() {
+DEV void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

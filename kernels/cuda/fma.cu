@@ -17,7 +17,7 @@ typedef u16 KvElement;
 typedef float KvElement;
 #endif
 
-// Brings N rows from `first` on; zeros from row `end` on.
+// Copies N rows from `first` on to shared memory; zeros from row `end` on.
 template <int N, typename T> DEV void load(float* to, const HeadRows<T>& from, int first, int end, bool vector) {
     const HeadRows<T> tile = from.from(first);
     const int there = end - first;
@@ -46,9 +46,9 @@ template <int N, typename T> DEV void load(float* to, const HeadRows<T>& from, i
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) float shared[];
-    // A run over the threadblock's rows; whether they are finite. The first is compiled apart from the others.
+    // A run over the threadblock's rows; gives whether they are finite. The first is compiled apart from the others.
     auto rows = [&](auto, const int run) {
-        // Opaque, lest what a later run takes be kept in registers through the first.
+        // Opaque, so that values for a later run are not kept in registers through the first.
         u32 block = blockIdx.x;
         asm volatile("" : "+r"(block));
         const Tile t = tile_of(p, block);

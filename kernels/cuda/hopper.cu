@@ -49,7 +49,7 @@ template <bool FIRST_RUN> DEV void query_tile(Consumer& c, const TensorMap* map_
     }
 
     Work w;
-    w.soft = soft_start();
+    w.soft = softmax_start();
     const Rows kept = rows_of(c.p, t, c.wg * 64, c.tid);
     w.q = m.q + c.rq.slot() * Q_BYTES + c.wg * 64 * 128;
     w.desc_q = smem_desc(w.q, 16);
@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         prefetch_map(&map_o);
     }
     __syncthreads();
-    follow_kernel_before();
+    wait_for_kernel_before();
     const Share share = share_of(p);
 
     if (group == 0) {

@@ -1,4 +1,4 @@
-// Tile classes: what a thread's rows need of a key tile's mask, and which key tiles are skipped.
+// Tile classes: which cells of the mask a thread must read, and which key tiles are skipped.
 
 #if CLASSES
 #define ACROSS (BN / CLASS_KEYS) // classes of a row of class tiles that a key tile has
@@ -49,8 +49,8 @@ DEV Cells cells_of(const Params& p, const Rows& r, int tile) {
 }
 
 #if CLASSES
-// What the class tiles of query tile `t` and key tile `tile` say of each 64 rows w: bit w, some key is
-// visible to some row; bit 8 + w, some is hidden or biased.
+// A summary of the class tiles in query tile `t` and key tile `tile`, for each 64 rows w: bit w, some key is visible to
+// some row; bit 8 + w, some key is hidden or biased.
 DEV u32 class_of(const Params& p, const Tile& t, int tile) {
     const int down = 64 / CLASS_ROWS;
     const int keys = min(ACROSS, (t.sk + CLASS_KEYS - 1) / CLASS_KEYS - tile * ACROSS);
@@ -98,7 +98,7 @@ DEV u32 class_of(const Params& p, const Tile& t, int tile) {
 // something is hidden from the 64 rows w, which see no more than entries [from[w], to[w]). Returns how
 // many.
 DEV int list_tiles(u16* list, int* from, int* to, const Params& p, const Tile& t, int lane) {
-    int len = 0, first = 0, end = 0; // the last two of the 64 rows that are this lane's
+    int len = 0, first = 0, end = 0; // `first` and `end` are those of 64 rows w = lane
     for (int at = t.hi - 1; at >= t.lo; at -= 32) {
         const int tile = at - lane;
         const u32 c = tile >= t.lo ? class_of(p, t, tile) : 0;

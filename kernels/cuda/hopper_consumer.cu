@@ -61,7 +61,7 @@ struct Consumer {
 struct Work {
     float o[D / 2], s[BN / 2];
     u32 weights[BN / 4]; // pairs of 16-bit elements
-    Soft soft;
+    Softmax soft;
     u32 q; // this group's rows in shared memory
     u64 desc_q;
 #if VARLEN
@@ -176,7 +176,7 @@ DEV void overlapped_tile(Consumer& c, Work& w, const Tile& t, const Rows& kept, 
     else modify<BN>(w.s, c.p, rows_now(c, t, kept), tile, false, PLAIN);
     softmax<BN>(w.s, w.soft, sc, tile_unit(c.p, masked), masked, false, PLAIN);
     pin(w.s);
-    after(w.soft.l[0] + w.soft.l[1]);
+    hold_until(w.soft.l[0] + w.soft.l[1]);
     wgmma_wait<0>();
     pin(w.s);
     pin(w.o);

@@ -22,8 +22,8 @@ DEV void stage_output(const Consumer& c, Work& w, const Tile& t, const Rows& row
     // uniform registers.
     const bool in[2] = {rows.row < t.sq, rows.row + 8 < t.sq};
     store_if(run == PLAIN && ((in[0] && !over[0] && zeros[0] != 0) || (in[1] && !over[1] && zeros[1] != 0)),
-             smem_u32(&c.m.sh->again.clean), 1);
-    store_if((in[0] && over[0]) || (in[1] && over[1]), smem_u32(&c.m.sh->again.exact), 1);
+             smem_u32(&c.m.sh->needed.clean), 1);
+    store_if((in[0] && over[0]) || (in[1] && over[1]), smem_u32(&c.m.sh->needed.exact), 1);
 }
 
 // Stores the staged rows by ordinary stores: packed sequences, whose tiles may hold rows of another, and runs that

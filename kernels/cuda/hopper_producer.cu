@@ -20,7 +20,7 @@ DEV void clean_values(const Memory& m, int lane) {
             if (__any_sync(~0u, there)) {
                 bar_wait(m.v_raw + 8 * slot, cleaned / STAGES & 1);
                 u8* tile = m.raw + (m.v - m.base) + slot * TILE_BYTES;
-                if (clean_halves<F16>(tile, TILE_BYTES, lane, 32, run)) m.sh->again.count = 1;
+                if (clean_halves<F16>(tile, TILE_BYTES, lane, 32, run)) m.sh->needed.count = 1;
                 fence_async_smem();
                 __syncwarp();
                 if (lane == 0) bar_arrive(m.v_full + 8 * slot);

@@ -17,8 +17,8 @@ DEV float mask_value(MaskElement v) {
 }
 #endif
 
-// A hidden cell of an additive mask gives -infinity where x is finite, else NaN: that ends in the run
-// CLEAN, which has `select_mask`.
+// Adds a cell. A hidden cell gives -infinity where x is finite, else NaN, which the output's test finds: the run CLEAN
+// then selects (`select_mask`).
 DEV float add_mask(float x, MaskElement v, const Params& p) {
     x *= shrink(p);
 #if MASK == 4
@@ -28,7 +28,7 @@ DEV float add_mask(float x, MaskElement v, const Params& p) {
 #endif
 }
 
-// What classes hidden and free of mask say of two neighbours.
+// Two cells of a class tile that is skipped (`hidden`) or free of the mask.
 DEV MaskPair pair_of(bool hidden) {
 #if MASK == 1
     return hidden ? 0xff80ff80u : 0u;
@@ -50,10 +50,10 @@ DEV MaskElement single_of(bool hidden) {
 #endif
 }
 
-// Brings a warpgroup's rows of the mask for key tile `tile` near.
+// Prefetches a warpgroup's rows of the mask for key tile `tile` into the L1 cache.
 template <int N>
 DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, int tile, int tid) {
-    tid = anew(tid);
+    tid = opaque(tid);
     const u32 lines = (N * sizeof(MaskElement) + 127) / 128, per = 128 / sizeof(MaskElement);
 #pragma unroll
     for (int i = 0; i < (64 * lines + 127) / 128; i++) {
@@ -66,7 +66,7 @@ DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, 
 }
 #endif
 
-template <int N> DEV void clamp_all(float (&s)[N]) {
+template <int N> DEV void limit_all(float (&s)[N]) {
 #pragma unroll
     for (int j = 0; j < N; j++) s[j] = clamped(s[j]);
 }
@@ -99,7 +99,7 @@ DEV void select_mask(float (&s)[N / 2], const Params& p, const Rows& r, int c0, 
             const int column = 8 * (j / 2) + j % 2;
             const u32 cell = cells.of(half, 8 * (j / 2));
             MaskElement v = single_of(cell == CLASS_SKIP);
-            // Volatile, so that few are under way: each takes a register.
+            // Volatile, so that few loads are in flight: each takes a register.
             if (cell == CLASS_MIXED && c0 + column < r.sk) v = *(const volatile MaskElement*)(at + column);
             float& x = s[4 * (j / 2) + 2 * half + j % 2];
             x = score_if_seen(add_mask(x, v, p), !score_cell_hides(mask_value(v)));
@@ -118,12 +118,12 @@ DEV int last_key(const Params& p, const Rows& r, int half) {
     return RIGHT ? min(r.sk - 1, score_last_key(r.pos + 8 * half, p.right)) : r.sk - 1;
 }
 
-// What happens to scores before the softmax, for key tile `tile`.
+// Softcap, biases and visibility for the scores of key tile `tile`; `masked`: some key of it may be hidden or biased.
 template <int N>
 DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, bool masked, int run,
                 const Cells& cells = Cells()) {
     const int c0 = tile * N + r.col;
-    if (run >= EXACT) clamp_all(s);
+    if (run >= EXACT) limit_all(s);
 #if SCORE_MOD
     cap_scores(s, p, r);
     if (p.slopes) {
@@ -134,7 +134,7 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
             s[j] = score_alibi(s[j], r.slope, score_distance(pos, col));
         }
     }
-    if (run >= EXACT) clamp_all(s);
+    if (run >= EXACT) limit_all(s);
 #endif
     if (!masked) return;
 #if MASK
@@ -182,7 +182,7 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
         }
     }
 #endif
-    // Most warps see all of a tile from one side or from both.
+    // In most warps no row is cut by a bound, on one side or on both.
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int last = last_key(p, r, half) - c0;

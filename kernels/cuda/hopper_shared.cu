@@ -30,7 +30,7 @@ struct Shared {
     u64 q_full[QBUF * WGS], q_empty[QBUF * WGS];
     u64 verdict[DONE]; // all consumers have ended a run
     u64 v_raw[STAGES]; // a tile of V has arrived that has yet to be cleaned
-    Again again;
+    RunsNeeded needed;
     u32 v_at; // tiles of V in the first run
 #if PARKED
     float parked[PARKED][128 * WGS];
@@ -92,7 +92,7 @@ DEV void init_barriers(const Memory& m) {
 #endif
     if (i == 0) {
         for (int run = PLAIN; run < DONE; run++) bar_init(m.verdict + 8 * run, WGS);
-        m.sh->again = Again{0, 0, 0};
+        m.sh->needed = RunsNeeded{0, 0, 0};
     }
     bar_init_fence();
 }
@@ -101,7 +101,7 @@ DEV void init_barriers(const Memory& m) {
 DEV int next_run(const Memory& m, int run) {
     bar_wait(m.verdict + 8 * run, 0);
     // One lane's reading, so that the compiler knows that a warp stays together.
-    return __shfl_sync(~0u, run_after(run, m.sh->again), 0);
+    return __shfl_sync(~0u, run_after(run, m.sh->needed), 0);
 }
 
 // A CTA's share of the tiles, a turn each. Where it has several and keys after a row are hidden, tiles go in pairs

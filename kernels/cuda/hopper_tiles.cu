@@ -1,9 +1,8 @@
-// What the Hopper attention kernels share: options, parameters, tiles, rows and the units of scores. The
-// first of hopper_tiles.cu, hopper_classes.cu, hopper_scores.cu, hopper_rows.cu and hopper_softmax.cu, which go
-// between careful.cu and a kernel's own text.
+// What both Hopper kernels share: options, parameters, tiles, rows and the units of scores. Goes after careful.cu;
+// hopper_classes.cu, hopper_scores.cu, hopper_rows.cu, hopper_softmax.cu and a kernel's own texts follow.
 
-// What the host defines: D head dim, BN keys a tile, WGS consumer warpgroups, STAGES,
-// REGS_PRODUCER, REGS_CONSUMER; F16; and what follows, each off by default.
+// The host defines D (head dim), BN (keys of a tile), WGS (consumer warpgroups), STAGES, REGS_PRODUCER,
+// REGS_CONSUMER and F16. The following options are off by default.
 #ifndef RIGHT // keys after a row's position + right are hidden
 #define RIGHT 0
 #endif
@@ -22,7 +21,7 @@
 #ifndef VARLEN // packed sequences
 #define VARLEN 0
 #endif
-#ifndef SPECULATE // take weights against the maximum so far, without a look at the new scores
+#ifndef SPECULATE // compute weights against the reference as it is, without a maximum over the new scores
 #define SPECULATE (D <= 256)
 #endif
 
@@ -67,7 +66,7 @@ typedef u8 MaskElement;
 typedef u16 MaskPair;
 #endif
 
-// The parameters again, `zero` bytes on.
+// The parameters at an offset of `zero` bytes: an opaque zero makes the compiler load their fields again.
 DEV const Params& params_at(const Params& p, int zero) { return *(const Params*)((const u8*)&p + zero); }
 
 struct Tile {
@@ -157,9 +156,9 @@ DEV Tile tile_of_producer(const Params& p, const Tile& from) {
     return t;
 }
 
-// `x`, from which nothing that follows is worked out ahead of time and kept: where four warpgroups
-// compute, or a thread holds 256 columns of O, there are no registers for that.
-DEV int anew(int x) {
+// Hides `x` from the optimiser, so that it does not hoist address arithmetic out of the loop: where four warpgroups
+// compute, or a thread holds 256 columns of O, there are no registers for the results.
+DEV int opaque(int x) {
     if (D <= 64 || D >= 512) asm volatile("" : "+r"(x));
     return x;
 }
@@ -174,7 +173,7 @@ struct Rows {
 
 // Those of thread `tid` of the warpgroup whose rows start at `row0` of the tile.
 DEV Rows rows_of(const Params& p, const Tile& t, int row0, int tid) {
-    tid = anew(tid);
+    tid = opaque(tid);
     Rows r;
     r.row = t.m0 + row0 + (tid >> 5) * 16 + (tid >> 2 & 7);
     r.pos = r.row + t.q_off;
@@ -200,23 +199,23 @@ DEV float shrink(const Params& p) {
     return SCORE_MOD ? 0.25f : 0.5f * __uint_as_float(__float_as_uint(p.scale) & 0x7f800000);
 }
 
-// The unit of the softmax's reference, to log2 units.
+// Factor from the unit of the softmax's reference to log2 units.
 DEV float score_unit(const Params& p) {
     return (SCORE_MOD ? 1.0f : p.scale_log2) / shrink(p);
 }
 
-// The same, to natural units.
+// Factor from the unit of the reference to natural units.
 DEV float natural_unit(const Params& p) {
     if (SCORE_MOD) return LN2 / shrink(p);
     return MASK ? __uint_as_float((__float_as_uint(p.scale) & 0x7fffff) | 0x40000000) : p.scale;
 }
 
-// The unit of scores that modify() has seen, to that of the reference.
+// Factor from the unit of scores after modify() to that of the reference.
 DEV float tile_unit(const Params& p, bool masked) {
     return masked ? 1.0f : shrink(p);
 }
 
-// Natural units, which a mask's cells have, to that of the reference.
+// Factor from natural units, those of a mask's cells, to the unit of the reference.
 DEV float cell_unit(const Params& p) {
     return (SCORE_MOD ? LOG2E : p.inv_scale) * shrink(p);
 }

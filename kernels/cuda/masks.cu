@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(256) fill(u16* mask, const MaskFill
     }
 }
 
-// What the cells of a tile have in common, taken two at a time.
+// The largest cell of a tile and the bits that its cells have set, two cells at a time.
 struct Cells {
     u32 most = 0xff80ff80; // the largest of the cells in even and in odd places, NaN once there is one
     u32 bits = 0;          // that any cell has set
@@ -43,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(32) classify(const u16* mask, u8* c
     if (threadIdx.x == 0) classes[tile] = class_code(masked, zero);
 }
 
-// Of eight keys and `rows` rows. `AT_ONCE` loads are under way together; past the last row it comes again.
+// The cells of eight keys and `rows` rows. `AT_ONCE` loads are in flight together; those past the last row load the last
+// row again.
 template <int AT_ONCE> DEV Cells column(const u16* at, i64 row_stride, int rows) {
     Cells cells;
     for (u32 row = 0; row < u32(rows); row += AT_ONCE) {
@@ -64,7 +65,7 @@ template <int AT_ONCE> DEV Cells column(const u16* at, i64 row_stride, int rows)
 // The same where rows lie on 16 bytes and `bk` is 8, 16, 32 or 64: a warp has the rows of a row of
 // tiles and 256 keys, 8 keys a lane.
 extern "C" __global__ void __launch_bounds__(128, 3) classify_wide(const u16* mask, u8* classes, const BlkParams p, int bq, int bk) {
-    follow_kernel_before();
+    wait_for_kernel_before();
     const i64 across = (i64(p.seq_len_k) + 1023) / 1024;
     const i64 qt = blockIdx.x / across, key0 = (blockIdx.x % across) * 1024 + i64(threadIdx.x / 32) * 256;
     const int lane = threadIdx.x % 32;

@@ -62,7 +62,7 @@ DEV float exp2_fast(float x) {
     return y;
 }
 
-// Brings ROWS rows from `first` on; zeros from row `end` on.
+// Copies ROWS rows from `first` on to shared memory; zeros from row `end` on.
 template <int ROWS> DEV void load(u32 to, const HeadRows<u16>& from, int first, int end, bool vector) {
     const HeadRows<u16> tile = from.from(first);
     const int there = end - first;
@@ -106,8 +106,9 @@ struct State {
     float m[2], sum[2];
 };
 
-// Scores to weights, in place; sums and output are brought to the new maximum.
-template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const Params& p, const Tile& t, bool masked, int k0, int row0, float* stats, int run) {
+// Turns scores into weights, in place, and rescales sums and output to the new running maximum. EDGE: the bounds may
+// hide keys of this tile from some row.
+template <bool EDGE> DEV void to_weights(float (&s)[KEYS / 8][4], State& state, const Params& p, const Tile& t, bool masked, int k0, int row0, float* stats, int run) {
     const int lane = threadIdx.x % 32, wn = threadIdx.x / 32 / WM;
     const int row = row0 + lane / 4, key = k0 + wn * KEYS + 2 * (lane % 4);
     int first[2], end[2];
@@ -216,7 +217,7 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
     if (column == 0) store_lse(p, t, row, f.lse);
 }
 
-// After a run that counts: a row of counts over what the runs before stored.
+// After a run that counts: merges a row of counts into the output that the runs before stored.
 DEV void count_row(const Params& p, const Tile& t, const State& state, int r, int row, int column, int run) {
     float* partial = p.partials + (result_row(p, t, row) * p.splits + t.split) * (D + 2);
     u16* out = (u16*)p.o + o_offset(p, t, row);
@@ -237,14 +238,14 @@ DEV bool is_finite(const State& state, int r) {
     return zero == 0.0f;
 }
 
-// With one warp's rows a tile, a processor has four threadblocks, as the host counts on; at large head
-// dims two, since its shared memory holds no more.
+// Threadblocks a processor. With one warp's rows a tile the host counts on four; at large head dims on two, since
+// shared memory holds no more.
 #define BLOCKS (WM > 1 ? 1 : D > 256 ? 2 : 4)
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) u8 raw[];
     for (int run = PLAIN; run != DONE;) {
-        // Opaque, lest what a later run takes be kept in registers through the first.
+        // Opaque, so that values for a later run are not kept in registers through the first.
         u32 block = blockIdx.x;
         asm volatile("" : "+r"(block));
         const Tile t = tile_of(p, block);
@@ -306,9 +307,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
                     }
                 }
                 const bool masked = p.mask && !walk.is_plain();
-                // One copy of the general form is enough.
-                if (GENERAL || k0 < t.free_lo || t.free_hi - k0 < BN) weigh<true>(s, state, p, t, masked, k0, row0, stats, run);
-                else weigh<bool(GENERAL)>(s, state, p, t, masked, k0, row0, stats, run);
+                // The general form is compiled once, with bounds.
+                if (GENERAL || k0 < t.free_lo || t.free_hi - k0 < BN) to_weights<true>(s, state, p, t, masked, k0, row0, stats, run);
+                else to_weights<bool(GENERAL)>(s, state, p, t, masked, k0, row0, stats, run);
 #if WN > 1
                 const u32 at = sm_p + u32((16 * wm + lane / 4) * P_ROW_BYTES + 2 * (wn * KEYS + 2 * (lane % 4)));
 #pragma unroll

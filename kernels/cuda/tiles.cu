@@ -1,6 +1,5 @@
-// What one threadblock of an attention kernel works on, and which key tiles it visits. BM, BN and D
-// are the kernel's, and PACK: whether the query heads of one key/value head may share a tile, row r
-// of it being query r / pack of head r % pack.
+// The query tile of a threadblock and the key tiles that it visits. The kernel defines BM, BN, D and PACK: whether the
+// query heads of one key/value head may share a tile, row r of it being query r / pack of head r % pack.
 
 #define CLASS_ROWS CLASS_ROWS_AT(D)
 #define CLASS_KEYS CLASS_KEYS_AT(D)
@@ -19,7 +18,7 @@ struct Tile {
 DEV int query_of(const Params& p, int row) { return PACK ? row / p.pack : row; }
 DEV int head_of(const Params& p, const Tile& t, int row) { return PACK ? t.h + row % p.pack : t.h; }
 
-// Keys [first_key, end_key) are what a row sees.
+// The bounds show a row the keys [first_key, end_key).
 DEV int first_key(const Params& p, const Tile& t, int row) {
     return p.left < 0 ? 0 : score_first_seen(query_of(p, row) + t.q_off, p.left, t.sk);
 }
