@@ -241,7 +241,7 @@ mod tests {
         assert!(
             error
                 .to_string()
-                .contains("[32, 64, 80, 96, 128, 192, 256, 512]"),
+                .contains(&format!("{HEAD_DIMS:?}")),
             "{error}"
         );
     }
