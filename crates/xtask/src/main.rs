@@ -108,8 +108,18 @@ mod tests {
         let read = |name: &str| std::fs::read_to_string(root.join(name)).unwrap_or_default();
         let (bench, library) = (read("gpu-bench"), read("lib/gpu_library.py"));
         assert!(bench.contains("gpu_library") && library.contains("self.request_fields()"));
-        for copied in ["WGS", "STAGES", "cuModule", "nvrtcCompile", "(8, 64)", "scale_log2"] {
-            assert!(!bench.contains(copied) && !library.contains(copied), "{copied}");
+        for copied in [
+            "WGS",
+            "STAGES",
+            "cuModule",
+            "nvrtcCompile",
+            "(8, 64)",
+            "scale_log2",
+        ] {
+            assert!(
+                !bench.contains(copied) && !library.contains(copied),
+                "{copied}"
+            );
         }
     }
 
