@@ -48,11 +48,12 @@ template <bool FIRST_RUN> DEV void query_tile(Consumer& c, const TensorMap* map_
         return;
     }
 
-    Work w;
-    w.soft = softmax_start();
+    float o[D / 2], s[BN / 2];
+    u32 weights[BN / 4];
+    Softmax soft = softmax_start();
     const Rows kept = rows_of(c.p, t, c.wg * 64, c.tid);
-    w.q = m.q + c.rq.slot() * Q_BYTES + c.wg * 64 * 128;
-    w.desc_q = smem_desc(w.q, 16);
+    const u32 own_q = m.q + c.rq.slot() * Q_BYTES + c.wg * 64 * 128;
+    Work w = {o, s, weights, soft, own_q, smem_desc(own_q, 16)};
 #if VARLEN
     w.foreign = hi * BN > t.sk;
 #endif

@@ -57,11 +57,13 @@ struct Consumer {
     }
 };
 
-// A query tile in work: accumulators of a thread, and where its rows of Q are.
+// A query tile in work: a thread's accumulators and state, and where its rows of Q are. Arrays are held by reference:
+// in one object with them, nothing would be promoted to registers before the loops over the arrays are unrolled.
 struct Work {
-    float o[D / 2], s[BN / 2];
-    u32 weights[BN / 4]; // pairs of 16-bit elements
-    Softmax soft;
+    float (&o)[D / 2];
+    float (&s)[BN / 2];
+    u32 (&weights)[BN / 4]; // pairs of 16-bit elements
+    Softmax& soft;
     u32 q; // this group's rows in shared memory
     u64 desc_q;
 #if VARLEN
