@@ -57,6 +57,12 @@ template <typename I> SCORE_FN int score_end_seen(I position, int right, int key
     return score_key_within(score_last_key(position, right) + 1, keys);
 }
 
+// The same for one key, as masks are filled: `window` in keys, 0 for none.
+template <typename I> SCORE_FN bool score_bounds_show(I position, I key, bool causal, I window) {
+    return (!causal || key <= score_last_key(position, 0)) &&
+           (window == 0 || key >= score_first_key(position, window - 1));
+}
+
 // ---- classes of the tiles of a mask ---------------------------------------------------------
 
 // Query rows and keys of one class tile at head dim D.

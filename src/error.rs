@@ -2,7 +2,7 @@
 
 /// What a device cannot do, though the problem is a right one: another device may do it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{what} is not supported on the {device} device: {reason}")]
+#[error("the {device} device does not support {what}: {reason}")]
 #[non_exhaustive]
 pub struct Unsupported {
     /// The device's kind, as `MLX_FLASH_DEVICE` takes it.
@@ -27,7 +27,24 @@ impl Unsupported {
     }
 }
 
-/// Why a call was refused or a command failed.
+/// What kind of thing went wrong, and so what a caller can do about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Cause {
+    /// The call is wrong: [`MlxError::argument`] names the argument, the message what was expected.
+    BadArgument,
+    /// The device has no kernel for it; another device may.
+    Unsupported,
+    /// The device is not there, or failed.
+    Device,
+    /// A kernel did not compile.
+    Compile,
+    /// Memory was short; it may be free later.
+    OutOfMemory,
+}
+
+/// Why a call was refused or a command failed. [`MlxError::cause`] sorts the variants, whose names are those
+/// of `mlx-native`.
 ///
 /// A refused call has encoded nothing and written nothing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -73,10 +90,10 @@ pub enum MlxError {
     /// The dtype cannot be used for this operand.
     #[error("unsupported dtype: {0}")]
     UnsupportedDtype(String),
-    /// A file could not be read or written.
+    /// A file could not be read or written. For programs that read weights: this crate reads none.
     #[error("i/o error: {0}")]
     IoError(String),
-    /// A safetensors file is malformed.
+    /// A safetensors file is malformed. For programs that read weights: this crate reads none.
     #[error("safetensors error: {0}")]
     SafetensorsError(String),
 }
@@ -85,10 +102,38 @@ pub enum MlxError {
 pub type Result<T> = std::result::Result<T, MlxError>;
 
 impl MlxError {
-    /// Whether the same call may succeed later: memory that was short may be free then. Everything else
-    /// is wrong with the call or the machine.
+    /// What kind of thing went wrong.
+    pub fn cause(&self) -> Cause {
+        match self {
+            Self::InvalidArgument(_)
+            | Self::UnsupportedDtype(_)
+            | Self::KernelNotFound(_)
+            | Self::IoError(_)
+            | Self::SafetensorsError(_) => Cause::BadArgument,
+            Self::Unsupported(_) => Cause::Unsupported,
+            Self::DeviceNotFound | Self::DeviceUnavailable { .. } | Self::CommandBufferError(_) => {
+                Cause::Device
+            }
+            Self::ShaderCompilationError { .. } => Cause::Compile,
+            Self::BufferAllocationError { .. } => Cause::OutOfMemory,
+        }
+    }
+
+    /// The argument that is wrong, by its name: an operand's as [`crate::attention::Role::name`] gives it, a
+    /// size or an option. `None` where a call as a whole is wrong, and for other causes.
+    pub fn argument(&self) -> Option<&str> {
+        let (Self::InvalidArgument(message) | Self::UnsupportedDtype(message)) = self else {
+            return None;
+        };
+        let (name, _) = message.split_once(": ")?;
+        (!name.contains(' ')).then_some(name)
+    }
+
+    /// Whether the error is a `CommandBufferError`, as `mlx-native` has it: the same command may run another
+    /// time. A raw dispatch whose params and bindings do not fit each other is reported under that variant,
+    /// too, and will be refused again. [`Self::cause`] tells memory that is short.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::BufferAllocationError { .. })
+        matches!(self, Self::CommandBufferError(_))
     }
 
     /// The usual shape of a refusal: which operand, what was expected, what was given.
@@ -103,14 +148,34 @@ impl MlxError {
 
 #[cfg(test)]
 mod tests {
-    use super::MlxError;
+    use super::{Cause, MlxError, Unsupported};
 
     #[test]
-    fn only_memory_that_is_short_may_be_free_later() {
-        assert!(MlxError::BufferAllocationError { bytes: 1 }.is_transient());
+    fn errors_name_their_cause_and_argument() {
+        let wrong = MlxError::expected("mask", "dtype bf16", "u32");
+        assert_eq!(
+            (wrong.cause(), wrong.argument()),
+            (Cause::BadArgument, Some("mask"))
+        );
+        let whole = MlxError::InvalidArgument("a call as a whole: is wrong".into());
+        assert_eq!(whole.argument(), None);
+        let unsupported = MlxError::from(Unsupported::new("cpu", "pages", "why"));
+        assert_eq!(
+            (unsupported.cause(), unsupported.argument()),
+            (Cause::Unsupported, None)
+        );
+        assert_eq!(
+            unsupported.to_string(),
+            "the cpu device does not support pages: why"
+        );
+    }
+
+    #[test]
+    fn only_a_command_that_failed_may_run_later() {
+        assert!(MlxError::CommandBufferError(String::new()).is_transient());
         for error in [
             MlxError::DeviceNotFound,
-            MlxError::CommandBufferError(String::new()),
+            MlxError::BufferAllocationError { bytes: 1 },
             MlxError::InvalidArgument(String::new()),
             MlxError::KernelNotFound(String::new()),
         ] {

@@ -50,7 +50,9 @@ pub mod abi {
         pub use crate::backend::metal::params::{
             AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu,
         };
-        pub use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
+        pub use crate::backend::shared_params::{
+            BlkParamsGpu, BlockFillParamsGpu, MaskFillParamsGpu, VecParamsGpu,
+        };
     }
 }
 pub mod attention;
@@ -67,8 +69,10 @@ pub use backend::DeviceKind;
 pub use backend::cpu::{CpuOptions, Isa};
 #[cfg(feature = "emulator")]
 pub use backend::emulator::EmulatorOptions;
+pub use compat::registry as kernel_registry;
+pub use compat::registry::KernelRegistry;
 pub use dtype::DType;
-pub use error::{MlxError, Result};
+pub use error::{MlxError, Result, Unsupported};
 #[cfg(feature = "emulator")]
 pub use msl_emulator::Counters as EmulatorCounters;
 pub use runtime::buffer::MlxBuffer;
@@ -80,8 +84,7 @@ pub use runtime::encoder::{CommandEncoder, KernelArg, MTLSize};
 pub use runtime::mem_ranges::{BufferRange, MemRangeRole, MemRanges};
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 pub use runtime::metal;
-pub use runtime::registry::KernelRegistry;
-pub use runtime::{buffer, device, encoder, registry as kernel_registry};
+pub use runtime::{buffer, device, encoder};
 
 /// The README's quickstart, compiled and run.
 #[cfg(doctest)]

@@ -118,14 +118,14 @@ fn check(
     let (q, kv) = (q.read().unwrap(), kv.read().unwrap());
     let cells = mask.map(|m| (m.dtype(), m.read().unwrap()));
     let inputs = Inputs {
-        q: Values::from_bytes(dtype, &q).unwrap(),
-        k: Values::from_bytes(dtype, &kv).unwrap(),
-        v: Values::from_bytes(dtype, &kv).unwrap(),
         mask: cells
             .as_ref()
             .map(|(dtype, cells)| Values::from_bytes(*dtype, cells).unwrap()),
-        sinks: None,
-        alibi_slopes: None,
+        ..Inputs::new(
+            Values::from_bytes(dtype, &q).unwrap(),
+            Values::from_bytes(dtype, &kv).unwrap(),
+            Values::from_bytes(dtype, &kv).unwrap(),
+        )
     };
     let exact = oracle::attention(problem, &inputs, Precision::Exact).unwrap();
     let naive = oracle::attention(problem, &inputs, Precision::Naive).unwrap();

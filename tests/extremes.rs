@@ -136,17 +136,16 @@ fn every_finite_mask_and_sink_counts_as_in_float64() {
                     .iter()
                     .map(|x| (bf16::from_f32(*x), f16::from_f32(*x)))
                     .unzip();
+                let mask = match dtype {
+                    DType::BF16 => Values::BF16(&mask_values.0),
+                    DType::F16 => Values::F16(&mask_values.1),
+                    _ => Values::F32(&cells),
+                };
+                let [q, k, v] = [&data.q, &data.k, &data.v].map(|x| Values::F32(x));
                 let inputs = Inputs {
-                    q: Values::F32(&data.q),
-                    k: Values::F32(&data.k),
-                    v: Values::F32(&data.v),
-                    mask: Some(match dtype {
-                        DType::BF16 => Values::BF16(&mask_values.0),
-                        DType::F16 => Values::F16(&mask_values.1),
-                        _ => Values::F32(&cells),
-                    }),
+                    mask: Some(mask),
                     sinks: sink.map(|_| &sink_values[..]),
-                    alibi_slopes: None,
+                    ..Inputs::new(q, k, v)
                 };
                 let want = oracle::attention(&problem, &inputs, Precision::Exact).unwrap();
                 let what = format!("{} {dtype} sink {sink:?}", device.kind());
@@ -177,14 +176,7 @@ fn a_softcap_of_any_size_caps_as_in_float64() {
                 let problem = data.builder().softcap(cap).build().unwrap();
                 let (_, got) = data.run(&device, &problem);
                 let [q, k, v] = [&data.q, &data.k, &data.v];
-                let inputs = Inputs {
-                    q: Values::F32(q),
-                    k: Values::F32(k),
-                    v: Values::F32(v),
-                    mask: None,
-                    sinks: None,
-                    alibi_slopes: None,
-                };
+                let inputs = Inputs::new(Values::F32(q), Values::F32(k), Values::F32(v));
                 let want = oracle::attention(&problem, &inputs, Precision::Exact).unwrap();
                 let what = format!("{} {dtype} softcap {cap}", device.kind());
                 assert_close(&what, &got, &want.o, dtype);

@@ -6,9 +6,16 @@ mod common;
 
 use bytemuck::Zeroable;
 use common::{Qkv, commit, devices, output, shape};
-use mlx_flash_attn::abi::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use mlx_flash_attn::abi::bindings::names;
+use mlx_flash_attn::abi::params::{
+    AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu, BlkParamsGpu, BlockFillParamsGpu,
+    MaskFillParamsGpu,
+};
 use mlx_flash_attn::encoder::{KernelArg, MTLSize, as_bytes};
-use mlx_flash_attn::{DType, KernelRegistry, MlxDevice};
+use mlx_flash_attn::ops::flash_attn_prefill_mask::{
+    SdpaMaskParams, build_block_diagonal_sdpa_mask_bf16, build_sdpa_mask_f16,
+};
+use mlx_flash_attn::{DType, KernelRegistry, MlxBuffer, MlxDevice};
 
 const ROWS: usize = 37;
 const KEYS: usize = 50;
@@ -120,5 +127,102 @@ fn dispatches_in_the_named_kernels_own_geometry_give_what_the_problem_gives() {
                 assert_eq!(run(&device, &data, &raw), want, "{what}");
             }
         }
+    }
+}
+
+/// Runs one kernel that is no prefill, in threadgroups of 32.
+fn run_other(
+    device: &MlxDevice,
+    (kernel, ints): (&str, &[(usize, i32)]),
+    args: &[(u64, KernelArg<'_>)],
+    grid: [u64; 2],
+) {
+    let (mut registry, handle) = (KernelRegistry::new(), device.metal_device());
+    let pipeline = registry.get_pipeline_with_constants(kernel, handle, &[], ints);
+    let pipeline = pipeline.unwrap();
+    commit(device, |e| {
+        let (grid, threads) = (MTLSize::new(grid[0], grid[1], 1), MTLSize::new(32, 1, 1));
+        e.encode_threadgroups_with_args(pipeline, args, grid, threads);
+        Ok(())
+    });
+}
+
+#[test]
+fn mask_kernels_by_name_give_what_the_builders_give() {
+    for device in devices() {
+        let registry = &mut KernelRegistry::new();
+        let built = SdpaMaskParams {
+            seq_len_q: 9,
+            seq_len_k: 40,
+            window_size: Some(6),
+            causal: true,
+            q_abs_offset: 20,
+        };
+        let want = commit(&device, |e| {
+            build_sdpa_mask_f16(&device, registry, e, &built)
+        });
+        let params = MaskFillParamsGpu {
+            seq_len_q: 9,
+            seq_len_k: 40,
+            window: 6,
+            causal: 1,
+            q_abs_offset: 20,
+        };
+        let mask = output(&device, 9 * 40, DType::F16);
+        let args = [
+            (0, KernelArg::Buffer(&mask)),
+            (1, KernelArg::Bytes(as_bytes(&params))),
+        ];
+        run_other(&device, (names::MASK_FILL_F16, &[]), &args, [9, 1]);
+        assert_eq!(common::bytes(&mask), common::bytes(&want));
+
+        let params = BlkParamsGpu {
+            seq_len_q: 9,
+            seq_len_k: 40,
+            nq: 2,
+            nk: 5,
+            row_stride: 40,
+        };
+        let classes = output(&device, 10, DType::U8);
+        let args = [
+            (0, KernelArg::Buffer(&mask)),
+            (1, KernelArg::Buffer(&classes)),
+            (2, KernelArg::Bytes(as_bytes(&params))),
+        ];
+        run_other(
+            &device,
+            (names::BLK_F16, &[(400, 8), (401, 8)]),
+            &args,
+            [5, 2],
+        );
+        // Rows 0 to 7 see keys 15 to 27, row 8 keys 23 to 28.
+        assert_eq!(common::bytes(&classes), [0, 1, 1, 1, 0, 0, 0, 1, 1, 0]);
+
+        let of = |of: fn(u32) -> u32| -> MlxBuffer {
+            let tokens: Vec<u32> = (0..21).map(of).collect();
+            let tokens = device.buffer_from_slice(&tokens, DType::U32, vec![21]);
+            tokens.unwrap()
+        };
+        let (ids, positions) = (of(|t| t % 2), of(|t| t / 2));
+        let want = commit(&device, |e| {
+            let window = Some(3);
+            build_block_diagonal_sdpa_mask_bf16(
+                &device, registry, e, &ids, &positions, 21, window, true,
+            )
+        });
+        let params = BlockFillParamsGpu {
+            len: 21,
+            window: 3,
+            causal: 1,
+        };
+        let mask = output(&device, 21 * 21, DType::BF16);
+        let args = [
+            (0, KernelArg::Buffer(&mask)),
+            (1, KernelArg::Bytes(as_bytes(&params))),
+            (2, KernelArg::Buffer(&ids)),
+            (3, KernelArg::Buffer(&positions)),
+        ];
+        run_other(&device, (names::MASK_FILL_BLOCKS, &[]), &args, [21, 1]);
+        assert_eq!(common::bytes(&mask), common::bytes(&want));
     }
 }

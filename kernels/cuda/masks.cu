@@ -1,25 +1,45 @@
-// The mask fill and the tile classes.
+// The mask fills and the tile classes. Macro: MASK_F16, 1 for f16 masks, else bf16.
+
+#if MASK_F16
+#define HIDDEN 0xfc00 // -infinity
+#define TO_F32 f16_to_f32
+#define MAX_PAIR "max.NaN.f16x2"
+#else
+#define HIDDEN 0xff80
+#define TO_F32 bf16_to_f32
+#define MAX_PAIR "max.NaN.bf16x2"
+#endif
 
 // A block a row: 0 where the key is visible, -infinity where it is not.
 extern "C" __global__ void __launch_bounds__(256) fill(u16* mask, const MaskFillParams p) {
     const i64 row = blockIdx.x, position = row + p.q_abs_offset;
     u16* cells = mask + row * p.seq_len_k;
     for (i64 key = threadIdx.x; key < p.seq_len_k; key += 256) {
-        const bool seen = (p.causal == 0 || key <= score_last_key(position, 0)) &&
-                          (p.window == 0 || key >= score_first_key(position, i64(p.window) - 1));
-        cells[key] = seen ? 0 : 0xff80; // -infinity
+        cells[key] = score_bounds_show(position, key, p.causal != 0, i64(p.window)) ? 0 : HIDDEN;
+    }
+}
+
+// The same for tokens of several sequences: a row sees keys of its own sequence alone, by their positions
+// in it.
+extern "C" __global__ void __launch_bounds__(256) fill_blocks(u16* mask, const u32* ids, const u32* positions, const BlockFillParams p) {
+    const i64 row = blockIdx.x, position = positions[row];
+    const u32 id = ids[row];
+    u16* cells = mask + row * p.len;
+    for (i64 key = threadIdx.x; key < p.len; key += 256) {
+        const bool seen = ids[key] == id && score_bounds_show(position, i64(positions[key]), p.causal != 0, i64(p.window));
+        cells[key] = seen ? 0 : HIDDEN;
     }
 }
 
 // The largest cell of a tile and the bits that its cells have set, two cells at a time.
 struct Cells {
-    u32 most = 0xff80ff80; // the largest of the cells in even and in odd places, NaN once there is one
+    u32 most = HIDDEN * 0x10001u; // the largest of the cells in even and in odd places, NaN once there is one
     u32 bits = 0;          // that any cell has set
     DEV_MEMBER void add(u32 pair) {
-        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(most) : "r"(pair));
+        asm(MAX_PAIR " %0, %0, %1;" : "+r"(most) : "r"(pair));
         bits |= pair;
     }
-    DEV_MEMBER bool masked() const { return bf16_to_f32(most & 0xffff) <= MASKED_AT_OR_BELOW && bf16_to_f32(most >> 16) <= MASKED_AT_OR_BELOW; }
+    DEV_MEMBER bool masked() const { return TO_F32(most & 0xffff) <= MASKED_AT_OR_BELOW && TO_F32(most >> 16) <= MASKED_AT_OR_BELOW; }
     DEV_MEMBER bool zero() const { return (bits & 0x7fff7fff) == 0; }
 };
 

@@ -1,83 +1,147 @@
 //! Collects and checks a problem's parts.
 
-use super::layout::{Extent, Layout, Strides};
+use super::element::Format;
+use super::keys::{KeyLengths, Keys, PackedRows, Pages};
+use super::layout::{Layout, Strides};
 use super::mask::MaskSpec;
-use super::mask::class_tile;
 use super::operand::Role;
-use super::problem::{Elements, Problem, QueryOffset};
+use super::placement::{Placement, check_tile_classes, mask_elements};
+use super::problem::{Elements, Problem, QueryOffset, Reach};
+use super::score::Score;
 use super::shape::{HEAD_DIMS, Shape};
 use super::varlen::Boundaries;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
-
-/// Cumulative lengths of packed queries and keys, not yet checked.
-type CuSeqlens = (Box<[u32]>, Box<[u32]>);
 
 /// Collects a problem's parts; [`ProblemBuilder::build`] checks them all.
 #[derive(Debug, Clone)]
 pub struct ProblemBuilder {
     shape: Shape,
     dtype: DType,
-    kv_dtype: DType,
-    scale: Option<f32>,
-    softcap: Option<f32>,
+    score: Score,
     offset: Option<QueryOffset>,
-    causal: bool,
-    window: Option<u32>,
-    window_right: Option<u32>,
-    layout: Layout,
-    key_capacity: Option<usize>,
-    strides: [Option<Strides>; 4],
-    mask: Option<MaskSpec>,
+    reach: Reach,
+    placement: Placement,
     tile_classes: bool,
     sinks: bool,
-    alibi: bool,
     lse: bool,
-    packed: Option<CuSeqlens>,
+    packed_queries: Option<Box<[u32]>>,
+    packed_keys: Option<Box<[u32]>>,
+    pages: Option<Pages>,
+    key_lengths: KeyLengths,
     refuse_empty: bool,
 }
 
+impl Problem {
+    /// Starts a problem over dense `[B, H, L, D]` operands of `dtype`.
+    pub fn builder(dtype: DType, shape: Shape) -> ProblemBuilder {
+        ProblemBuilder::new(dtype, shape)
+    }
+
+    /// Starts a problem over packed sequences: Q and O `[total_q, H, D]`, K and V
+    /// `[total_k, Hkv, D]`, sequence `b` owning query rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]`
+    /// and key rows likewise. A mask has a row for each packed query row and columns local to the
+    /// sequence; a log-sum-exp is `[H, total_q]`. The oracle's rows are head-major: hold them against a
+    /// device's by [`Problem::o_at`] and [`reference_row`](super::oracle::reference_row). In
+    /// [`Problem::shape`] the batch is the count of sequences, the lengths are the longest
+    /// ones. Sequences may be empty, and so may all of them.
+    pub fn varlen(
+        dtype: DType,
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        cu_seqlens_q: &[u32],
+        cu_seqlens_k: &[u32],
+    ) -> ProblemBuilder {
+        Self::varlen_queries(dtype, heads, kv_heads, 0, head_dim, cu_seqlens_q)
+            .packed_keys(cu_seqlens_k)
+    }
+
+    /// Starts a problem of packed queries, as [`Problem::varlen`] has them, over keys that each sequence has
+    /// for itself: at most `key_len` of them in K and V `[B, Hkv, kL, D]`, or in pages.
+    pub fn varlen_queries(
+        dtype: DType,
+        heads: usize,
+        kv_heads: usize,
+        key_len: usize,
+        head_dim: usize,
+        cu_seqlens_q: &[u32],
+    ) -> ProblemBuilder {
+        let shape = Shape {
+            batch: 0,
+            heads,
+            kv_heads,
+            query_len: 0,
+            key_len,
+            qk_dim: head_dim,
+            v_dim: head_dim,
+        };
+        ProblemBuilder::new(dtype, shape)
+            .packed_queries(cu_seqlens_q)
+            .layout(Layout::SeqMajor)
+    }
+}
+
 impl ProblemBuilder {
-    pub(super) fn new(dtype: DType, shape: Shape, packed: Option<CuSeqlens>) -> Self {
+    pub(super) fn new(dtype: DType, shape: Shape) -> Self {
         Self {
             shape,
             dtype,
-            kv_dtype: dtype,
-            scale: None,
-            softcap: None,
+            score: Score::default(),
             offset: None,
-            causal: false,
-            window: None,
-            window_right: None,
-            layout: Layout::HeadMajor,
-            key_capacity: None,
-            strides: [None; 4],
-            mask: None,
+            reach: Reach::default(),
+            placement: Placement::new(dtype),
             tile_classes: false,
             sinks: false,
-            alibi: false,
             lse: false,
-            packed,
+            packed_queries: None,
+            packed_keys: None,
+            pages: None,
+            key_lengths: KeyLengths::All,
             refuse_empty: false,
         }
     }
 
-    /// Score scale; `1 / sqrt(D)` when not given. Not premultiplied by log2(e).
+    pub(super) fn packed_queries(mut self, cu_seqlens_q: &[u32]) -> Self {
+        self.packed_queries = Some(cu_seqlens_q.into());
+        self
+    }
+
+    pub(super) fn packed_keys(mut self, cu_seqlens_k: &[u32]) -> Self {
+        self.packed_keys = Some(cu_seqlens_k.into());
+        self
+    }
+
+    /// Score scale; `1 / sqrt(qk_dim)` when not given. Not premultiplied by log2(e).
     pub fn scale(mut self, scale: f32) -> Self {
-        self.scale = Some(scale);
+        self.score.scale = Some(scale);
         self
     }
 
     /// Caps scores: `s = c * tanh(s / c)` for a normal number `c` above 0, after the scale and before any mask.
     pub fn softcap(mut self, c: f32) -> Self {
-        self.softcap = Some(c);
+        self.score.softcap = Some(c);
+        self
+    }
+
+    /// A mask operand.
+    pub fn mask(mut self, mask: MaskSpec) -> Self {
+        self.score.mask = Some(mask);
+        self
+    }
+
+    /// Each head has an ALiBi slope: `-slope * |p - j|` is added to the capped score, `p` being the
+    /// query's position (Press et al. 2022, section 3; symmetric for encoders). Distance and product
+    /// are f32, so keys further than 2^24 from the query are not told apart.
+    pub fn alibi(mut self, given: bool) -> Self {
+        self.score.alibi = given;
         self
     }
 
     /// Hides keys after each query's own position (see [`ProblemBuilder::query_offset`], which must be
     /// called where qL and kL differ).
     pub fn causal(mut self, causal: bool) -> Self {
-        self.causal = causal;
+        self.reach.causal = causal;
         self
     }
 
@@ -93,34 +157,34 @@ impl ProblemBuilder {
 
     /// A query sees exactly `window` keys up to and including its own position.
     pub fn window(mut self, window: u32) -> Self {
-        self.window = Some(window);
+        self.reach.window = Some(window);
         self
     }
 
     /// A query sees at most `keys` keys after its own position (encoders).
     pub fn window_right(mut self, keys: u32) -> Self {
-        self.window_right = Some(keys);
+        self.reach.window_right = Some(keys);
         self
     }
 
     /// Order of the dense operands. Packed rows are `[total, H, D]` by default, and head-major
     /// `[H, total, D]`.
     pub fn layout(mut self, layout: Layout) -> Self {
-        self.layout = layout;
+        self.placement.layout = layout;
         self
     }
 
     /// Rows that K and V have room for, at least kL (packed: at least all of them): a cache that is not
     /// full.
     pub fn key_capacity(mut self, rows: usize) -> Self {
-        self.key_capacity = Some(rows);
+        self.placement.key_capacity = Some(rows);
         self
     }
 
     /// Strides of Q, K, V or O in elements, instead of a dense layout; other roles are ignored.
     /// Inputs may overlap or broadcast (stride 0); rows of O may not.
     pub fn strides(mut self, role: Role, strides: Strides) -> Self {
-        if let Some(slot) = self.strides.get_mut(role as usize) {
+        if let Some(slot) = self.placement.strides.get_mut(role as usize) {
             *slot = Some(strides);
         }
         self
@@ -133,14 +197,33 @@ impl ProblemBuilder {
     }
 
     /// Element type of K and V where it differs: `F16` under `F32` queries.
-    pub fn kv_dtype(mut self, dtype: DType) -> Self {
-        self.kv_dtype = dtype;
+    pub fn kv_dtype(self, dtype: DType) -> Self {
+        self.key_format(dtype).value_format(dtype)
+    }
+
+    /// How the elements of K are stored, where that is not the element type of Q. Blocks lie along a row.
+    pub fn key_format(mut self, format: impl Into<Format>) -> Self {
+        self.placement.key_format = format.into();
         self
     }
 
-    /// A mask operand.
-    pub fn mask(mut self, mask: MaskSpec) -> Self {
-        self.mask = Some(mask);
+    /// How the elements of V are stored, where that is not the element type of Q.
+    pub fn value_format(mut self, format: impl Into<Format>) -> Self {
+        self.placement.value_format = format.into();
+        self
+    }
+
+    /// K and V lie in pages of a pool, which a block table names for each sequence
+    /// ([`Role::BlockTable`]). Their layout is that of a page: `[pages, Hkv, page_size, D]` head-major,
+    /// `[pages, page_size, Hkv, D]` seq-major.
+    pub fn pages(mut self, pages: Pages) -> Self {
+        self.pages = Some(pages);
+        self
+    }
+
+    /// How many keys each sequence has, where not all have kL. Bottom-right offsets follow each length.
+    pub fn key_lengths(mut self, lengths: KeyLengths) -> Self {
+        self.key_lengths = lengths;
         self
     }
 
@@ -165,14 +248,6 @@ impl ProblemBuilder {
         self
     }
 
-    /// Each head has an ALiBi slope: `-slope * |p - j|` is added to the capped score, `p` being the
-    /// query's position (Press et al. 2022, section 3; symmetric for encoders). Distance and product
-    /// are f32, so keys further than 2^24 from the query are not told apart.
-    pub fn alibi(mut self, given: bool) -> Self {
-        self.alibi = given;
-        self
-    }
-
     /// The log-sum-exp of each row is written too.
     pub fn lse(mut self, wanted: bool) -> Self {
         self.lse = wanted;
@@ -186,173 +261,107 @@ impl ProblemBuilder {
     }
 
     /// Checks everything and gives the problem.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, or `UnsupportedDtype`, names the first part that is wrong, what was expected and
+    /// what came.
     pub fn build(self) -> Result<Problem> {
-        let packed = match &self.packed {
-            None => None,
-            Some((q, k)) => Some((
-                Boundaries::new("cu_seqlens_q", q)?,
-                Boundaries::new("cu_seqlens_k", k)?,
-            )),
-        };
+        let (packed_queries, keys) = self.rows()?;
         let mut shape = self.shape;
-        if let Some((q, k)) = &packed {
-            if q.count() != k.count() {
-                return Err(MlxError::expected(
-                    "cu_seqlens_k",
-                    format!("{} sequences as in cu_seqlens_q", q.count()),
-                    k.count(),
-                ));
-            }
-            shape.batch = q.count();
-            shape.query_len = q.longest();
+        if let Some(q) = &packed_queries {
+            (shape.batch, shape.query_len) = (q.count(), q.longest());
+        }
+        if let Keys::Packed(PackedRows(k)) = &keys {
             shape.key_len = k.longest();
         }
         if self.refuse_empty {
-            check_not_empty(&shape, packed.as_ref())?;
+            check_not_empty(&shape)?;
         }
         check_shape(&shape)?;
-        check_dtypes(self.dtype, self.kv_dtype)?;
-        let scale = self.scale.unwrap_or(1.0 / (shape.qk_dim as f32).sqrt());
-        if !scale.is_finite() {
-            return Err(MlxError::expected("scale", "a finite number", scale));
-        }
-        // Scores are divided by it: a subnormal one would make that infinite.
-        if let Some(c) = self.softcap.filter(|c| !(c.is_normal() && *c > 0.0)) {
-            return Err(MlxError::expected("softcap", "a normal number above 0", c));
-        }
-        if let Some(w) = self
-            .window
-            .filter(|w| *w == 0 || i32::try_from(*w).is_err())
-        {
-            return Err(MlxError::expected("window", "1 to 2147483647 keys", w));
-        }
-        if let Some(w) = self.window_right.filter(|w| i32::try_from(*w).is_err()) {
-            return Err(MlxError::expected(
-                "window_right",
-                "0 to 2147483647 keys",
-                w,
-            ));
-        }
-        let offset = self.offset(&shape, packed.as_ref())?;
-        if let QueryOffset::At(offset) = offset
-            && i32::try_from(offset).is_err()
-        {
-            return Err(MlxError::expected("q_offset", "a 32-bit offset", offset));
-        }
-
-        let (rows_q, rows_k, batch) = match &packed {
-            None => (shape.query_len, shape.key_len, shape.batch),
-            Some((q, k)) => (q.total(), k.total(), 1),
-        };
-        let capacity = self.key_capacity.unwrap_or(rows_k);
-        if capacity < rows_k {
-            return Err(MlxError::expected(
-                "key_capacity",
-                format!("at least kL = {rows_k}"),
-                capacity,
-            ));
-        }
-        let queries = |row| Extent {
-            batch,
-            heads: shape.heads,
-            len: rows_q,
-            row,
-        };
-        let keys = |row| Extent {
-            batch,
-            heads: shape.kv_heads,
-            len: rows_k,
-            row,
-        };
-        let Shape { qk_dim, v_dim, .. } = shape;
-        let q = self.strides_of(Role::Query, shape.heads, rows_q, qk_dim)?;
-        let k = self.strides_of(Role::Key, shape.kv_heads, capacity, qk_dim)?;
-        let v = self.strides_of(Role::Value, shape.kv_heads, capacity, v_dim)?;
-        let o = self.strides_of(Role::Output, shape.heads, rows_q, v_dim)?;
-        o.check_disjoint("out", queries(v_dim))?;
-        let mut elements = Elements {
-            q: q.span("Q", queries(qk_dim))?,
-            k: k.span("K", keys(qk_dim))?,
-            v: v.span("V", keys(v_dim))?,
-            o: o.span("out", queries(v_dim))?,
-            ..Elements::default()
-        };
-        elements.lse = (Strides {
-            batch: shape.heads.saturating_mul(rows_q),
-            head: rows_q,
-            seq: 1,
-        })
-        .span(
-            "lse",
-            Extent {
-                batch,
-                heads: shape.heads,
-                len: rows_q,
-                row: 1,
-            },
-        )?;
-        if let Some(mask) = &self.mask {
-            check_mask(mask)?;
-            let strides = Strides {
-                batch: mask.batch_stride,
-                head: mask.head_stride,
-                seq: mask.row_stride,
-            };
-            let extent = Extent {
-                batch,
-                heads: shape.heads,
-                len: rows_q,
-                row: shape.key_len,
-            };
-            elements.mask = strides.span("mask", extent)?;
-        }
-        if self.tile_classes {
-            elements.tile_classes = self.check_tile_classes(&shape)?;
-        }
-        Ok(Problem {
+        self.key_lengths.check(shape.batch, shape.key_len)?;
+        check_formats(self.dtype, self.placement.formats(), &shape)?;
+        let score = self.score.check(shape.qk_dim)?;
+        self.reach.check()?;
+        let mut problem = Problem {
             shape,
             dtype: self.dtype,
-            kv_dtype: self.kv_dtype,
-            scale,
-            softcap: self.softcap,
-            offset,
-            causal: self.causal,
-            window: self.window,
-            window_right: self.window_right,
-            q,
-            k,
-            v,
-            o,
-            mask: self.mask,
+            key_format: self.placement.key_format,
+            value_format: self.placement.value_format,
+            score,
+            offset: QueryOffset::default(),
+            reach: self.reach,
+            q: Strides::default(),
+            k: Strides::default(),
+            v: Strides::default(),
+            o: Strides::default(),
             tile_classes: self.tile_classes,
             sinks: self.sinks,
-            alibi: self.alibi,
             lse: self.lse,
-            packed,
-            elements,
-        })
+            packed_queries,
+            keys,
+            key_lengths: self.key_lengths.clone(),
+            elements: Elements::default(),
+        };
+        problem.offset = self.offset(&problem)?;
+        self.placement.queries(&mut problem)?;
+        self.placement.keys(&mut problem)?;
+        if let Some(mask) = &problem.score.mask {
+            problem.elements.mask = mask_elements(mask, &problem)?;
+        }
+        if self.tile_classes {
+            problem.elements.tile_classes = check_tile_classes(&problem)?;
+        }
+        Ok(problem)
+    }
+
+    /// The boundaries of packed queries, and where keys lie.
+    fn rows(&self) -> Result<(Option<Boundaries>, Keys)> {
+        let packed = |name, cu: &Option<Box<[u32]>>| {
+            cu.as_ref().map(|cu| Boundaries::new(name, cu)).transpose()
+        };
+        let queries = packed("cu_seqlens_q", &self.packed_queries)?;
+        let keys = match (packed("cu_seqlens_k", &self.packed_keys)?, self.pages) {
+            (None, None) => return Ok((queries, Keys::Dense)),
+            (None, Some(pages)) => return Ok((queries, Keys::Paged(pages))),
+            (Some(k), None) => k,
+            (Some(_), Some(_)) => {
+                let why = "no cu_seqlens_k, which `Problem::varlen_queries` leaves out";
+                return Err(MlxError::expected("pages", why, "both"));
+            }
+        };
+        if self.key_lengths != KeyLengths::All {
+            return Err(MlxError::expected(
+                "key_lengths",
+                "keys that are not packed: cu_seqlens_k has their lengths",
+                "both",
+            ));
+        }
+        match &queries {
+            Some(q) if q.count() != keys.count() => Err(MlxError::expected(
+                "cu_seqlens_k",
+                format!("{} sequences as in cu_seqlens_q", q.count()),
+                keys.count(),
+            )),
+            _ => Ok((queries, Keys::Packed(PackedRows(keys)))),
+        }
     }
 
     /// The offset as given; 0 where none is and none is needed.
-    fn offset(
-        &self,
-        shape: &Shape,
-        packed: Option<&(Boundaries, Boundaries)>,
-    ) -> Result<QueryOffset> {
+    fn offset(&self, problem: &Problem) -> Result<QueryOffset> {
         if let Some(offset) = self.offset {
-            return Ok(offset);
+            return match offset {
+                QueryOffset::At(n) if i32::try_from(n).is_err() => {
+                    Err(MlxError::expected("q_offset", "a 32-bit offset", n))
+                }
+                _ => Ok(offset),
+            };
         }
-        let position_matters =
-            self.causal || self.window.is_some() || self.window_right.is_some() || self.alibi;
-        let lengths = |b: usize| match packed {
-            None => (shape.query_len, shape.key_len),
-            Some((q, k)) => (q.len(b), k.len(b)),
-        };
-        // All batches of a dense problem have the same lengths.
-        let sequences = packed.map_or(shape.batch.min(1), |(q, _)| q.count());
-        let unlike = (0..sequences)
-            .map(lengths)
-            .find(|(q, k)| q != k && *q > 0 && *k > 0);
+        let position_matters = self.reach != Reach::default() || self.score.alibi;
+        let of_device = problem.key_lengths == KeyLengths::Device;
+        let unlike = (0..problem.shape.batch)
+            .map(|b| problem.sequence(b))
+            .map(|s| (s.query_len, s.key_len))
+            .find(|(q, k)| (q != k || of_device) && *q > 0 && *k > 0);
         match unlike {
             Some((q, k)) if position_matters => Err(MlxError::expected(
                 "query_offset",
@@ -363,67 +372,26 @@ impl ProblemBuilder {
             _ => Ok(QueryOffset::At(0)),
         }
     }
+}
 
-    fn strides_of(
-        &self,
-        role: Role,
-        heads: usize,
-        capacity: usize,
-        width: usize,
-    ) -> Result<Strides> {
-        if let Some(strides) = self.strides.get(role as usize).copied().flatten() {
-            return Ok(strides);
+impl Reach {
+    fn check(&self) -> Result<()> {
+        let narrow = |w: &u32| i32::try_from(*w).is_ok();
+        if let Some(w) = self.window.filter(|w| *w == 0 || !narrow(w)) {
+            return Err(MlxError::expected("window", "1 to 2147483647 keys", w));
         }
-        let dense = self.layout.strides(heads, capacity, width);
-        dense.ok_or_else(|| {
-            MlxError::InvalidArgument(format!(
-                "{}: {heads} heads x {capacity} rows x {width} elements overflow",
-                role.name()
-            ))
-        })
-    }
-
-    fn check_tile_classes(&self, shape: &Shape) -> Result<usize> {
-        let Some(mask) = &self.mask else {
-            return Err(MlxError::expected(
-                "blk",
-                "a mask whose tiles it classifies",
-                "no mask",
-            ));
-        };
-        if self.packed.is_some() {
-            return Err(MlxError::expected(
-                "blk",
-                "sequences that are not packed",
-                "cu_seqlens",
-            ));
+        match self.window_right.filter(|w| !narrow(w)) {
+            Some(w) => Err(MlxError::expected(
+                "window_right",
+                "0 to 2147483647 keys",
+                w,
+            )),
+            None => Ok(()),
         }
-        if !mask.is_shared_plane() || mask.is_bool() {
-            return Err(MlxError::expected(
-                "blk",
-                "an additive mask of one plane [qL, kL] for all batches and heads",
-                format!("{mask:?}"),
-            ));
-        }
-        let tile = class_tile(shape.qk_dim);
-        let (nq, nk) = tile.count(shape.query_len, shape.key_len);
-        nq.checked_mul(nk)
-            .ok_or_else(|| MlxError::InvalidArgument(format!("blk: {nq} x {nk} tiles overflow")))
     }
 }
 
-fn check_not_empty(shape: &Shape, packed: Option<&(Boundaries, Boundaries)>) -> Result<()> {
-    if let Some((q, k)) = packed {
-        for (name, boundaries) in [("cu_seqlens_q", q), ("cu_seqlens_k", k)] {
-            if boundaries.longest() == 0 {
-                return Err(MlxError::expected(
-                    name,
-                    "at least one row",
-                    "only empty sequences",
-                ));
-            }
-        }
-    }
+fn check_not_empty(shape: &Shape) -> Result<()> {
     let sizes = [
         ("batch", shape.batch),
         ("seq_len_q", shape.query_len),
@@ -475,27 +443,31 @@ fn check_shape(shape: &Shape) -> Result<()> {
     }
 }
 
-fn check_dtypes(dtype: DType, kv_dtype: DType) -> Result<()> {
+fn check_formats(dtype: DType, formats: [Format; 2], shape: &Shape) -> Result<()> {
     if !dtype.is_float() {
         return Err(MlxError::UnsupportedDtype(format!(
             "Q: expected f32, f16 or bf16, got {dtype}"
         )));
     }
-    if kv_dtype != dtype && (dtype, kv_dtype) != (DType::F32, DType::F16) {
-        return Err(MlxError::UnsupportedDtype(format!(
-            "K and V: expected {dtype} as Q{}, got {kv_dtype}",
-            if dtype == DType::F32 { " or f16" } else { "" }
-        )));
+    let widths = [("K", shape.qk_dim), ("V", shape.v_dim)];
+    for (format, (name, width)) in formats.into_iter().zip(widths) {
+        let narrower = (dtype, format) == (DType::F32, Format::Plain(DType::F16));
+        match format {
+            Format::Plain(plain) if plain != dtype && !narrower => {
+                return Err(MlxError::UnsupportedDtype(format!(
+                    "K and V: expected {dtype} as Q{}, got {plain}",
+                    if dtype == DType::F32 { " or f16" } else { "" }
+                )));
+            }
+            _ if !width.is_multiple_of(format.block()) => {
+                return Err(MlxError::expected(
+                    name,
+                    format!("rows of whole blocks of {} elements", format.block()),
+                    format!("{width} elements of {format}"),
+                ));
+            }
+            _ => {}
+        }
     }
     Ok(())
-}
-
-fn check_mask(mask: &MaskSpec) -> Result<()> {
-    if mask.dtype.is_float() || mask.is_bool() {
-        return Ok(());
-    }
-    Err(MlxError::UnsupportedDtype(format!(
-        "mask: expected bf16, f16, f32 or u8 (bool), got {}",
-        mask.dtype
-    )))
 }

@@ -13,7 +13,7 @@ pub enum Layout {
 }
 
 /// Distances between neighbours along batch, head and sequence, in elements.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Strides {
     /// From one batch to the next.
     pub batch: usize,

@@ -23,6 +23,10 @@ pub enum Role {
     AlibiSlopes,
     /// Log-sum-exp output, `[B, H, qL]` or packed `[H, total_q]`, `F32`.
     Lse,
+    /// Block table of paged keys, `[B, pages of a sequence]`, `I32`.
+    BlockTable,
+    /// Keys of each sequence, `[B]`, `U32`.
+    KeyLengths,
 }
 
 impl Role {
@@ -38,6 +42,8 @@ impl Role {
             Self::Sinks => "sinks",
             Self::AlibiSlopes => "alibi_slopes",
             Self::Lse => "lse",
+            Self::BlockTable => "block_table",
+            Self::KeyLengths => "key_lengths",
         }
     }
 
@@ -47,7 +53,7 @@ impl Role {
     }
 
     /// Every role, in the order of the kernels' buffer indices.
-    pub const ALL: [Role; 9] = [
+    pub const ALL: [Role; 11] = [
         Self::Query,
         Self::Key,
         Self::Value,
@@ -57,6 +63,8 @@ impl Role {
         Self::Sinks,
         Self::AlibiSlopes,
         Self::Lse,
+        Self::BlockTable,
+        Self::KeyLengths,
     ];
 }
 

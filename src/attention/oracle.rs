@@ -4,7 +4,10 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::element::Format;
+use super::keys::KeyLengths;
 use super::problem::{Problem, Sequence};
+use super::score::Terms;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
@@ -79,6 +82,37 @@ pub struct Inputs<'a> {
     pub sinks: Option<&'a [f32]>,
     /// ALiBi slopes, if the problem has them.
     pub alibi_slopes: Option<&'a [f32]>,
+    /// The block table, if keys are paged.
+    pub block_table: Option<&'a [i32]>,
+    /// Keys of each sequence, if the device decides them.
+    pub key_lengths: Option<&'a [u32]>,
+}
+
+impl<'a> Inputs<'a> {
+    /// Queries, keys and values; the optional inputs start out absent.
+    pub fn new(q: Values<'a>, k: Values<'a>, v: Values<'a>) -> Self {
+        Self {
+            q,
+            k,
+            v,
+            mask: None,
+            sinks: None,
+            alibi_slopes: None,
+            block_table: None,
+            key_lengths: None,
+        }
+    }
+
+    /// Sequence `b` with the keys that it has.
+    fn sequence(&self, problem: &Problem, b: usize) -> Sequence {
+        let given = self
+            .key_lengths
+            .filter(|_| *problem.key_lengths() == KeyLengths::Device);
+        match given.and_then(|lengths| lengths.get(b)) {
+            Some(len) => problem.sequence_of(b, (*len as usize).min(problem.shape().key_len)),
+            None => problem.sequence(b),
+        }
+    }
 }
 
 /// A result of the reference: dense `[B, H, qL, D]`, or `[H, total_q, D]` for packed sequences.
@@ -139,7 +173,7 @@ pub fn attention_with_progress(
     let dim = shape.v_dim;
     let rows: Vec<(Sequence, usize, usize)> = (0..shape.batch)
         .flat_map(|b| {
-            let s = problem.sequence(b);
+            let s = inputs.sequence(problem, b);
             (0..shape.heads).flat_map(move |h| (0..s.query_len).map(move |i| (s, h, i)))
         })
         .collect();
@@ -171,7 +205,16 @@ fn check(problem: &Problem, inputs: &Inputs<'_>) -> Result<()> {
         (Role::Mask, inputs.mask.map(|m| m.len())),
         (Role::Sinks, inputs.sinks.map(<[f32]>::len)),
         (Role::AlibiSlopes, inputs.alibi_slopes.map(<[f32]>::len)),
+        (Role::BlockTable, inputs.block_table.map(<[i32]>::len)),
+        (Role::KeyLengths, inputs.key_lengths.map(<[u32]>::len)),
     ];
+    for format in [problem.key_format(), problem.value_format()] {
+        if !matches!(format, Format::Plain(_)) {
+            return Err(MlxError::UnsupportedDtype(format!(
+                "the oracle computes over dequantised keys and values, got {format}"
+            )));
+        }
+    }
     for (role, len) in given {
         let Some(spec) = problem.operand(role) else {
             continue;
@@ -221,17 +264,14 @@ fn score(
     if !sees(problem, inputs.mask, s, (h, i, j)) {
         return None;
     }
-    let additive = problem.mask().filter(|m| !m.is_bool());
-    let bias = additive
-        .and(inputs.mask)
-        .map(|mask| mask.get(problem.mask_at(s, h, i) + j));
+    // A table that names no page hides the key.
+    let row = problem.key_row(s, j, inputs.block_table)?;
     let (q, k) = (
         problem.q_at(s, h, i),
-        problem.k_at(s, h / problem.group(), j),
+        problem.k_of(row, h / problem.group()),
     );
     let dim = problem.shape().qk_dim;
     let products = (0..dim).map(|d| (inputs.q.get(q + d), inputs.k.get(k + d)));
-    let scale = f64::from(problem.scale());
     let naive = precision == Precision::Naive;
     let round = |x: f64| {
         if !naive {
@@ -250,22 +290,18 @@ fn score(
     } else {
         products.map(|(a, b)| a * b).sum()
     };
-    let mut x = round(round(dot) * scale);
-    if let Some(c) = problem.softcap().map(f64::from) {
-        x = round(c * round(round(x / c).tanh()));
-    }
-    if let Some(bias) = bias {
-        x = round(x + bias);
-    }
-    if let Some(slope) = inputs
-        .alibi_slopes
-        .filter(|_| problem.has_alibi())
-        .and_then(|s| s.get(h))
-    {
-        let p = i as i64 + s.visibility.q_offset;
-        x = round(x - round(f64::from(*slope) * (p - j as i64).abs() as f64));
-    }
-    Some(x)
+    let position = i as i64 + s.visibility.q_offset;
+    let cell = inputs
+        .mask
+        .map(|mask| mask.get(problem.mask_at(s, h, i) + j));
+    let slope = inputs.alibi_slopes.and_then(|slopes| slopes.get(h));
+    let terms = Terms {
+        mask: cell.unwrap_or(0.0),
+        slope: f64::from(slope.copied().unwrap_or(0.0)),
+        distance: (position - j as i64).abs() as f64,
+    };
+    let steps = problem.score_steps();
+    Some(steps.fold(round(dot), |s, step| step.apply(s, &terms, round)))
 }
 
 fn row(
@@ -311,7 +347,10 @@ fn row(
     };
     let mut o = vec![0.0; dim];
     for (j, x) in &visible {
-        let (p, v) = (weight(*x), problem.v_at(s, h / problem.group(), *j));
+        let Some(row) = problem.key_row(s, *j, inputs.block_table) else {
+            continue;
+        };
+        let (p, v) = (weight(*x), problem.v_of(row, h / problem.group()));
         for (d, out) in o.iter_mut().enumerate() {
             let term = p * inputs.v.get(v + d);
             *out = if naive {
@@ -354,14 +393,7 @@ mod tests {
             .unwrap();
         let (q, k) = (vec![0.0f32; 32], vec![1.0f32; 128]);
         let v: Vec<f32> = (0..128).map(|i| (i / 32) as f32).collect();
-        let inputs = Inputs {
-            q: Values::F32(&q),
-            k: Values::F32(&k),
-            v: Values::F32(&v),
-            mask: None,
-            sinks: None,
-            alibi_slopes: None,
-        };
+        let inputs = Inputs::new(Values::F32(&q), Values::F32(&k), Values::F32(&v));
         let r = attention(&problem, &inputs, Precision::Exact).unwrap();
         assert!(r.o.iter().all(|o| (o - 1.5).abs() < 1e-12));
         assert!((r.lse[0] - 4.0f64.ln()).abs() < 1e-12);
@@ -377,14 +409,7 @@ mod tests {
             .unwrap();
         let x = vec![1.0f32; 128];
         let v = Values::F32(&x);
-        let inputs = Inputs {
-            q: v,
-            k: v,
-            v,
-            mask: None,
-            sinks: None,
-            alibi_slopes: None,
-        };
+        let inputs = Inputs::new(v, v, v);
         let r = attention(&problem, &inputs, Precision::Exact).unwrap();
         assert_eq!(r.o[..32], [0.0; 32]);
         assert_eq!(r.lse[0], f64::NEG_INFINITY);
@@ -410,12 +435,13 @@ mod tests {
             _ => Values::F16(narrow),
         };
         let inputs = Inputs {
-            q: values(&zeros, &zeros16),
-            k: values(&zeros, &zeros16),
-            v: values(&v, &v16),
             mask: Some(Values::F32(biases)),
             sinks: sink.as_ref().map(std::slice::from_ref),
-            alibi_slopes: None,
+            ..Inputs::new(
+                values(&zeros, &zeros16),
+                values(&zeros, &zeros16),
+                values(&v, &v16),
+            )
         };
         let r = attention(&problem, &inputs, precision).unwrap();
         (r.o[0], r.lse[0])
@@ -452,14 +478,7 @@ mod tests {
         let problem = Problem::builder(DType::F32, shape(2, 4)).build().unwrap();
         let x = vec![1.0f32; 127];
         let v = Values::F32(&x);
-        let inputs = Inputs {
-            q: v,
-            k: v,
-            v,
-            mask: None,
-            sinks: None,
-            alibi_slopes: None,
-        };
+        let inputs = Inputs::new(v, v, v);
         assert!(attention(&problem, &inputs, Precision::Exact).is_err());
     }
 }

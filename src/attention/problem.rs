@@ -1,11 +1,14 @@
 //! What is asked: one attention problem, built once and checked once.
 
-use super::builder::ProblemBuilder;
-use super::layout::{Layout, Strides};
-use super::mask::{MaskSpec, Visibility};
+use super::element::Format;
+use super::keys::{KeyLengths, KeyRow, Keys, PackedRows};
+use super::layout::Strides;
+use super::mask::MaskSpec;
 use super::operand::{OperandSpec, Role};
+use super::score::{Score, ScoreStep};
 use super::shape::Shape;
 use super::varlen::Boundaries;
+use super::visibility::Visibility;
 use crate::dtype::DType;
 
 /// Where query row 0 stands among the keys.
@@ -33,10 +36,14 @@ pub struct Sequence {
     /// Which of its keys each row sees by position, this sequence's offset included. A mask hides
     /// more.
     pub visibility: Visibility,
-    /// Batch index that strides apply to (0 when packed).
+    /// Its index.
+    pub(super) index: usize,
+    /// Batch index that strides of Q, O, mask and log-sum-exp apply to (0 when packed).
     pub(crate) batch: usize,
     /// First row among the packed queries (0 when not packed).
     pub(crate) q_start: usize,
+    /// Batch index that strides of K and V apply to (0 when packed; without a meaning for pages).
+    key_batch: usize,
     /// First row among the packed keys (0 when not packed).
     k_start: usize,
 }
@@ -44,29 +51,35 @@ pub struct Sequence {
 /// A checked attention problem: `O = softmax(softcap(scale * Q K^T) + mask) V` over the visible
 /// keys, with everything that decides its result and its memory.
 ///
-/// Built by [`Problem::builder`] or [`Problem::varlen`]; immutable afterwards.
+/// Built by [`Problem::builder`], [`Problem::varlen`] or [`Problem::varlen_queries`]; immutable afterwards.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Problem {
     pub(super) shape: Shape,
     pub(super) dtype: DType,
-    pub(super) kv_dtype: DType,
-    pub(super) scale: f32,
-    pub(super) softcap: Option<f32>,
+    pub(super) key_format: Format,
+    pub(super) value_format: Format,
+    pub(super) score: Score,
     pub(super) offset: QueryOffset,
-    pub(super) causal: bool,
-    pub(super) window: Option<u32>,
-    pub(super) window_right: Option<u32>,
+    pub(super) reach: Reach,
     pub(super) q: Strides,
     pub(super) k: Strides,
     pub(super) v: Strides,
     pub(super) o: Strides,
-    pub(super) mask: Option<MaskSpec>,
     pub(super) tile_classes: bool,
     pub(super) sinks: bool,
-    pub(super) alibi: bool,
     pub(super) lse: bool,
-    pub(super) packed: Option<(Boundaries, Boundaries)>,
+    pub(super) packed_queries: Option<Boundaries>,
+    pub(super) keys: Keys,
+    pub(super) key_lengths: KeyLengths,
     pub(super) elements: Elements,
+}
+
+/// How far a query sees, whatever its position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Reach {
+    pub(super) causal: bool,
+    pub(super) window: Option<u32>,
+    pub(super) window_right: Option<u32>,
 }
 
 /// Elements that each operand must hold, worked out once.
@@ -79,41 +92,10 @@ pub(super) struct Elements {
     pub(super) mask: usize,
     pub(super) tile_classes: usize,
     pub(super) lse: usize,
+    pub(super) block_table: usize,
 }
 
 impl Problem {
-    /// Starts a problem over dense `[B, H, L, D]` operands of `dtype`.
-    pub fn builder(dtype: DType, shape: Shape) -> ProblemBuilder {
-        ProblemBuilder::new(dtype, shape, None)
-    }
-
-    /// Starts a problem over packed sequences: Q and O `[total_q, H, D]`, K and V
-    /// `[total_k, Hkv, D]`, sequence `b` owning query rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]`
-    /// and key rows likewise. A mask has a row for each packed query row and columns local to the
-    /// sequence; a log-sum-exp is `[H, total_q]`. The oracle's rows are head-major: hold them against a
-    /// device's by [`Problem::o_at`] and [`reference_row`](super::oracle::reference_row). In [`Problem::shape`] the batch is the count of sequences, the lengths are the longest
-    /// ones. Sequences may be empty, and so may all of them.
-    pub fn varlen(
-        dtype: DType,
-        heads: usize,
-        kv_heads: usize,
-        head_dim: usize,
-        cu_seqlens_q: &[u32],
-        cu_seqlens_k: &[u32],
-    ) -> ProblemBuilder {
-        let shape = Shape {
-            batch: 0,
-            heads,
-            kv_heads,
-            query_len: 0,
-            key_len: 0,
-            qk_dim: head_dim,
-            v_dim: head_dim,
-        };
-        let packed = Some((cu_seqlens_q.into(), cu_seqlens_k.into()));
-        ProblemBuilder::new(dtype, shape, packed).layout(Layout::SeqMajor)
-    }
-
     /// The sizes; for packed sequences their count and the longest lengths.
     pub fn shape(&self) -> Shape {
         self.shape
@@ -124,19 +106,45 @@ impl Problem {
         self.dtype
     }
 
-    /// Element type of K and V.
+    /// Element type of the buffer of K, and of V where it has the same: `U8` where elements lie in blocks.
     pub fn kv_dtype(&self) -> DType {
-        self.kv_dtype
+        self.key_format.storage()
+    }
+
+    /// How the elements of K are stored.
+    pub fn key_format(&self) -> Format {
+        self.key_format
+    }
+
+    /// How the elements of V are stored.
+    pub fn value_format(&self) -> Format {
+        self.value_format
+    }
+
+    /// Where the rows of K and V lie.
+    pub fn keys(&self) -> &Keys {
+        &self.keys
+    }
+
+    /// How many keys each sequence has.
+    pub fn key_lengths(&self) -> &KeyLengths {
+        &self.key_lengths
+    }
+
+    /// What happens to a score, in order.
+    pub fn score_steps(&self) -> impl Iterator<Item = ScoreStep> {
+        self.score.steps()
     }
 
     /// What scores are multiplied by.
     pub fn scale(&self) -> f32 {
-        self.scale
+        // `Score::check` set it.
+        self.score.scale.unwrap_or(1.0)
     }
 
     /// The softcap `c` of `c * tanh(s / c)`, if any.
     pub fn softcap(&self) -> Option<f32> {
-        self.softcap
+        self.score.softcap
     }
 
     /// Where query row 0 stands among the keys.
@@ -146,7 +154,7 @@ impl Problem {
 
     /// The mask operand, if any.
     pub fn mask(&self) -> Option<MaskSpec> {
-        self.mask
+        self.score.mask
     }
 
     /// Whether tile classes of the mask are given.
@@ -161,7 +169,7 @@ impl Problem {
 
     /// Whether each head has an ALiBi slope.
     pub fn has_alibi(&self) -> bool {
-        self.alibi
+        self.score.alibi
     }
 
     /// Whether the log-sum-exp is written.
@@ -180,9 +188,17 @@ impl Problem {
         }
     }
 
-    /// Cumulative lengths of packed queries and keys, if packed.
+    /// Cumulative lengths of queries and keys, if both are packed.
     pub fn cu_seqlens(&self) -> Option<(&[u32], &[u32])> {
-        self.packed.as_ref().map(|(q, k)| (q.cu(), k.cu()))
+        match (&self.packed_queries, &self.keys) {
+            (Some(q), Keys::Packed(PackedRows(k))) => Some((q.cu(), k.cu())),
+            _ => None,
+        }
+    }
+
+    /// Cumulative lengths of the queries, if they are packed.
+    pub fn cu_seqlens_q(&self) -> Option<&[u32]> {
+        self.packed_queries.as_ref().map(Boundaries::cu)
     }
 
     /// Query heads that share one key/value head.
@@ -197,27 +213,47 @@ impl Problem {
             QueryOffset::At(offset) => offset,
             QueryOffset::BottomRight => key_len as i64 - query_len as i64,
         };
+        let Reach {
+            causal,
+            window,
+            window_right,
+        } = self.reach;
         Visibility {
             q_offset,
-            causal: self.causal,
-            window: self.window,
-            window_right: self.window_right,
+            causal,
+            window,
+            window_right,
         }
     }
 
-    /// Sequence `b` of the batch or of the packed sequences; `b < shape().batch`.
+    /// Sequence `b` of the batch or of the packed sequences; `b < shape().batch`. Where the device decides
+    /// how many keys it has, it has kL here: [`Problem::sequence_of`] takes their number.
     pub fn sequence(&self, b: usize) -> Sequence {
-        let (query_len, key_len, batch, q_start, k_start) = match &self.packed {
-            None => (self.shape.query_len, self.shape.key_len, b, 0, 0),
-            Some((q, k)) => (q.len(b), k.len(b), 0, q.start(b), k.start(b)),
+        let key_len = match &self.keys {
+            Keys::Packed(PackedRows(k)) => k.len(b),
+            Keys::Dense | Keys::Paged(_) => self.key_lengths.of(b, self.shape.key_len),
         };
-        let visibility = self.visibility(query_len, key_len);
+        self.sequence_of(b, key_len)
+    }
+
+    /// As [`Problem::sequence`], with `key_len` keys.
+    pub fn sequence_of(&self, b: usize, key_len: usize) -> Sequence {
+        let (query_len, batch, q_start) = match &self.packed_queries {
+            None => (self.shape.query_len, b, 0),
+            Some(q) => (q.len(b), 0, q.start(b)),
+        };
+        let (key_batch, k_start) = match &self.keys {
+            Keys::Packed(PackedRows(k)) => (0, k.start(b)),
+            Keys::Dense | Keys::Paged(_) => (b, 0),
+        };
         Sequence {
             query_len,
             key_len,
-            visibility,
+            visibility: self.visibility(query_len, key_len),
+            index: b,
             batch,
             q_start,
+            key_batch,
             k_start,
         }
     }
@@ -228,16 +264,39 @@ impl Problem {
         self.q.at(s.batch, h, s.q_start + i)
     }
 
-    /// Offset of key row `j` of key/value head `h` in K, in elements.
-    #[inline]
-    pub fn k_at(&self, s: &Sequence, h: usize, j: usize) -> usize {
-        self.k.at(s.batch, h, s.k_start + j)
+    /// Where key `j` lies; `block_table` is that of paged keys, and `None` is given where it names no page.
+    pub fn key_row(&self, s: &Sequence, j: usize, block_table: Option<&[i32]>) -> Option<KeyRow> {
+        match &self.keys {
+            Keys::Paged(pages) => pages.row(block_table?, s.index, j),
+            Keys::Dense | Keys::Packed(_) => Some(KeyRow {
+                batch: s.key_batch,
+                position: s.k_start + j,
+            }),
+        }
     }
 
-    /// Offset of key row `j` of key/value head `h` in V, in elements.
+    /// Offset of a row of key/value head `h` in K, in elements.
+    #[inline]
+    pub fn k_of(&self, row: KeyRow, h: usize) -> usize {
+        self.k.at(row.batch, h, row.position)
+    }
+
+    /// Offset of a row of key/value head `h` in V, in elements.
+    #[inline]
+    pub fn v_of(&self, row: KeyRow, h: usize) -> usize {
+        self.v.at(row.batch, h, row.position)
+    }
+
+    /// Offset of key row `j` of key/value head `h` in K, in elements; for keys that are not paged.
+    #[inline]
+    pub fn k_at(&self, s: &Sequence, h: usize, j: usize) -> usize {
+        self.k.at(s.key_batch, h, s.k_start + j)
+    }
+
+    /// Offset of key row `j` of key/value head `h` in V, in elements; for keys that are not paged.
     #[inline]
     pub fn v_at(&self, s: &Sequence, h: usize, j: usize) -> usize {
-        self.v.at(s.batch, h, s.k_start + j)
+        self.v.at(s.key_batch, h, s.k_start + j)
     }
 
     /// Offset of row `i` of head `h` in O, in elements.
@@ -249,7 +308,7 @@ impl Problem {
     /// Offset of row `i` of head `h` in the mask, in elements; 0 without a mask.
     #[inline]
     pub fn mask_at(&self, s: &Sequence, h: usize, i: usize) -> usize {
-        self.mask.map_or(0, |m| {
+        self.score.mask.map_or(0, |m| {
             s.batch * m.batch_stride + h * m.head_stride + (s.q_start + i) * m.row_stride
         })
     }
@@ -260,37 +319,48 @@ impl Problem {
         (s.batch * self.shape.heads + h) * self.query_rows() + s.q_start + i
     }
 
+    /// Batches that strides of Q, O, mask and log-sum-exp step over: 1 for packed queries.
+    pub(super) fn query_batches(&self) -> usize {
+        match self.packed_queries {
+            Some(_) => 1,
+            None => self.shape.batch,
+        }
+    }
+
     /// Query rows of one head: qL, or all packed rows.
     pub fn query_rows(&self) -> usize {
-        self.packed
+        self.packed_queries
             .as_ref()
-            .map_or(self.shape.query_len, |(q, _)| q.total())
+            .map_or(self.shape.query_len, Boundaries::total)
     }
 
     /// What the problem requires of an operand; `None` where it takes none.
     pub fn operand(&self, role: Role) -> Option<OperandSpec> {
         let e = &self.elements;
-        let spec = |dtype, elements| Some(OperandSpec { dtype, elements });
-        match role {
-            Role::Query => spec(self.dtype, e.q),
-            Role::Key => spec(self.kv_dtype, e.k),
-            Role::Value => spec(self.kv_dtype, e.v),
-            Role::Output => spec(self.dtype, e.o),
-            Role::Mask => self.mask.and_then(|m| spec(m.dtype, e.mask)),
-            Role::TileClasses => self
-                .tile_classes
-                .then_some(())
-                .and(spec(DType::U8, e.tile_classes)),
-            Role::Sinks => self
-                .sinks
-                .then_some(())
-                .and(spec(DType::F32, self.shape.heads)),
-            Role::AlibiSlopes => self
-                .alibi
-                .then_some(())
-                .and(spec(DType::F32, self.shape.heads)),
-            Role::Lse => self.lse.then_some(()).and(spec(DType::F32, e.lse)),
-        }
+        let heads = self.shape.heads;
+        let (taken, dtype, elements) = match role {
+            Role::Query => (true, self.dtype, e.q),
+            Role::Key => (true, self.key_format.storage(), e.k),
+            Role::Value => (true, self.value_format.storage(), e.v),
+            Role::Output => (true, self.dtype, e.o),
+            Role::Mask => {
+                let mask = self.score.mask?;
+                (true, mask.dtype, e.mask)
+            }
+            Role::TileClasses => (self.tile_classes, DType::U8, e.tile_classes),
+            Role::Sinks => (self.sinks, DType::F32, heads),
+            Role::AlibiSlopes => (self.score.alibi, DType::F32, heads),
+            Role::Lse => (self.lse, DType::F32, e.lse),
+            Role::BlockTable => {
+                let paged = matches!(self.keys, Keys::Paged(_));
+                (paged, DType::I32, e.block_table)
+            }
+            Role::KeyLengths => {
+                let asked = self.key_lengths == KeyLengths::Device;
+                (asked, DType::U32, self.shape.batch)
+            }
+        };
+        taken.then_some(OperandSpec { dtype, elements })
     }
 
     /// Whether there is no output: no batch, or no query in any sequence.
@@ -311,31 +381,38 @@ impl Problem {
             seq: width,
         };
         let Shape { qk_dim, v_dim, .. } = self.shape;
-        let packed = self.packed.as_ref();
+        let packed = self.packed_queries.as_ref();
         Some(Self {
             shape: Shape {
                 key_len: 1,
                 ..self.shape
             },
-            kv_dtype: self.dtype,
+            key_format: self.dtype.into(),
+            value_format: self.dtype.into(),
             // The last row stands before the only key.
-            causal: true,
+            reach: Reach {
+                causal: true,
+                ..Reach::default()
+            },
             offset: QueryOffset::At(-i64::try_from(self.shape.query_len).unwrap_or(i64::MAX)),
-            window: None,
-            window_right: None,
-            softcap: None,
+            score: Score {
+                scale: self.score.scale,
+                ..Score::default()
+            },
             k: row(qk_dim),
             v: row(v_dim),
-            mask: None,
             tile_classes: false,
             sinks: false,
-            alibi: false,
-            packed: packed.map(|(q, _)| (q.clone(), Boundaries::one_row(q.count()))),
+            keys: packed.map_or(Keys::Dense, |q| {
+                Keys::Packed(PackedRows(Boundaries::one_row(q.count())))
+            }),
+            key_lengths: KeyLengths::All,
             elements: Elements {
                 k: qk_dim,
                 v: v_dim,
                 mask: 0,
                 tile_classes: 0,
+                block_table: 0,
                 ..self.elements
             },
             ..self.clone()

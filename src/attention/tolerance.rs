@@ -56,14 +56,7 @@ fn most_rounded(dtype: DType, largest: f64) -> f64 {
 /// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, query_len: 2, key_len: 3, qk_dim: 32, v_dim: 32 };
 /// let problem = Problem::builder(DType::F32, shape).build()?;
 /// let (q, k, v) = (vec![0.5; 64], vec![0.25; 96], vec![1.0; 96]);
-/// let inputs = Inputs {
-///     q: Values::F32(&q),
-///     k: Values::F32(&k),
-///     v: Values::F32(&v),
-///     mask: None,
-///     sinks: None,
-///     alibi_slopes: None,
-/// };
+/// let inputs = Inputs::new(Values::F32(&q), Values::F32(&k), Values::F32(&v));
 /// let exact = oracle::attention(&problem, &inputs, Precision::Exact)?;
 /// let naive = oracle::attention(&problem, &inputs, Precision::Naive)?;
 /// let got = vec![1.0; 64]; // from a device

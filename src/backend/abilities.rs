@@ -1,8 +1,8 @@
 //! Which forms of a problem a device's kernels take, beside the rows of its table: one value a device, one
 //! check and one wording of each refusal for all of them.
 
-use super::DeviceKind;
-use crate::attention::{Problem, Shape};
+use super::kind::DeviceKind;
+use crate::attention::{Format, KeyLengths, Keys, Problem, ScoreStep, Shape};
 use crate::error::Unsupported;
 
 /// The forms that a device's kernels take.
@@ -12,13 +12,37 @@ pub(crate) struct Abilities {
     pub(crate) v_dim: bool,
     /// K and V of another element type than Q.
     pub(crate) kv_dtype: bool,
+    /// Whether it takes K and V in blocks of this format.
+    pub(crate) block_format: fn(Format) -> bool,
+    /// K and V in pages.
+    pub(crate) pages: bool,
+    /// Packed queries over keys that are not packed.
+    pub(crate) queries_packed_alone: bool,
+    /// A number of keys for each sequence, from the host.
+    pub(crate) host_lengths: bool,
+    /// The same from a buffer of the device.
+    pub(crate) device_lengths: bool,
+    /// Whether it takes this step of a score.
+    pub(crate) score_step: fn(&ScoreStep) -> bool,
 }
 
 impl Abilities {
-    /// One head dim and one element type for Q, K, V and O.
+    /// One head dim and one element type for Q, K, V and O, all keys dense or all packed, and the steps of a
+    /// score that every device takes.
     pub(crate) const ALIKE: Self = Self {
         v_dim: false,
         kv_dtype: false,
+        block_format: |_| false,
+        pages: false,
+        queries_packed_alone: false,
+        host_lengths: false,
+        device_lengths: false,
+        score_step: |step| {
+            matches!(
+                step,
+                ScoreStep::Scale(_) | ScoreStep::Softcap(_) | ScoreStep::Mask(_) | ScoreStep::Alibi
+            )
+        },
     };
 
     /// Refuses the first form of the problem that is not among these.
@@ -27,22 +51,89 @@ impl Abilities {
         device: DeviceKind,
         problem: &Problem,
     ) -> std::result::Result<(), Unsupported> {
+        let refusal = self
+            .elements(problem)
+            .or_else(|| self.rows(problem))
+            .or_else(|| self.scores(problem));
+        match refusal {
+            Some((what, reason)) => Err(Unsupported::new(device.name(), what, reason)),
+            None => Ok(()),
+        }
+    }
+
+    /// What of the problem's widths and element formats it does not take, and why.
+    fn elements(&self, problem: &Problem) -> Option<(String, &'static str)> {
         let Shape { qk_dim, v_dim, .. } = problem.shape();
         if !self.v_dim && qk_dim != v_dim {
-            return Err(Unsupported::new(
-                device.name(),
+            return Some((
                 format!("v_dim {v_dim} beside qk_dim {qk_dim}"),
                 "its kernels take one head dim for Q, K, V and O",
             ));
         }
-        let (dtype, kv_dtype) = (problem.dtype(), problem.kv_dtype());
-        if !self.kv_dtype && dtype != kv_dtype {
-            return Err(Unsupported::new(
-                device.name(),
-                format!("{kv_dtype} keys and values under {dtype} queries"),
-                "its kernels take one element type for Q, K and V",
-            ));
+        let dtype = problem.dtype();
+        for (name, format) in [("K", problem.key_format()), ("V", problem.value_format())] {
+            match format {
+                Format::Plain(kv_dtype) if !self.kv_dtype && kv_dtype != dtype => {
+                    return Some((
+                        format!("{name} of {kv_dtype} under {dtype} queries"),
+                        "its kernels take one element type for Q, K and V",
+                    ));
+                }
+                Format::Plain(_) => {}
+                _ if !(self.block_format)(format) => {
+                    return Some((
+                        format!("{name} of {format}"),
+                        "its kernels read no such blocks; dequantise them into f32, f16 or bf16",
+                    ));
+                }
+                _ => {}
+            }
         }
-        Ok(())
+        let mixed = problem.key_format() != problem.value_format();
+        mixed.then(|| {
+            (
+                format!(
+                    "K of {} beside V of {}",
+                    problem.key_format(),
+                    problem.value_format()
+                ),
+                "its kernels take one format for both",
+            )
+        })
+    }
+
+    /// What of where the problem's keys lie it does not take, and why.
+    fn rows(&self, problem: &Problem) -> Option<(String, &'static str)> {
+        let packed_queries = problem.cu_seqlens_q().is_some();
+        let packed_keys = matches!(problem.keys(), Keys::Packed(_));
+        let refused = |what: &str, reason| Some((what.to_string(), reason));
+        match (problem.keys(), problem.key_lengths()) {
+            (Keys::Paged(_), _) if !self.pages => refused(
+                "K and V in pages",
+                "its kernels read rows at strides; gather the pages",
+            ),
+            (_, KeyLengths::Host(_)) if !self.host_lengths => refused(
+                "a number of keys for each sequence",
+                "its kernels take one kL; hide the rest with a boolean mask",
+            ),
+            (_, KeyLengths::Device) if !self.device_lengths => refused(
+                "a number of keys from a buffer of the device",
+                "its kernels take kL from the host",
+            ),
+            _ if packed_queries && !packed_keys && !self.queries_packed_alone => refused(
+                "packed queries over keys that are not packed",
+                "its kernels take both packed; pack K and V, too",
+            ),
+            _ => None,
+        }
+    }
+
+    /// What of the problem's scores it does not take, and why.
+    fn scores(&self, problem: &Problem) -> Option<(String, &'static str)> {
+        let step = problem.score_steps().find(|s| !(self.score_step)(s))?;
+        Some((
+            format!("the score's step `{}`", step.name()),
+            "its kernels have no such step",
+        ))
     }
 }

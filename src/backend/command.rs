@@ -5,13 +5,14 @@ use std::any::Any;
 use std::sync::Arc;
 
 use bytemuck::Pod;
+use half::{bf16, f16};
 
-use super::Memory;
+use super::memory::Memory;
 use crate::attention::Tile;
-use crate::attention::mask::Visibility;
+use crate::attention::Visibility;
 use crate::attention::{Problem, Role};
 use crate::backend::access::Access;
-use crate::backend::metal::plan::PlanOptions;
+use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
 /// An operand of some work.
@@ -20,6 +21,10 @@ pub(crate) enum Slot {
     Operand(Role),
     /// Partial results of decode: for each head and split D values, a maximum and a sum, in f32.
     Partials,
+    /// The sequence of each token, in u32.
+    SequenceIds,
+    /// The position of each token in its sequence, in u32.
+    Positions,
 }
 
 impl Slot {
@@ -27,26 +32,51 @@ impl Slot {
         match self {
             Self::Operand(role) => role.name(),
             Self::Partials => "tmp",
+            Self::SequenceIds => "seq_id",
+            Self::Positions => "local_pos",
         }
     }
 }
 
-/// Fills a bf16 mask: 0 where a key is visible, -inf where it is hidden. Writes [`Role::Mask`].
+/// Fills a mask: 0 where a key is visible, -inf where it is hidden. Writes [`Role::Mask`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct FillMask {
     pub(crate) query_len: u32,
     pub(crate) key_len: u32,
+    /// Of the mask: bf16 or f16.
+    pub(crate) dtype: DType,
     /// With an offset of 0 to 2^32 - 1 and no right window.
     pub(crate) visibility: Visibility,
 }
 
-/// Classifies the tiles of a bf16 mask. Reads [`Role::Mask`], writes [`Role::TileClasses`].
+/// Fills a bf16 mask of `len` tokens of several sequences: 0 where the key is of the query's sequence and its
+/// position is visible, else -inf. Reads [`Slot::SequenceIds`] and [`Slot::Positions`], writes [`Role::Mask`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FillBlocks {
+    pub(crate) len: u32,
+    /// Hides keys at later positions than the query's.
+    pub(crate) causal: bool,
+    /// How many positions up to and including its own a query sees.
+    pub(crate) window: Option<u32>,
+}
+
+/// Bits of -inf in a mask of this dtype, bf16 or f16.
+pub(crate) const fn hidden_bits(dtype: DType) -> u16 {
+    match dtype {
+        DType::F16 => f16::NEG_INFINITY.to_bits(),
+        _ => bf16::NEG_INFINITY.to_bits(),
+    }
+}
+
+/// Classifies the tiles of a mask. Reads [`Role::Mask`], writes [`Role::TileClasses`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ClassifyTiles {
     pub(crate) query_len: u32,
     pub(crate) key_len: u32,
     /// Elements from one row of the mask to the next.
     pub(crate) row_stride: usize,
+    /// Of the mask: bf16 or f16.
+    pub(crate) dtype: DType,
     pub(crate) tile: Tile,
 }
 
@@ -67,11 +97,22 @@ pub(crate) struct JoinPartials {
     pub(crate) splits: u32,
 }
 
+/// The kernel that a caller named for an attention. Only a device that has kernels of these names heeds it;
+/// the result is the problem's on every device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Hint {
+    /// The kernel's name; the device chooses one where there is none.
+    pub(crate) kernel: Option<&'static str>,
+    /// Simdgroups of a threadgroup, where the kernel leaves a choice.
+    pub(crate) simdgroups: Option<u32>,
+}
+
 /// One piece of work.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Work {
-    Attention(Arc<Problem>, PlanOptions),
+    Attention(Arc<Problem>, Hint),
     FillMask(FillMask),
+    FillBlocks(FillBlocks),
     ClassifyTiles(ClassifyTiles),
     DecodePartials(DecodePartials),
     JoinPartials(JoinPartials),
@@ -83,6 +124,7 @@ impl Work {
         match self {
             Self::Attention(..) => "attention",
             Self::FillMask(_) => "mask fill",
+            Self::FillBlocks(_) => "block-diagonal mask fill",
             Self::ClassifyTiles(_) => "tile classes",
             Self::DecodePartials(_) => "decode",
             Self::JoinPartials(_) => "decode's join",
@@ -94,9 +136,9 @@ impl Work {
         let written = match self {
             Self::Attention(..) => match slot {
                 Slot::Operand(role) => role.is_output(),
-                Slot::Partials => false,
+                Slot::Partials | Slot::SequenceIds | Slot::Positions => false,
             },
-            Self::FillMask(_) => slot == Slot::Operand(Role::Mask),
+            Self::FillMask(_) | Self::FillBlocks(_) => slot == Slot::Operand(Role::Mask),
             Self::ClassifyTiles(_) => slot == Slot::Operand(Role::TileClasses),
             Self::DecodePartials(_) => slot == Slot::Partials,
             Self::JoinPartials(_) => slot == Slot::Operand(Role::Output),

@@ -16,7 +16,7 @@ use super::{
     Arg, Backend, DeviceKind, Dispatch, Done, Kernel, Limits, Memory, Pending, Step, Timing,
 };
 use crate::attention::Problem;
-use crate::backend::metal::bindings::{Constants, constant};
+use crate::backend::metal::bindings::{Constants, accesses, constant};
 use crate::backend::metal::sources;
 use crate::backend::metal::table::{self, APPLE_THREADGROUP_BYTES};
 use crate::error::{MlxError, Result, Unsupported};
@@ -123,7 +123,13 @@ impl Emulator {
             library: Arc::clone(&library),
             constants: values,
         };
-        Ok(Kernel::new(kernel, constants, limits, built))
+        Ok(Kernel::new(
+            kernel,
+            constants,
+            limits,
+            accesses(kernel),
+            built,
+        ))
     }
 
     fn run(&self, dispatch: &Dispatch) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::command::{ClassifyTiles, DecodePartials, FillMask};
+use super::command::{ClassifyTiles, DecodePartials, FillBlocks, FillMask};
 use super::gpu_struct::gpu_struct;
 use crate::attention::Role;
 use crate::error::{MlxError, Result};
@@ -20,6 +20,18 @@ gpu_struct! {
         causal: u32 = "uint causal" @ 12,
         /// Position of row 0.
         q_abs_offset: u32 = "uint q_abs_offset" @ 16,
+    }
+}
+
+gpu_struct! {
+    /// Arguments of the block-diagonal mask fill.
+    BlockFillParamsGpu = "BlockFillParams", BLOCK_FILL_PARAMS_TEXT, 12 {
+        /// Tokens: rows and columns.
+        len: u32 = "uint len" @ 0,
+        /// Positions of the window, or 0 for none.
+        window: u32 = "uint window" @ 4,
+        /// 1: keys at later positions than a row's are masked.
+        causal: u32 = "uint causal" @ 8,
     }
 }
 
@@ -79,6 +91,16 @@ impl FillMask {
             window: self.visibility.window.unwrap_or(0),
             causal: u32::from(self.visibility.causal),
             q_abs_offset: self.visibility.q_offset as u32,
+        }
+    }
+}
+
+impl FillBlocks {
+    pub(super) fn params(&self) -> BlockFillParamsGpu {
+        BlockFillParamsGpu {
+            len: self.len,
+            window: self.window.unwrap_or(0),
+            causal: u32::from(self.causal),
         }
     }
 }

@@ -2,10 +2,10 @@
 //! [`CommandEncoder::encode_threadgroups_with_args`]: a dispatch that cannot be recorded is reported by the
 //! commit, which then runs nothing.
 
+use super::registry::Pipeline;
 use crate::error::{MlxError, Result};
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::encoder::{CommandEncoder, KernelArg, MTLSize};
-use crate::runtime::registry::Pipeline;
 
 /// Buffers as arguments.
 fn args<'a>(buffers: &[(u64, &'a MlxBuffer)]) -> Vec<(u64, KernelArg<'a>)> {
@@ -129,6 +129,28 @@ impl CommandEncoder {
         threadgroup_size: MTLSize,
     ) {
         self.encode_threadgroups(pipeline, buffers, threadgroups, threadgroup_size);
+    }
+
+    /// The same as [`Self::encode_threadgroups_with_shared`]; `reads` and `writes` as for
+    /// [`Self::dispatch_tracked_threadgroups`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn dispatch_tracked_threadgroups_with_shared(
+        &mut self,
+        pipeline: &Pipeline,
+        buffers: &[(u64, &MlxBuffer)],
+        threadgroup_mem: &[(u64, u64)],
+        _reads: &[&MlxBuffer],
+        _writes: &[&MlxBuffer],
+        threadgroups: MTLSize,
+        threadgroup_size: MTLSize,
+    ) {
+        self.encode_threadgroups_with_shared(
+            pipeline,
+            buffers,
+            threadgroup_mem,
+            threadgroups,
+            threadgroup_size,
+        );
     }
 
     /// The same as [`Self::encode_threadgroups_with_args`]; `reads` and `writes` as for

@@ -4,7 +4,9 @@ use crate::backend::Kernel;
 use crate::backend::metal::bindings::{constant, names, other, prefill};
 use crate::backend::metal::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
 use crate::backend::metal::table;
-use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
+use crate::backend::shared_params::{
+    BlkParamsGpu, BlockFillParamsGpu, MaskFillParamsGpu, VecParamsGpu,
+};
 
 /// Params at one index.
 #[derive(Debug, Clone, Copy)]
@@ -46,6 +48,7 @@ impl Param {
 /// The params of a kernel, those that count others first; none of a text that is not ours.
 pub(super) fn params(kernel: &Kernel) -> impl Iterator<Item = Param> {
     const FILL: &[Param] = &[Param::of::<MaskFillParamsGpu>(other::FILL_PARAMS)];
+    const BLOCKS: &[Param] = &[Param::of::<BlockFillParamsGpu>(other::BLOCKS_PARAMS)];
     const BLK: &[Param] = &[Param::of::<BlkParamsGpu>(other::BLK_PARAMS)];
     const VEC: &[Param] = &[Param::of::<VecParamsGpu>(other::VEC_PARAMS)];
     const REDUCE: &[Param] = &[Param::of::<VecParamsGpu>(other::REDUCE_PARAMS)];
@@ -58,8 +61,9 @@ pub(super) fn params(kernel: &Kernel) -> impl Iterator<Item = Param> {
     ];
     let params = match kernel.name.as_str() {
         _ if kernel.foreign => &[],
-        names::MASK_FILL => FILL,
-        names::BLK => BLK,
+        names::MASK_FILL | names::MASK_FILL_F16 => FILL,
+        names::MASK_FILL_BLOCKS => BLOCKS,
+        names::BLK | names::BLK_F16 => BLK,
         names::VEC_F32 | names::VEC_F16 => VEC,
         names::VEC_REDUCE => REDUCE,
         name if table::by_name(name).is_some() => PREFILL,

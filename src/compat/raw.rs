@@ -1,30 +1,30 @@
 //! A dispatch that a caller put together, read back into work over buffers. Sizes, bindings and grid are
 //! checked against each other here, before any device has them.
 
+mod masks;
+
 use std::sync::Arc;
 
 use super::args::Args;
+use super::decode::DecodeStep;
 use super::params::params;
-use crate::attention::Tile;
-use crate::attention::layout::{Layout, Strides};
-use crate::attention::mask::{MaskSpec, Visibility};
+use crate::attention::MaskSpec;
+use crate::attention::layout::Strides;
 use crate::attention::{Problem, QueryOffset, Role, Shape};
 use crate::backend::access::Access;
-use crate::backend::command::{
-    ClassifyTiles, DecodePartials, FillMask, JoinPartials, Slot, Task, Work,
-};
+use crate::backend::command::{DecodePartials, Hint, JoinPartials, Slot, Task, Work};
 use crate::backend::metal::bindings::{coded_dtype, constant, names, other, prefill};
 use crate::backend::metal::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
-use crate::backend::metal::plan::{self, PlanOptions};
+use crate::backend::metal::plan;
 use crate::backend::metal::table::{self, MaskKind, Variant};
-use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
+use crate::backend::shared_params::VecParamsGpu;
+use crate::compat::registry::Pipeline;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::capture::{CapturedBinding, RawDispatch, Run};
 use crate::runtime::device::DeviceHandle;
 use crate::runtime::encoder::{CommandEncoder, KernelArg, MTLSize, from_offset};
-use crate::runtime::registry::Pipeline;
 
 /// Most bytes that are copied into a command; what is larger is bound as a buffer.
 const MOST_BYTES: usize = 1 << 30;
@@ -136,8 +136,11 @@ fn read_late(device: &DeviceHandle, raw: &RawDispatch) -> Result<Task<MlxBuffer>
 fn read(device: &DeviceHandle, raw: &RawDispatch) -> Result<Task<MlxBuffer>> {
     let args = Args::new(device, raw);
     let (work, operands) = match raw.kernel() {
-        names::MASK_FILL => fill(&args, raw),
-        names::BLK => classify(&args, raw),
+        names::MASK_FILL => masks::fill(&args, raw, DType::BF16),
+        names::MASK_FILL_F16 => masks::fill(&args, raw, DType::F16),
+        names::MASK_FILL_BLOCKS => masks::fill_blocks(&args, raw),
+        names::BLK => masks::classify(&args, raw, DType::BF16),
+        names::BLK_F16 => masks::classify(&args, raw, DType::F16),
         name @ (names::VEC_F32 | names::VEC_F16) => partials(&args, name),
         names::VEC_REDUCE => join(&args),
         name => match table::by_name(name) {
@@ -153,75 +156,6 @@ type Read = Result<(Work, Vec<(Slot, MlxBuffer)>)>;
 
 fn overflow(args: &Args<'_>) -> MlxError {
     args.fail("a product of sizes overflows")
-}
-
-fn fill(args: &Args<'_>, raw: &RawDispatch) -> Read {
-    let p: MaskFillParamsGpu = args.params(other::FILL_PARAMS)?;
-    let cells = (p.seq_len_q as usize)
-        .checked_mul(p.seq_len_k as usize)
-        .filter(|n| *n > 0)
-        .ok_or_else(|| overflow(args))?;
-    let mask = args.operand(other::FILL_OUT, cells, DType::BF16, Access::Write)?;
-    args.grid([p.seq_len_q.into(), 1, 1])?;
-    // Any number of threads shares a row.
-    let [threads, y, z] = raw.threadgroup.to_array();
-    let along_x = [threads.max(1), 1, 1];
-    args.same("a threadgroup along x only", along_x, [threads, y, z])?;
-    let work = Work::FillMask(FillMask {
-        query_len: p.seq_len_q,
-        key_len: p.seq_len_k,
-        visibility: Visibility {
-            q_offset: i64::from(p.q_abs_offset),
-            causal: p.causal != 0,
-            window: (p.window != 0).then_some(p.window),
-            window_right: None,
-        },
-    });
-    Ok((work, vec![(Slot::Operand(Role::Mask), mask)]))
-}
-
-fn classify(args: &Args<'_>, raw: &RawDispatch) -> Read {
-    let p: BlkParamsGpu = args.params(other::BLK_PARAMS)?;
-    let side = |index| {
-        let size = raw.constants().int(index).unwrap_or(0);
-        let side = usize::try_from(size).ok().filter(|n| *n > 0);
-        side.ok_or_else(|| {
-            args.fail(format!(
-                "constant {index}: expected a tile side, got {size}"
-            ))
-        })
-    };
-    let tile = Tile {
-        bq: side(constant::BLK_BQ)?,
-        bk: side(constant::BLK_BK)?,
-    };
-    let (rows, keys) = (p.seq_len_q as usize, p.seq_len_k as usize);
-    let (nq, nk) = tile.count(rows, keys);
-    let stride = usize::try_from(p.row_stride).map_err(|_| overflow(args))?;
-    let cells = rows
-        .checked_sub(1)
-        .and_then(|last| last.checked_mul(stride))
-        .and_then(|start| start.checked_add(keys))
-        .filter(|_| keys > 0)
-        .ok_or_else(|| overflow(args))?;
-    let tiles = nq.checked_mul(nk).ok_or_else(|| overflow(args))?;
-    let mask = args.operand(other::BLK_MASK, cells, DType::BF16, Access::Read)?;
-    let classes = args.operand(other::BLK_OUT, tiles, DType::U8, Access::Write)?;
-    let tiles = [nq as u64, nk as u64];
-    args.same("NQ and NK", tiles, [p.nq.into(), p.nk.into()])?;
-    args.grid([nk as u64, nq as u64, 1])?;
-    args.threadgroup(&[1])?;
-    let work = Work::ClassifyTiles(ClassifyTiles {
-        query_len: p.seq_len_q,
-        key_len: p.seq_len_k,
-        row_stride: stride,
-        tile,
-    });
-    let operands = vec![
-        (Slot::Operand(Role::Mask), mask),
-        (Slot::Operand(Role::TileClasses), classes),
-    ];
-    Ok((work, operands))
 }
 
 /// Elements of the partial results: per head and split D values, then a maximum and a sum.
@@ -242,7 +176,7 @@ fn partials(args: &Args<'_>, name: &str) -> Read {
     } else {
         DType::F32
     };
-    let problem = Arc::new(decode_problem(&p, kv_dtype).map_err(|e| args.fail(e))?);
+    let problem = Arc::new(step(&p, kv_dtype).problem().map_err(|e| args.fail(e))?);
     let operand = |role, index| {
         let spec = problem.operand(role);
         let elements = spec.map_or(0, |spec| spec.elements);
@@ -265,31 +199,20 @@ fn partials(args: &Args<'_>, name: &str) -> Read {
     ))
 }
 
-/// The problem of a decode step: one query a head, at the last of the valid keys.
-pub(crate) fn decode_problem(p: &VecParamsGpu, kv_dtype: DType) -> Result<Problem> {
-    let shape = Shape {
-        batch: 1,
-        heads: p.num_heads as usize,
-        kv_heads: p.num_kv_heads as usize,
-        query_len: 1,
-        key_len: p.kv_seq_len as usize,
-        qk_dim: p.head_dim as usize,
-        v_dim: p.head_dim as usize,
-    };
-    let mut builder = Problem::builder(DType::F32, shape)
-        .kv_dtype(kv_dtype)
-        .layout(Layout::HeadMajor)
-        .key_capacity(p.kv_capacity as usize)
-        .query_offset(QueryOffset::BottomRight)
-        .scale(p.scale)
-        .lse(true);
-    if p.softcap != 0.0 {
-        builder = builder.softcap(p.softcap);
+/// The decode step that the kernel's params state.
+fn step(p: &VecParamsGpu, kv_dtype: DType) -> DecodeStep {
+    let windowed = p.kv_start > 0;
+    DecodeStep {
+        heads: p.num_heads,
+        kv_heads: p.num_kv_heads,
+        head_dim: p.head_dim,
+        key_len: p.kv_seq_len,
+        capacity: p.kv_capacity,
+        kv_dtype,
+        scale: p.scale,
+        softcap: p.softcap,
+        window: windowed.then(|| p.kv_seq_len.saturating_sub(p.kv_start)),
     }
-    if p.kv_start > 0 {
-        builder = builder.window(p.kv_seq_len.saturating_sub(p.kv_start));
-    }
-    builder.refuse_empty().build()
 }
 
 fn join(args: &Args<'_>) -> Read {
@@ -328,16 +251,16 @@ fn attention(args: &Args<'_>, raw: &RawDispatch, variant: &'static Variant) -> R
     let tiles = variant.tile.count(shape.query_len, shape.key_len).0;
     args.grid([tiles as u64, shape.heads as u64, shape.batch as u64])?;
     let given = raw.constants().int(constant::NSG);
-    let mut options = PlanOptions {
-        nsg: None,
-        variant: Some(variant),
+    let mut hint = Hint {
+        kernel: Some(variant.kernel),
+        simdgroups: None,
     };
     if variant.head_dim == 512 {
         // One simdgroup is how the plain kernels were dispatched at first.
         args.threadgroup(&[1, 4, 8])?;
         // A negative one is no 4 or 8 either.
-        options.nsg = given.map(|n| u32::try_from(n).unwrap_or(0));
-        plan::simdgroups(variant, options.nsg).map_err(|e| args.fail(e))?;
+        hint.simdgroups = given.map(|n| u32::try_from(n).unwrap_or(0));
+        plan::simdgroups(variant, hint.simdgroups).map_err(|e| args.fail(e))?;
     } else {
         args.threadgroup(&[variant.simdgroups as u64])?;
         if let Some(n) = given {
@@ -351,7 +274,7 @@ fn attention(args: &Args<'_>, raw: &RawDispatch, variant: &'static Variant) -> R
         let strides = [if packed { 0 } else { shape.heads as i64 * rows }, rows];
         args.same("strides of the log-sum-exp", strides, extra.lse_strides)?;
     }
-    Ok((Work::Attention(problem, options), operands))
+    Ok((Work::Attention(problem, hint), operands))
 }
 
 /// The problem that a prefill states. Building it checks sizes, strides and overlap.

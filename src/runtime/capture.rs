@@ -5,10 +5,9 @@ use std::sync::Arc;
 use super::buffer::MlxBuffer;
 use super::device::DeviceHandle;
 use super::size::MTLSize;
-use crate::backend::Kernel;
 use crate::backend::access::Access;
 use crate::backend::command::{Slot, Task};
-use crate::backend::metal::bindings::Constants;
+use crate::backend::{Constants, Kernel};
 use crate::error::Result;
 
 /// What a dispatch computes, for whoever rearranges a capture.

@@ -9,16 +9,16 @@ use bytemuck::Pod;
 
 use super::buffer::MlxBuffer;
 use crate::attention::Problem;
-use crate::backend::command::{Planned, Work};
+use crate::backend::command::{Hint, Planned, Work};
 use crate::backend::cpu::{Cpu, CpuOptions};
+use crate::backend::devices::{self, BY_DEFAULT};
 #[cfg(feature = "emulator")]
 use crate::backend::emulator::{Emulator, EmulatorOptions};
-use crate::backend::metal::plan::PlanOptions;
 use crate::backend::{Backend, DeviceKind};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result, Unsupported};
 
-/// An opaque reference to a device, for [`super::registry::KernelRegistry`].
+/// An opaque reference to a device, for [`KernelRegistry`](crate::KernelRegistry).
 #[derive(Clone)]
 pub struct DeviceHandle {
     pub(crate) backend: Arc<dyn Backend>,
@@ -36,7 +36,7 @@ impl DeviceHandle {
     /// Has the device prepare some work, or gives what it prepared for the same attention before.
     pub(crate) fn plan(&self, work: Work) -> Result<Arc<Planned>> {
         match &work {
-            Work::Attention(problem, options) => self.plan_attention(problem, *options),
+            Work::Attention(problem, hint) => self.plan_attention(problem, *hint),
             _ => self.prepare(work),
         }
     }
@@ -54,21 +54,17 @@ impl DeviceHandle {
     }
 
     /// As [`Self::plan`] for attention; the problem is copied where it is new.
-    pub(crate) fn plan_attention(
-        &self,
-        problem: &Problem,
-        options: PlanOptions,
-    ) -> Result<Arc<Planned>> {
+    pub(crate) fn plan_attention(&self, problem: &Problem, hint: Hint) -> Result<Arc<Planned>> {
         let remembered = || self.planned.lock().unwrap_or_else(PoisonError::into_inner);
         let same = |planned: &&Arc<Planned>| match &planned.work {
-            Work::Attention(p, o) => *o == options && **p == *problem,
+            Work::Attention(p, h) => *h == hint && **p == *problem,
             _ => false,
         };
         if let Some(found) = remembered().iter().find(same) {
             return Ok(Arc::clone(found));
         }
         // The lock is not held meanwhile: the device may compile a kernel.
-        let planned = self.prepare(Work::Attention(Arc::new(problem.clone()), options))?;
+        let planned = self.prepare(Work::Attention(Arc::new(problem.clone()), hint))?;
         let mut remembered = remembered();
         remembered.truncate(REMEMBERED - 1);
         remembered.push_front(Arc::clone(&planned));
@@ -94,11 +90,14 @@ impl MlxDevice {
                 Some(kind) => Self::open(kind),
                 None => Err(MlxError::expected(
                     "MLX_FLASH_DEVICE",
-                    "auto, cpu, metal, cuda or emulator",
+                    format!(
+                        "auto or one of {}",
+                        DeviceKind::ALL.map(DeviceKind::name).join(", ")
+                    ),
                     name,
                 )),
             },
-            _ => [DeviceKind::Metal, DeviceKind::Cuda, DeviceKind::Cpu]
+            _ => BY_DEFAULT
                 .into_iter()
                 .find_map(|kind| Self::open(kind).ok())
                 .ok_or(MlxError::DeviceNotFound),
@@ -107,25 +106,7 @@ impl MlxDevice {
 
     /// Opens a device by kind; the CPU as `MLX_FLASH_CPU_ISA` and `MLX_FLASH_THREADS` say.
     pub fn open(kind: DeviceKind) -> Result<Self> {
-        match kind {
-            DeviceKind::Cpu => Self::cpu(CpuOptions::from_env()?),
-            #[cfg(all(feature = "metal", target_vendor = "apple"))]
-            DeviceKind::Metal => Ok(Self::from_backend(Arc::new(
-                crate::backend::metal::Metal::open()?,
-            ))),
-            #[cfg(feature = "cuda")]
-            DeviceKind::Cuda => Ok(Self::from_backend(Arc::new(
-                crate::backend::cuda::Cuda::open()?,
-            ))),
-            #[cfg(feature = "emulator")]
-            DeviceKind::Emulator => Self::emulator(EmulatorOptions::default()),
-            // On Apple systems a build with all features has every device.
-            #[allow(unreachable_patterns)]
-            other => Err(MlxError::DeviceUnavailable {
-                device: other.name().into(),
-                reason: absent(other).into(),
-            }),
-        }
+        devices::open(kind).map(Self::from_backend)
     }
 
     /// Opens the CPU with given options.
@@ -190,7 +171,7 @@ impl MlxDevice {
         self.0.backend.measured_peak(dtype)
     }
 
-    /// A reference that [`super::registry::KernelRegistry`] takes; callers only pass it on.
+    /// A reference that [`KernelRegistry`](crate::KernelRegistry) takes; callers only pass it on.
     pub fn metal_device(&self) -> &DeviceHandle {
         &self.0
     }
@@ -231,19 +212,6 @@ impl MlxDevice {
         let mut buffer = self.alloc_buffer(size_of_val(data), dtype, shape)?;
         buffer.as_mut_slice::<T>()?.copy_from_slice(data);
         Ok(buffer)
-    }
-}
-
-/// Why a build has no backend of this kind, and what to build instead.
-fn absent(kind: DeviceKind) -> &'static str {
-    match kind {
-        DeviceKind::Metal if cfg!(target_vendor = "apple") => {
-            "this build has no Metal: build it with `--features metal`"
-        }
-        DeviceKind::Metal => "Metal is on Apple systems alone; use `cpu`",
-        DeviceKind::Cuda => "this build has no CUDA: build it with `--features cuda`",
-        DeviceKind::Emulator => "this build has no emulator: build it with `--features emulator`",
-        DeviceKind::Cpu => "this build has no such backend",
     }
 }
 

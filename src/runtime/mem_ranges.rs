@@ -119,6 +119,16 @@ impl MemRanges {
         self.barriers_forced += u64::from(conflict);
         !conflict
     }
+
+    /// As [`Self::check_dispatch`], and adds the dispatch where it may run beside those that were added.
+    /// Where it may not, the caller encodes a barrier, calls [`Self::reset`] and adds the dispatch itself.
+    pub fn check_and_record(&mut self, reads: &[&MlxBuffer], writes: &[&MlxBuffer]) -> bool {
+        let beside = self.check_dispatch(reads, writes);
+        if beside {
+            self.add_dispatch(reads, writes);
+        }
+        beside
+    }
 }
 
 fn ranges<'a>(

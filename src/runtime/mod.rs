@@ -1,5 +1,5 @@
-//! What a GPU program holds: a device, buffers, an encoder, a registry of kernels. The same on every
-//! device.
+//! What a GPU program holds: a device, buffers, an encoder, the same on every device. The [`registry`] of
+//! kernels is part of the API of `mlx-native`.
 
 pub mod buffer;
 pub mod capture;
@@ -10,7 +10,8 @@ pub mod encoder;
 pub mod mem_ranges;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 pub mod metal;
-pub mod registry;
+
+pub use crate::compat::registry;
 
 mod guards;
 mod hazards;

@@ -183,12 +183,10 @@ impl Data {
     /// The operands as the oracle takes them.
     pub fn inputs(&self) -> Result<Inputs<'_>> {
         Ok(Inputs {
-            q: self.q.values()?,
-            k: self.k.values()?,
-            v: self.v.values()?,
             mask: self.mask.as_ref().map(Host::values).transpose()?,
             sinks: self.sinks.as_deref(),
             alibi_slopes: self.alibi_slopes.as_deref(),
+            ..Inputs::new(self.q.values()?, self.k.values()?, self.v.values()?)
         })
     }
 }

@@ -2,7 +2,9 @@
 
 use bytemuck::Zeroable;
 use mlx_flash_attn::abi::bindings::names;
-use mlx_flash_attn::abi::params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
+use mlx_flash_attn::abi::params::{
+    BlkParamsGpu, BlockFillParamsGpu, MaskFillParamsGpu, VecParamsGpu,
+};
 use mlx_flash_attn::encoder::{KernelArg, MTLSize, as_bytes};
 use mlx_flash_attn::{DType, MlxBuffer, Result};
 
@@ -57,6 +59,19 @@ pub(crate) fn rows() -> Vec<Row> {
                 },
             )
         }),
+        failed("a block fill of nothing", &["overflow"], |w| {
+            blocks_with(w, 0, 9)
+        }),
+        failed(
+            "a block fill past its mask",
+            &["buffer 0", "100 elements"],
+            |w| blocks_with(w, 10, 10),
+        ),
+        failed(
+            "a block fill past its tokens",
+            &["buffer 3", "9 elements"],
+            |w| blocks_with(w, 9, 8),
+        ),
         failed("tiles of no side", &["constant 400"], |w| {
             classify_with(w, &[], 9, 11, 11)
         }),
@@ -145,6 +160,22 @@ fn fill_with(w: &mut World, params: MaskFillParamsGpu) -> Result<()> {
     )
 }
 
+/// A block fill of `len` tokens into 99 cells. A binding has no dtype, only bytes.
+fn blocks_with(w: &mut World, len: u32, positions: usize) -> Result<()> {
+    let out = w.buffer(DType::BF16, &[99]);
+    let (ids, positions) = (
+        w.buffer(DType::F32, &[10]),
+        w.buffer(DType::F32, &[positions]),
+    );
+    let params = BlockFillParamsGpu {
+        len,
+        ..Zeroable::zeroed()
+    };
+    let buffers = [(0, &out), (2, &ids), (3, &positions)];
+    let params = (1, as_bytes(&params));
+    other(w, names::MASK_FILL_BLOCKS, &[], &buffers, params)
+}
+
 fn classify_with(
     w: &mut World,
     tile: &[(usize, i32)],
@@ -208,6 +239,11 @@ pub(crate) fn launch_rows() -> Vec<Row> {
                 },
             )
         }),
+        failed(
+            "a block fill over another grid",
+            &["grid", "[9, 1, 1]"],
+            |w| blocks_with(w, 9, 9),
+        ),
         failed(
             "classes by one thread",
             &["threadgroup", "[32, 1, 1]"],

@@ -152,14 +152,7 @@ pub(crate) fn rows() -> Vec<Row> {
                 let problem = builder().mask(MaskSpec::plane(DType::F32, 11)).build()?;
                 let x = vec![0.0f32; 2 * 9 * 64];
                 let v = Values::F32(&x);
-                let inputs = Inputs {
-                    q: v,
-                    k: v,
-                    v,
-                    mask: None,
-                    sinks: None,
-                    alibi_slopes: None,
-                };
+                let inputs = Inputs::new(v, v, v);
                 oracle::attention(&problem, &inputs, Precision::Exact).map(unit)
             },
         ),

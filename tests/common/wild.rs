@@ -383,12 +383,14 @@ pub(crate) fn check(wild: &Wild, device: &MlxDevice, most: usize) -> Reached {
         Values::from_bytes(spec.dtype, host(role)?).ok()
     };
     let inputs = Inputs {
-        q: values(Role::Query).unwrap(),
-        k: values(Role::Key).unwrap(),
-        v: values(Role::Value).unwrap(),
         mask: values(Role::Mask),
         sinks: host(Role::Sinks).map(bytemuck::cast_slice),
         alibi_slopes: host(Role::AlibiSlopes).map(bytemuck::cast_slice),
+        ..Inputs::new(
+            values(Role::Query).unwrap(),
+            values(Role::Key).unwrap(),
+            values(Role::Value).unwrap(),
+        )
     };
     let exact = oracle::attention(&problem, &inputs, Precision::Exact).unwrap();
     let naive = oracle::attention(&problem, &inputs, Precision::Naive).unwrap();

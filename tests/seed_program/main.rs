@@ -4,14 +4,17 @@
 //! modules in `ops`. What is imported as `mlx_flash_attn::` belongs to the test, not to the program.
 //!
 //! `main` has a layer's prefill and decode steps, `kernels` every prefill dispatcher, `names` what else
-//! such a program can name. What 0.6.3 has and this crate has not stands in `docs/guide.md`.
+//! such a program can name. `later` has the names of version 0.15.16 that this crate has beside them. What
+//! either version has and this crate has not stands in `docs/guide.md`.
 #![allow(clippy::unwrap_used, clippy::panic)]
 // The original takes `&mut out`, and programs pass it.
 #![allow(clippy::unnecessary_mut_passed)]
 
+mod call;
 #[path = "../common/mod.rs"]
 mod common;
 mod kernels;
+mod later;
 mod names;
 
 use common::{Plain, Qkv, assert_close, seen, shape};

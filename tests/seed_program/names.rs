@@ -4,9 +4,8 @@
 use mlx_flash_attn as mlx_native;
 use mlx_native::ops::encode_helpers::{self, as_bytes};
 use mlx_native::ops::flash_attn_prefill::{
-    AttnParamsGpu, FLASH_ATTN_PREFILL_SHADER_SOURCE, FlashAttnPrefillLayout,
-    FlashAttnPrefillParams, dispatch_flash_attn_prefill_bf16_d64,
-    dispatch_flash_attn_prefill_bf16_d256_with_blk,
+    AttnParamsGpu, FLASH_ATTN_PREFILL_SHADER_SOURCE, FlashAttnPrefillParams,
+    dispatch_flash_attn_prefill_bf16_d64, dispatch_flash_attn_prefill_bf16_d256_with_blk,
 };
 use mlx_native::ops::flash_attn_prefill_blk::{
     BlkParams, FLASH_ATTN_PREFILL_BLK_SHADER_SOURCE, K_BLK_BF16, alloc_blk_buffer,
@@ -25,8 +24,11 @@ use mlx_native::{
     MlxBuffer, MlxDevice, MlxError, Result,
 };
 
+use crate::call::{Call, Dispatcher, Program};
 use crate::common::{self, Qkv, shape};
 
+const D64: Dispatcher = Dispatcher::MaskLayout(dispatch_flash_attn_prefill_bf16_d64);
+const D256_BLK: Dispatcher = Dispatcher::MaskBlk(dispatch_flash_attn_prefill_bf16_d256_with_blk);
 const K_BF16_D64: &str = "flash_attn_prefill_bf16_d64";
 /// Elements before K in its buffer.
 const PAD: usize = 64;
@@ -83,22 +85,12 @@ fn every_way_to_encode_a_dispatch_gives_the_dispatchers_bits() -> Result<()> {
     for device in common::devices() {
         let [q, padded, k, v] = inputs(&device, 64);
         let output = || common::output(&device, 4 * 37 * 64, DType::BF16);
-        let mut registry = KernelRegistry::new();
-        let mut want = output();
-        let mut encoder = device.command_encoder()?;
-        dispatch_flash_attn_prefill_bf16_d64(
-            &mut encoder,
-            &device,
-            &mut registry,
-            &q,
-            &k,
-            &v,
-            None,
-            &mut want,
-            &prefill(64, true),
-            FlashAttnPrefillLayout::HeadMajor,
-        )?;
-        encoder.commit_and_wait()?;
+        let want = output();
+        let mut program = Program::new(&device);
+        let call = prefill(64, true);
+        program.prefill(D64, &Call::new([&q, &k, &v, &want], &call))?;
+        program.encoder.commit_and_wait()?;
+        let mut registry = program.registry;
         let want = common::bytes(&want);
 
         let params = raw_params();
@@ -110,7 +102,7 @@ fn every_way_to_encode_a_dispatch_gives_the_dispatchers_bits() -> Result<()> {
         let (groups, threads) = (MTLSize::new(2, 4, 1), MTLSize::new(32, 4, 1));
         let grid = MTLSize::new(64, 16, 1);
         let shared = [(0, 7_680)];
-        for way in 0..12 {
+        for way in 0..13 {
             let out = output();
             let buffers = [(0, &q), (1, &k), (2, &v), (3, &out), (4, &stored)];
             let args = [
@@ -141,6 +133,9 @@ fn every_way_to_encode_a_dispatch_gives_the_dispatchers_bits() -> Result<()> {
                 ),
                 9 => e.dispatch_tracked_threads_with_args(p, &args, &reads, &writes, grid, threads),
                 10 => encode_helpers::encode_with_args(&mut e, p, &args, grid, threads),
+                11 => e.dispatch_tracked_threadgroups_with_shared(
+                    p, &buffers, &shared, &reads, &writes, groups, threads,
+                ),
                 _ => {
                     encode_helpers::encode_threadgroups_with_args(&mut e, p, &args, groups, threads)
                 }
@@ -238,36 +233,22 @@ fn captures_and_ranges_say_what_runs_side_by_side() -> Result<()> {
         common::output(&device, 4 * 37 * 64, DType::BF16),
         common::output(&device, 4 * 37 * 64, DType::BF16),
     );
-    let mut registry = KernelRegistry::new();
-    let mut encoder = device.command_encoder()?;
-    assert_eq!(encoder.mem_ranges_len(), 0);
-    encoder.start_capture();
-    let mut attend = |encoder: &mut mlx_native::CommandEncoder, out: &MlxBuffer| {
-        dispatch_flash_attn_prefill_bf16_d64(
-            encoder,
-            &device,
-            &mut registry,
-            &q,
-            &k,
-            &v,
-            None,
-            out,
-            &prefill(64, false),
-            FlashAttnPrefillLayout::HeadMajor,
-        )
+    let mut program = Program::new(&device);
+    assert_eq!(program.encoder.mem_ranges_len(), 0);
+    program.encoder.start_capture();
+    let params = prefill(64, false);
+    let attend = |program: &mut Program<'_>, out: &MlxBuffer| {
+        program.prefill(D64, &Call::new([&q, &k, &v, out], &params))
     };
-    attend(&mut encoder, &one)?;
-    attend(&mut encoder, &two)?;
-    assert_eq!(
-        encoder.mem_ranges_len(),
-        8,
-        "three inputs and an output each"
-    );
-    encoder.force_barrier_and_reset_tracker();
-    assert_eq!(encoder.mem_ranges_len(), 0);
-    attend(&mut encoder, &one)?;
-    attend(&mut encoder, &one)?;
-    let nodes = encoder.take_capture().unwrap_or_default();
+    attend(&mut program, &one)?;
+    attend(&mut program, &two)?;
+    let touched = program.encoder.mem_ranges_len();
+    assert_eq!(touched, 8, "three inputs and an output each");
+    program.encoder.force_barrier_and_reset_tracker();
+    assert_eq!(program.encoder.mem_ranges_len(), 0);
+    attend(&mut program, &one)?;
+    attend(&mut program, &one)?;
+    let nodes = program.encoder.take_capture().unwrap_or_default();
     let kinds = nodes.iter().map(|node| match node {
         CapturedNode::Dispatch { .. } => 'd',
         CapturedNode::Barrier => '|',
@@ -282,6 +263,8 @@ fn captures_and_ranges_say_what_runs_side_by_side() -> Result<()> {
         (ranges.len(), ranges.checks(), ranges.barriers_forced()),
         (4, 2, 1)
     );
+    assert!(!ranges.check_and_record(&[&one], &[&two]) && ranges.len() == 4);
+    assert!(ranges.check_and_record(&[&q], &[&two]) && ranges.len() == 6);
     ranges.reset();
     ranges.push(BufferRange::from_buffer(&one, MemRangeRole::Src));
     assert!(!ranges.is_empty() && ranges.check_dispatch(&[&one], &[]));
@@ -303,8 +286,7 @@ fn tile_classes_go_with_the_rank_4_mask_of_a_single_head() -> Result<()> {
                 false => f32::NEG_INFINITY,
             })
             .collect();
-        let mut registry = KernelRegistry::new();
-        let mut run = |rank: &[usize], classes: bool| -> Result<Vec<u8>> {
+        let run = |rank: &[usize], classes: bool| -> Result<Vec<u8>> {
             let mask = common::upload(&device, &cells, DType::BF16, rank);
             let tiles = BlkParams {
                 seq_len_q: 37,
@@ -314,28 +296,16 @@ fn tile_classes_go_with_the_rank_4_mask_of_a_single_head() -> Result<()> {
             };
             let blk = alloc_blk_buffer(&device, &tiles)?;
             let out = common::output(&device, 37 * 256, DType::BF16);
-            let mut encoder = device.command_encoder()?;
-            dispatch_flash_attn_prefill_blk(
-                &mut encoder,
-                &device,
-                &mut registry,
-                &mask,
-                &blk,
-                &tiles,
-            )?;
-            dispatch_flash_attn_prefill_bf16_d256_with_blk(
-                &mut encoder,
-                &device,
-                &mut registry,
-                &q,
-                &k,
-                &v,
-                Some(&mask),
-                classes.then_some(&blk),
-                &out,
-                &params,
-            )?;
-            encoder.commit_and_wait()?;
+            let mut program = Program::new(&device);
+            let (e, r) = (&mut program.encoder, &mut program.registry);
+            dispatch_flash_attn_prefill_blk(e, &device, r, &mask, &blk, &tiles)?;
+            let call = Call {
+                mask: Some(&mask),
+                blk: classes.then_some(&blk),
+                ..Call::new([&q, &k, &v, &out], &params)
+            };
+            program.prefill(D256_BLK, &call)?;
+            program.encoder.commit_and_wait()?;
             Ok(common::bytes(&out))
         };
         let want = run(&[37, 45], false)?;

@@ -153,14 +153,7 @@ mod tests {
             (0..n).map(|_| bf16::from_f32(random.normal())).collect()
         };
         let (q, k, v) = (operand(4, 33), operand(2, 40), operand(2, 40));
-        let inputs = Inputs {
-            q: Values::BF16(&q),
-            k: Values::BF16(&k),
-            v: Values::BF16(&v),
-            mask: None,
-            sinks: None,
-            alibi_slopes: None,
-        };
+        let inputs = Inputs::new(Values::BF16(&q), Values::BF16(&k), Values::BF16(&v));
         let exact = oracle::attention(&problem, &inputs, Precision::Exact).unwrap();
         // The exact result in the output's own layout.
         let mut out = vec![bf16::ZERO; q.len()];

@@ -193,12 +193,10 @@ impl Job {
         let slopes = self.alibi_slopes.as_ref().map(MlxBuffer::as_slice::<f32>);
         let lse = self.lse.as_ref().map(floats).transpose()?;
         let inputs = Inputs {
-            q: values(&self.q)?,
-            k: values(&self.k)?,
-            v: values(&self.v)?,
             mask,
             sinks: sinks.transpose()?,
             alibi_slopes: slopes.transpose()?,
+            ..Inputs::new(values(&self.q)?, values(&self.k)?, values(&self.v)?)
         };
         let out = values(&self.out)?;
         Verdict::new(&self.problem, &inputs, &out, lse, hidden)

@@ -147,14 +147,7 @@ pub(crate) fn relative_error(row: &Row, operands: &Operands, output: &[f32]) -> 
         if let Some(window) = row.window {
             builder = builder.window(window);
         }
-        let inputs = Inputs {
-            q: operands.q.values(i * head_dim),
-            k: operands.k.values(0),
-            v: operands.v.values(0),
-            mask: None,
-            sinks: None,
-            alibi_slopes: None,
-        };
+        let inputs = Inputs::new(operands.q.values(i * head_dim), operands.k.values(0), operands.v.values(0));
         let reference = oracle::attention(&builder.build()?, &inputs, Precision::Exact)?.o;
         for (head, expected) in reference.chunks(head_dim).enumerate() {
             let got = output.iter().skip((head * query_len + i) * head_dim);

@@ -33,6 +33,7 @@ impl Cpu {
                 kernels::run(&Job { problem, at }, self.isa, self.team())
             }
             Work::FillMask(fill) => masks::fill(self, fill, task),
+            Work::FillBlocks(fill) => masks::fill_blocks(self, fill, task),
             Work::ClassifyTiles(classify) => masks::classify(self, classify, task),
             Work::DecodePartials(decode) => decode::partials(self, decode, task),
             Work::JoinPartials(join) => decode::join(join, task),

@@ -14,7 +14,8 @@ use super::prepared::{Attention, Kept, Prefill, Prepared, Ready};
 use super::scratch::Scratch;
 use crate::attention::{Problem, Role};
 use crate::backend::command::{
-    ClassifyTiles, DecodePartials, FillMask, JoinPartials, Pointers, Slot, Span, Task, Work,
+    ClassifyTiles, DecodePartials, FillBlocks, FillMask, JoinPartials, Pointers, Slot, Span, Task,
+    Work,
 };
 use crate::backend::{DeviceKind, Step, runs_no_text};
 use crate::error::{MlxError, Result};
@@ -89,6 +90,7 @@ impl Launch<'_> {
                 self.attention(problem, prefill)
             }
             (Work::FillMask(fill), Prepared::Fill(function)) => self.fill(fill, function),
+            (Work::FillBlocks(fill), Prepared::Fill(function)) => self.fill_blocks(fill, function),
             (Work::ClassifyTiles(classify), Prepared::Classes(any, wide)) => {
                 self.classify(classify, any, wide)
             }
@@ -208,6 +210,22 @@ impl Launch<'_> {
         let args = &mut [arg(&mut mask), arg(&mut params)];
         // SAFETY: the kernel's parameters, and a mask of rows by keys cells.
         unsafe { function.launch(self.stream, fill.query_len.into(), args) }
+    }
+
+    fn fill_blocks(&self, fill: &FillBlocks, function: &Function) -> Result<()> {
+        self.bring()?;
+        let mut params = fill.params();
+        let mut mask = self.pointer(Slot::Operand(Role::Mask))?;
+        let mut ids = self.pointer(Slot::SequenceIds)?;
+        let mut positions = self.pointer(Slot::Positions)?;
+        let args = &mut [
+            arg(&mut mask),
+            arg(&mut ids),
+            arg(&mut positions),
+            arg(&mut params),
+        ];
+        // SAFETY: the kernel's parameters: `len` ids and positions, and a mask of as many rows and columns.
+        unsafe { function.launch(self.stream, fill.len.into(), args) }
     }
 
     fn classify(&self, classify: &ClassifyTiles, any: &Kept, for_wide: &Kept) -> Result<()> {

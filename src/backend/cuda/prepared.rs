@@ -177,9 +177,11 @@ impl Prepared {
         };
         Ok(match work {
             Work::Attention(problem, _) => Self::Attention(Prefill::new(attention(problem)?)),
-            Work::FillMask(_) => Self::Fill(gpu.function(&spec::fill())?),
-            Work::ClassifyTiles(_) => {
-                let [any, wide] = [false, true].map(|wide| Kept::new(spec::classify(wide)));
+            Work::FillMask(fill) => Self::Fill(gpu.function(&spec::fill(fill.dtype))?),
+            Work::FillBlocks(_) => Self::Fill(gpu.function(&spec::fill_blocks())?),
+            Work::ClassifyTiles(classify) => {
+                let kept = |wide| Kept::new(spec::classify(classify.dtype, wide));
+                let [any, wide] = [false, true].map(kept);
                 Self::Classes(any, wide)
             }
             Work::DecodePartials(decode) => {

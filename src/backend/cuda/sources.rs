@@ -80,13 +80,14 @@ pub(super) static COMBINE: &[&str] = &[
     include_str!("../../../kernels/cuda/combine.cu"),
 ];
 
-/// The mask fill and the tile classes.
+/// The mask fills and the tile classes.
 pub(super) static MASKS: &[&str] = &[
     COMMON,
     SCORE_PRELUDE,
     SCORE_TEXT,
     ELEMENTS,
     shared_params::MASK_FILL_PARAMS_TEXT,
+    shared_params::BLOCK_FILL_PARAMS_TEXT,
     shared_params::BLK_PARAMS_TEXT,
     include_str!("../../../kernels/cuda/masks.cu"),
 ];

@@ -94,26 +94,39 @@ pub(super) fn decode(head_dim: usize, kv: DType) -> Spec {
     spec(sources::DECODE, macros, "partials", 32)
 }
 
-/// The mask fill.
-pub(super) fn fill() -> Spec {
-    spec(sources::MASKS, Vec::new(), "fill", 256)
+fn masks(dtype: DType, entry: &'static str, threads: u32) -> Spec {
+    let macros = vec![("MASK_F16", (dtype == DType::F16).into())];
+    spec(sources::MASKS, macros, entry, threads)
 }
 
-/// The tile classes; `wide` for rows on 16 bytes and tiles of 8 to 64 keys.
-pub(super) fn classify(wide: bool) -> Spec {
+/// The fill of a mask of `dtype`, bf16 or f16.
+pub(super) fn fill(dtype: DType) -> Spec {
+    masks(dtype, "fill", 256)
+}
+
+/// The fill of a bf16 mask of several sequences.
+pub(super) fn fill_blocks() -> Spec {
+    masks(DType::BF16, "fill_blocks", 256)
+}
+
+/// The tile classes of a mask of `dtype`, bf16 or f16; `wide` for rows on 16 bytes and tiles of 8 to 64 keys.
+pub(super) fn classify(dtype: DType, wide: bool) -> Spec {
     if wide {
         Spec {
             waits: true,
-            ..spec(sources::MASKS, Vec::new(), "classify_wide", 128)
+            ..masks(dtype, "classify_wide", 128)
         }
     } else {
-        spec(sources::MASKS, Vec::new(), "classify", 32)
+        masks(dtype, "classify", 32)
     }
 }
 
 /// Every kernel but those of attention.
 pub(super) fn others() -> Vec<Spec> {
-    let mut all = vec![fill(), classify(true), classify(false)];
+    let mut all = vec![fill_blocks()];
+    for dtype in [DType::BF16, DType::F16] {
+        all.extend([fill(dtype), classify(dtype, true), classify(dtype, false)]);
+    }
     for head_dim in HEAD_DIMS {
         all.extend([DType::BF16, DType::F16, DType::F32].map(|out| combine(head_dim, out)));
         all.extend([DType::F16, DType::F32].map(|kv| decode(head_dim, kv)));

@@ -9,18 +9,22 @@ use msl_emulator::{CompileOptions, Library};
 
 use super::EmulatorOptions;
 use crate::attention::Tile;
-use crate::attention::{MaskSpec, Problem, QueryOffset, Shape};
+use crate::attention::{MaskSpec, Problem, QueryOffset, Role, Shape};
+use crate::backend::command::Hint;
 use crate::backend::metal::bindings::names;
-use crate::backend::metal::plan::PlanOptions;
+use crate::backend::metal::plan::{Plan, PlanArg};
 use crate::backend::metal::sources;
 use crate::backend::metal::table::{self, MaskKind, Variant};
 use crate::ops::flash_attn_prefill_blk::{
     BlkParams, alloc_blk_buffer, dispatch_flash_attn_prefill_blk,
+    dispatch_flash_attn_prefill_blk_f16,
 };
-use crate::ops::flash_attn_prefill_mask::{SdpaMaskParams, build_sdpa_mask_bf16};
+use crate::ops::flash_attn_prefill_mask::{
+    SdpaMaskParams, build_block_diagonal_sdpa_mask_bf16, build_sdpa_mask_bf16, build_sdpa_mask_f16,
+};
 use crate::ops::flash_attn_vec::{FlashAttnVecParams, flash_attn_vec, tmp_buffer_bytes};
 use crate::ops::{self, Operands};
-use crate::{DType, KernelRegistry, MlxBuffer, MlxDevice, Result};
+use crate::{DType, KernelArg, KernelRegistry, MTLSize, MlxBuffer, MlxDevice, Result};
 
 const SEEDS: [u64; 3] = [1, 20, 333];
 
@@ -80,6 +84,8 @@ struct Prefill {
     full: bool,
     /// Whether the last value row is NaN, so that each query tile is worked on again.
     poison: bool,
+    /// Whether the registry's text runs, which need not be the crate's.
+    foreign: bool,
 }
 
 impl Prefill {
@@ -172,12 +178,16 @@ impl Prefill {
             operands.alibi_slopes = Some(&one);
             operands.lse = Some(&lse);
         }
-        let options = PlanOptions {
-            nsg: self.nsg,
-            variant: Some(variant),
+        let hint = Hint {
+            kernel: Some(variant.kernel),
+            simdgroups: self.nsg,
         };
         let problem = builder.build()?;
-        ops::encode(&mut encoder, &problem, &operands, options)?;
+        if self.foreign {
+            dispatch(&mut encoder, device, registry, &problem, &operands, hint)?;
+        } else {
+            ops::encode(&mut encoder, &problem, &operands, hint)?;
+        }
         encoder.commit_and_wait()?;
         let mut bits = out.as_slice::<u8>()?.to_vec();
         if full {
@@ -185,6 +195,37 @@ impl Prefill {
         }
         Ok(bits)
     }
+}
+
+/// Dispatches the kernel of the registry's text as the plan of a problem without options has it.
+fn dispatch(
+    encoder: &mut crate::CommandEncoder,
+    device: &MlxDevice,
+    registry: &mut KernelRegistry,
+    problem: &Problem,
+    operands: &Operands<'_>,
+    hint: Hint,
+) -> Result<()> {
+    let plan = Plan::new(problem, hint)?;
+    let args: Vec<_> = plan
+        .args
+        .iter()
+        .map(|(index, arg)| {
+            let arg = match arg {
+                PlanArg::Operand(Role::Query) => KernelArg::Buffer(operands.q),
+                PlanArg::Operand(Role::Key) => KernelArg::Buffer(operands.k),
+                PlanArg::Operand(Role::Value) => KernelArg::Buffer(operands.v),
+                PlanArg::Operand(Role::Output) => KernelArg::Buffer(operands.out),
+                PlanArg::Operand(role) => unreachable!("{}", role.name()),
+                PlanArg::Bytes(bytes) => KernelArg::Bytes(bytes),
+            };
+            (*index as u64, arg)
+        })
+        .collect();
+    let [grid, threadgroup] = [plan.grid, plan.threadgroup].map(|[x, y, z]| MTLSize::new(x, y, z));
+    let pipeline = registry.get(plan.variant.kernel, device.metal_device(), plan.constants)?;
+    encoder.encode_threadgroups_with_args(pipeline, &args, grid, threadgroup);
+    Ok(())
 }
 
 fn classify(
@@ -202,11 +243,15 @@ fn classify(
         bk: tile.bk as u32,
     };
     let classes = alloc_blk_buffer(device, &params)?;
-    dispatch_flash_attn_prefill_blk(encoder, device, registry, mask, &classes, &params)?;
+    let dispatch = match mask.dtype() {
+        DType::F16 => dispatch_flash_attn_prefill_blk_f16,
+        _ => dispatch_flash_attn_prefill_blk,
+    };
+    dispatch(encoder, device, registry, mask, &classes, &params)?;
     Ok(classes)
 }
 
-/// The bits of a mask and of its tile classes.
+/// The bits of masks in bf16 and f16, of their tile classes, and of a mask of several sequences.
 fn masks(device: &MlxDevice, registry: &mut KernelRegistry) -> Result<Vec<u8>> {
     let mut encoder = device.command_encoder()?;
     let params = SdpaMaskParams {
@@ -219,8 +264,27 @@ fn masks(device: &MlxDevice, registry: &mut KernelRegistry) -> Result<Vec<u8>> {
     let mask = build_sdpa_mask_bf16(device, registry, &mut encoder, &params)?;
     let tile = Tile { bq: 32, bk: 16 };
     let classes = classify(&mut encoder, device, registry, &mask, (70, 75), tile)?;
+    let half = build_sdpa_mask_f16(device, registry, &mut encoder, &params)?;
+    let of_half = classify(&mut encoder, device, registry, &half, (70, 75), tile)?;
+    let [ids, positions] = [|t| t % 3, |t| t / 3].map(|of: fn(u32) -> u32| {
+        let tokens: Vec<u32> = (0..40).map(of).collect();
+        device.buffer_from_slice(&tokens, DType::U32, vec![40])
+    });
+    let (ids, positions) = (ids?, positions?);
+    let blocks = build_block_diagonal_sdpa_mask_bf16(
+        device,
+        registry,
+        &mut encoder,
+        &ids,
+        &positions,
+        40,
+        Some(5),
+        true,
+    )?;
     encoder.commit_and_wait()?;
-    Ok([mask.as_slice::<u8>()?, classes.as_slice()?].concat())
+    let written = [&mask, &classes, &half, &of_half, &blocks];
+    let bits: Result<Vec<&[u8]>> = written.into_iter().map(MlxBuffer::as_slice).collect();
+    Ok(bits?.concat())
 }
 
 /// The bits of a decode step over keys of `dtype`.
@@ -306,6 +370,7 @@ fn orders(seeds: &[u64]) {
                 nsg,
                 full,
                 poison: false,
+                foreign: false,
             };
             let run: Run = Box::new(move |d, r| case.run(d, r));
             runs.push((format!("{} full {full}", case.name()), run));
@@ -386,6 +451,7 @@ fn a_kernel_without_any_one_barrier_is_rejected() {
         nsg,
         full: false,
         poison: true,
+        foreign: true,
     })
     .collect();
     let text = only(&["bf16_d64", "f32_d64", "f32_d256", "f16_d512"]);

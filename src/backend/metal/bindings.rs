@@ -2,7 +2,8 @@
 //! read are both taken from here.
 
 use crate::attention::Role;
-pub use crate::backend::access::Access;
+pub use crate::backend::access::{Access, Accesses};
+pub use crate::backend::kernel::Constants;
 
 /// Buffer indices of the prefill kernels.
 pub mod prefill {
@@ -39,6 +40,9 @@ pub mod prefill {
             Role::Sinks => 9,
             Role::AlibiSlopes => 10,
             Role::Lse => 11,
+            // No kernel binds these yet.
+            Role::BlockTable => 14,
+            Role::KeyLengths => 15,
         }
     }
 }
@@ -84,14 +88,25 @@ pub mod constant {
 pub mod names {
     /// Fills a bf16 mask.
     pub const MASK_FILL: &str = "flash_attn_prefill_mask_fill_bf16";
+    /// Fills an f16 mask.
+    pub const MASK_FILL_F16: &str = "flash_attn_prefill_mask_fill_f16";
+    /// Fills a bf16 mask of several sequences.
+    pub const MASK_FILL_BLOCKS: &str = "flash_attn_prefill_mask_fill_blockdiag_bf16";
     /// Classifies tiles of a bf16 mask.
     pub const BLK: &str = "flash_attn_prefill_blk_bf16";
+    /// Classifies tiles of an f16 mask.
+    pub const BLK_F16: &str = "flash_attn_prefill_blk_f16";
     /// Decode: one partial result for each of 32 key splits; K and V in f32.
     pub const VEC_F32: &str = "flash_attn_vec_f32";
     /// Decode: as [`VEC_F32`], K and V in f16.
     pub const VEC_F16: &str = "flash_attn_vec_f16kv";
     /// Decode: joins the partial results.
     pub const VEC_REDUCE: &str = "flash_attn_vec_reduce";
+
+    /// The mask fills and the tile classes.
+    pub(crate) const MASKS: [&str; 5] = [MASK_FILL, MASK_FILL_F16, MASK_FILL_BLOCKS, BLK, BLK_F16];
+    /// The decode kernels.
+    pub(crate) const DECODE: [&str; 3] = [VEC_F32, VEC_F16, VEC_REDUCE];
 }
 
 /// Buffer indices of the mask-fill, tile-class and decode kernels.
@@ -100,6 +115,14 @@ pub mod other {
     pub const FILL_OUT: usize = 0;
     /// Mask fill: [`crate::abi::params::MaskFillParamsGpu`].
     pub const FILL_PARAMS: usize = 1;
+    /// Block-diagonal mask fill: the mask.
+    pub const BLOCKS_OUT: usize = 0;
+    /// Block-diagonal mask fill: [`crate::abi::params::BlockFillParamsGpu`].
+    pub const BLOCKS_PARAMS: usize = 1;
+    /// Block-diagonal mask fill: each token's sequence, `u32[T]`.
+    pub const BLOCKS_IDS: usize = 2;
+    /// Block-diagonal mask fill: each token's position in its sequence, `u32[T]`.
+    pub const BLOCKS_POSITIONS: usize = 3;
     /// Tile classes: the mask.
     pub const BLK_MASK: usize = 0;
     /// Tile classes: the classes.
@@ -124,33 +147,12 @@ pub mod other {
     pub const REDUCE_PARAMS: usize = 2;
 }
 
-/// How a kernel uses its buffers.
-#[derive(Debug, Clone, Copy)]
-pub struct Accesses {
-    /// Indices that it writes; none where the kernel is not ours.
-    written: &'static [usize],
-}
-
-impl Accesses {
-    /// A kernel that may do anything.
-    pub const UNKNOWN: Self = Self { written: &[] };
-
-    /// How it uses the buffer at `index`. A kernel that is not ours may do anything.
-    pub fn of(self, index: usize) -> Access {
-        // Every kernel of ours writes something.
-        match self.written {
-            [] => Access::ReadWrite,
-            written if written.contains(&index) => Access::Write,
-            _ => Access::Read,
-        }
-    }
-}
-
 /// How `kernel` uses its buffers.
 pub fn accesses(kernel: &str) -> Accesses {
     let written: &[usize] = match kernel {
-        names::MASK_FILL => &[other::FILL_OUT],
-        names::BLK => &[other::BLK_OUT],
+        names::MASK_FILL | names::MASK_FILL_F16 => &[other::FILL_OUT],
+        names::MASK_FILL_BLOCKS => &[other::BLOCKS_OUT],
+        names::BLK | names::BLK_F16 => &[other::BLK_OUT],
         names::VEC_F32 | names::VEC_F16 => &[other::VEC_TMP],
         names::VEC_REDUCE => &[other::REDUCE_OUT],
         _ if super::table::by_name(kernel).is_some() => {
@@ -158,12 +160,12 @@ pub fn accesses(kernel: &str) -> Accesses {
         }
         _ => &[],
     };
-    Accesses { written }
+    Accesses::writing(written)
 }
 
 /// Whether a kernel of this crate has that name.
 pub fn is_own(kernel: &str) -> bool {
-    !accesses(kernel).written.is_empty()
+    accesses(kernel).is_known()
 }
 
 /// Code of an operand's element type for [`constant::MASK_DTYPE`] and [`constant::KV_DTYPE`].
@@ -187,77 +189,5 @@ pub const fn coded_dtype(code: i32, query: crate::DType) -> Option<crate::DType>
         2 => Some(DType::F16),
         3 => Some(DType::BF16),
         _ => None,
-    }
-}
-
-/// Values of function constants, sorted by index; what is left out counts as false or 0.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
-pub struct Constants {
-    bools: Vec<(usize, bool)>,
-    ints: Vec<(usize, i32)>,
-}
-
-impl Constants {
-    /// Constants in any order; a later value of one index replaces an earlier one. A bool that is
-    /// false is the same as one that is left out.
-    pub fn new(bools: &[(usize, bool)], ints: &[(usize, i32)]) -> Self {
-        fn sorted<T: Copy>(values: &[(usize, T)]) -> Vec<(usize, T)> {
-            let mut sorted = values.to_vec();
-            // Stable, so that the last value of an index comes last; that one is kept.
-            sorted.sort_by_key(|(index, _)| *index);
-            sorted.reverse();
-            sorted.dedup_by_key(|(index, _)| *index);
-            sorted.reverse();
-            sorted
-        }
-        let mut bools = sorted(bools);
-        bools.retain(|(_, value)| *value);
-        Self {
-            bools,
-            ints: sorted(ints),
-        }
-    }
-
-    /// Value of a bool constant; false when left out.
-    pub fn bool(&self, index: usize) -> bool {
-        self.bools.iter().any(|(i, value)| *i == index && *value)
-    }
-
-    /// Value of an int constant, if given.
-    pub fn int(&self, index: usize) -> Option<i32> {
-        self.ints
-            .iter()
-            .find(|(i, _)| *i == index)
-            .map(|(_, value)| *value)
-    }
-
-    /// The bool constants that are true, by index.
-    pub fn bools(&self) -> &[(usize, bool)] {
-        &self.bools
-    }
-
-    /// The int constants, by index.
-    pub fn ints(&self) -> &[(usize, i32)] {
-        &self.ints
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Constants;
-
-    #[test]
-    fn false_is_the_same_as_left_out() {
-        let c = Constants::new(&[(300, false), (200, true), (301, true), (301, false)], &[]);
-        assert_eq!(c, Constants::new(&[(200, true)], &[]));
-        assert_eq!(c.bools(), [(200, true)]);
-        assert!(c.bool(200) && !c.bool(301) && !c.bool(7));
-    }
-
-    #[test]
-    fn order_does_not_count_and_the_last_value_does() {
-        let c = Constants::new(&[], &[(401, 16), (400, 32), (401, 64)]);
-        assert_eq!(c, Constants::new(&[], &[(400, 32), (401, 64)]));
-        assert_eq!((c.int(401), c.int(322)), (Some(64), None));
     }
 }

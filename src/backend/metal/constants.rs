@@ -33,20 +33,12 @@ const INTS: [usize; 5] = [
     constant::BLK_BK,
 ];
 
-const BESIDES_PREFILL: [&str; 5] = [
-    names::MASK_FILL,
-    names::BLK,
-    names::VEC_F32,
-    names::VEC_F16,
-    names::VEC_REDUCE,
-];
-
 /// Values by index: what is given, and for a kernel of this crate the default of all else: false, 0,
 /// and the variant table's simdgroups.
 pub(crate) fn values(kernel: &str, given: &Constants) -> Vec<(usize, Value)> {
     let row = table::by_name(kernel);
     let mut values = std::collections::BTreeMap::new();
-    if row.is_some() || BESIDES_PREFILL.contains(&kernel) {
+    if row.is_some() || names::MASKS.contains(&kernel) || names::DECODE.contains(&kernel) {
         values.extend(BOOLS.map(|index| (index, Value::Bool(false))));
         values.extend(INTS.map(|index| (index, Value::Int(0))));
     }
@@ -91,7 +83,8 @@ mod tests {
         for kernel in table::PREFILL
             .iter()
             .map(|v| v.kernel)
-            .chain(BESIDES_PREFILL)
+            .chain(names::MASKS)
+            .chain(names::DECODE)
         {
             let values = values(kernel, &Constants::default());
             assert_eq!(values.len(), documented.len(), "{kernel}");

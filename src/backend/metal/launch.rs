@@ -12,7 +12,7 @@ use crate::attention::{Problem, Role};
 use crate::backend::DeviceKind;
 use crate::backend::abilities::Abilities;
 use crate::backend::command::{
-    ClassifyTiles, DecodePartials, FillMask, JoinPartials, Slot, Span, Task, Work,
+    ClassifyTiles, DecodePartials, FillBlocks, FillMask, JoinPartials, Slot, Span, Task, Work,
 };
 use crate::backend::shared_params::VecParamsGpu;
 use crate::backend::{self, Arg, Dispatch, Kernel};
@@ -51,8 +51,9 @@ fn bytes(params: &impl bytemuck::NoUninit) -> Bound {
 impl Launch {
     pub(crate) fn of(work: &Work) -> Result<Self> {
         match work {
-            Work::Attention(problem, options) => Ok(Self::attention(Plan::new(problem, *options)?)),
+            Work::Attention(problem, hint) => Ok(Self::attention(Plan::new(problem, *hint)?)),
             Work::FillMask(fill) => Ok(Self::fill(fill)),
+            Work::FillBlocks(fill) => Ok(Self::fill_blocks(fill)),
             Work::ClassifyTiles(classify) => Self::classify(classify),
             Work::DecodePartials(decode) => Self::partials(decode),
             Work::JoinPartials(join) => Ok(Self::join(join)),
@@ -78,7 +79,10 @@ impl Launch {
     fn fill(fill: &FillMask) -> Self {
         let params = fill.params();
         Self {
-            kernel: names::MASK_FILL,
+            kernel: match fill.dtype {
+                DType::F16 => names::MASK_FILL_F16,
+                _ => names::MASK_FILL,
+            },
             source: sources::MASK_TEXT,
             constants: Constants::default(),
             args: vec![
@@ -90,10 +94,29 @@ impl Launch {
         }
     }
 
+    fn fill_blocks(fill: &FillBlocks) -> Self {
+        Self {
+            kernel: names::MASK_FILL_BLOCKS,
+            source: sources::MASK_TEXT,
+            constants: Constants::default(),
+            args: vec![
+                (other::BLOCKS_OUT, operand(Role::Mask)),
+                (other::BLOCKS_PARAMS, bytes(&fill.params())),
+                (other::BLOCKS_IDS, Bound::Operand(Slot::SequenceIds)),
+                (other::BLOCKS_POSITIONS, Bound::Operand(Slot::Positions)),
+            ],
+            grid: [fill.len.into(), 1, 1],
+            threadgroup: [FILL_THREADS, 1, 1],
+        }
+    }
+
     fn classify(classify: &ClassifyTiles) -> Result<Self> {
         let (params, (bq, bk)) = (classify.params()?, classify.sides()?);
         Ok(Self {
-            kernel: names::BLK,
+            kernel: match classify.dtype {
+                DType::F16 => names::BLK_F16,
+                _ => names::BLK,
+            },
             source: sources::MASK_TEXT,
             constants: Constants::new(&[], &[(constant::BLK_BQ, bq), (constant::BLK_BK, bk)]),
             args: vec![

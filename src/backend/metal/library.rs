@@ -15,7 +15,7 @@ use objc2_metal::{
     MTLMathFloatingPointFunctions, MTLMathMode, MTLPipelineOption,
 };
 
-use super::bindings::Constants;
+use super::bindings::{Constants, accesses};
 use super::constants::{self, Value};
 use super::limits;
 use super::sources;
@@ -101,7 +101,13 @@ impl Libraries {
         if let Some(reason) = limits::violation(kernel, constants, &limits) {
             return Err(failed(reason));
         }
-        Ok(Kernel::new(kernel, constants, limits, Built { pipeline }))
+        Ok(Kernel::new(
+            kernel,
+            constants,
+            limits,
+            accesses(kernel),
+            Built { pipeline },
+        ))
     }
 }
 

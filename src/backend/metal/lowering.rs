@@ -143,7 +143,7 @@ fn grid(dispatch: &Dispatch) -> Result<Op<'_>> {
 mod tests {
     use super::*;
     use crate::backend::Limits;
-    use crate::backend::metal::bindings::{Constants, names};
+    use crate::backend::metal::bindings::{Constants, accesses, names};
 
     #[derive(Debug)]
     struct Fake(usize);
@@ -164,7 +164,13 @@ mod tests {
             max_threads: 128,
             static_threadgroup_bytes: 0,
         };
-        Arc::new(Kernel::new(name, &Constants::default(), limits, ()))
+        Arc::new(Kernel::new(
+            name,
+            &Constants::default(),
+            limits,
+            accesses(name),
+            (),
+        ))
     }
 
     fn step(kernel: &Arc<Kernel>, args: Vec<(usize, Arg)>, threadgroup: [u64; 3]) -> Step {

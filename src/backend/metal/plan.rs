@@ -4,6 +4,7 @@ use super::bindings::{Constants, constant, dtype_code, prefill};
 use super::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
 use super::table::{self, MaskKind, Variant};
 use crate::attention::{Problem, QueryOffset, Role, Strides};
+use crate::backend::command::Hint;
 use crate::error::{MlxError, Result};
 
 /// What a plan binds at one index.
@@ -30,24 +31,22 @@ pub(crate) struct Plan {
     pub threadgroup: [u64; 3],
 }
 
-/// Choices that a caller may make over the table's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct PlanOptions {
-    /// Simdgroups of a head-dim-512 kernel (4 or 8) instead of the table's.
-    pub nsg: Option<u32>,
-    /// Dispatch this row instead of the table's first match; it must fit the problem.
-    pub variant: Option<&'static Variant>,
-}
-
 impl Plan {
-    /// Plans `problem`.
-    pub(crate) fn new(problem: &Problem, options: PlanOptions) -> Result<Self> {
+    /// Plans `problem`: with the kernel that the hint names, which must fit the problem, else with the table's
+    /// first match.
+    pub(crate) fn new(problem: &Problem, hint: Hint) -> Result<Self> {
         let shape = problem.shape();
         let mask_kind = MaskKind::of(problem);
-        let variant = match options.variant {
-            Some(v) if problem.mask().is_none() => v.without_mask(),
-            Some(v) => v,
+        let variant = match hint.kernel {
             None => table::select(problem.dtype(), shape.qk_dim, mask_kind)?,
+            Some(name) => {
+                let named = table::by_name(name);
+                let named = named.ok_or_else(|| MlxError::KernelNotFound(name.into()))?;
+                match problem.mask() {
+                    None => named.without_mask(),
+                    Some(_) => named,
+                }
+            }
         };
         if (variant.dtype, variant.head_dim, variant.mask)
             != (problem.dtype(), shape.qk_dim, mask_kind)
@@ -64,7 +63,7 @@ impl Plan {
                 shape.qk_dim,
             )));
         }
-        let simdgroups = simdgroups(variant, options.nsg)?;
+        let simdgroups = simdgroups(variant, hint.simdgroups)?;
         let tile = variant.tile;
         let (nq, nk) = tile.count(shape.query_len, shape.key_len);
 

@@ -64,7 +64,8 @@ library! {
 library! {
     /// Text of the mask-fill and tile-class kernels.
     MASK_TEXT = "../../../kernels/metal/masks.metal" with
-        shared_params::MASK_FILL_PARAMS_TEXT, shared_params::BLK_PARAMS_TEXT
+        shared_params::MASK_FILL_PARAMS_TEXT, shared_params::BLOCK_FILL_PARAMS_TEXT,
+        shared_params::BLK_PARAMS_TEXT
 }
 library! {
     /// Text of the decode kernels.
@@ -106,8 +107,8 @@ pub(crate) fn metallib_name(source: &str) -> String {
 /// Every kernel's name with its text.
 pub(crate) fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
     let prefill = PREFILL.iter().map(|v| (v.kernel, PREFILL_TEXT));
-    let masks = [names::MASK_FILL, names::BLK].map(|name| (name, MASK_TEXT));
-    let decode = [names::VEC_F32, names::VEC_F16, names::VEC_REDUCE].map(|name| (name, VEC_TEXT));
+    let masks = names::MASKS.map(|name| (name, MASK_TEXT));
+    let decode = names::DECODE.map(|name| (name, VEC_TEXT));
     prefill.chain(masks).chain(decode)
 }
 
@@ -130,9 +131,10 @@ mod tests {
                 "{name}"
             );
         }
-        for name in [names::MASK_FILL, names::BLK, names::VEC_REDUCE] {
+        for name in names::MASKS.into_iter().chain(names::DECODE) {
             let (_, text) = all().find(|(n, _)| *n == name).unwrap();
-            assert!(text.contains(&format!("void {name}(")), "{name}");
+            let forms = [format!("void {name}("), format!("host_name(\"{name}\")")];
+            assert!(forms.iter().any(|form| text.contains(form)), "{name}");
         }
     }
 

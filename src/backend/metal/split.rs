@@ -178,7 +178,7 @@ impl Long<'_> {
             }
             Role::Sinks | Role::AlibiSlopes => Some(head),
             // All heads and batches share them.
-            Role::TileClasses => Some(0),
+            Role::TileClasses | Role::BlockTable | Role::KeyLengths => Some(0),
         };
         let mut args = self.dispatch.args.clone();
         for (index, arg) in &mut args {
@@ -297,9 +297,10 @@ mod tests {
     use super::*;
     use crate::DType;
     use crate::attention::{Problem, Shape};
+    use crate::backend::command::Hint;
     use crate::backend::host_memory::HostMemory;
-    use crate::backend::metal::bindings::Constants;
-    use crate::backend::metal::plan::{Plan, PlanArg, PlanOptions};
+    use crate::backend::metal::bindings::{Constants, accesses};
+    use crate::backend::metal::plan::{Plan, PlanArg};
     use crate::backend::{Kernel, Limits};
 
     fn costs(tiles: &[f64], heads: usize, group: usize, batches: usize) -> Costs {
@@ -342,7 +343,7 @@ mod tests {
 
     /// A dispatch of the problem as the Metal device gets it.
     fn dispatch(problem: &Problem) -> Dispatch {
-        let plan = Plan::new(problem, PlanOptions::default()).unwrap();
+        let plan = Plan::new(problem, Hint::default()).unwrap();
         let limits = Limits {
             thread_execution_width: 32,
             max_threads: 1024,
@@ -370,6 +371,7 @@ mod tests {
                 plan.variant.kernel,
                 &plan.constants,
                 limits,
+                accesses(plan.variant.kernel),
                 (),
             )),
             grid: plan.grid,
@@ -418,6 +420,7 @@ mod tests {
             "other",
             &Constants::default(),
             dispatch(&problem(64, 64)).kernel.limits,
+            accesses("other"),
             (),
         );
         let foreign = Dispatch {

@@ -3,7 +3,7 @@
 
 use crate::attention::mask::Tile;
 use crate::attention::{HEAD_DIMS, Problem};
-use crate::backend::DeviceKind;
+use crate::backend::kind::DeviceKind;
 use crate::dtype::DType;
 use crate::error::Unsupported;
 

@@ -9,7 +9,7 @@ use super::{device, fill_params, mask, u8s};
 use crate::attention::Problem;
 use crate::backend::command::Work;
 use crate::backend::host_memory::HostMemory;
-use crate::backend::metal::bindings::{Constants, names};
+use crate::backend::metal::bindings::{Constants, accesses, names};
 use crate::backend::metal::params::AttnParamsGpu;
 use crate::backend::shared_params::{BlkParamsGpu, MaskFillParamsGpu, VecParamsGpu};
 use crate::backend::{Backend, DeviceKind, Done, Kernel, Limits, Memory, Pending, Step, Timing};
@@ -51,7 +51,7 @@ impl Backend for Fake {
             max_threads: 1024,
             static_threadgroup_bytes: 0,
         };
-        let built = Kernel::new(kernel, constants, limits, ());
+        let built = Kernel::new(kernel, constants, limits, accesses(kernel), ());
         Ok(Arc::new(
             if crate::backend::metal::sources::is_own(kernel, source) {
                 built

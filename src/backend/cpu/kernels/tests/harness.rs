@@ -298,12 +298,10 @@ impl Data {
 
     pub(super) fn reference(&self, precision: Precision) -> Reference {
         let inputs = Inputs {
-            q: self.q.values(),
-            k: self.k.values(),
-            v: self.v.values(),
             mask: self.mask.as_ref().map(Array::values),
             sinks: self.sinks.as_deref(),
             alibi_slopes: self.slopes.as_deref(),
+            ..Inputs::new(self.q.values(), self.k.values(), self.v.values())
         };
         oracle::attention(&self.problem, &inputs, precision).unwrap()
     }

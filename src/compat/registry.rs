@@ -5,14 +5,12 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::device::DeviceHandle;
 use crate::backend::command::{Planned, Work};
-use crate::backend::metal::bindings::Constants;
 use crate::backend::metal::plan::Plan;
-use crate::backend::metal::sources;
-use crate::backend::metal::{bindings, table};
-use crate::backend::{Kernel, Limits};
+use crate::backend::metal::{bindings, sources, table};
+use crate::backend::{Constants, Kernel, Limits};
 use crate::error::{MlxError, Result};
+use crate::runtime::device::DeviceHandle;
 
 /// A kernel built for one device with one set of constants.
 #[derive(Debug, Clone)]
@@ -121,13 +119,13 @@ impl KernelRegistry {
     /// Counts the kernel of a planned attention among the built ones, as a caller of the kernel's name
     /// expects.
     pub(crate) fn note(&mut self, device: &DeviceHandle, planned: &Arc<Planned>) -> Result<()> {
-        let Work::Attention(problem, options) = &planned.work else {
+        let Work::Attention(problem, hint) = &planned.work else {
             return Ok(());
         };
         if self.noted.iter().any(|noted| Arc::ptr_eq(noted, planned)) {
             return Ok(());
         }
-        let plan = Plan::new(problem, *options)?;
+        let plan = Plan::new(problem, *hint)?;
         self.get(plan.variant.kernel, device, plan.constants)?;
         self.noted.truncate(REMEMBERED - 1);
         self.noted.push_front(Arc::clone(planned));
@@ -249,7 +247,13 @@ impl KernelRegistry {
                         static_threadgroup_bytes: 0,
                     };
                     let state = backend.named_kernel();
-                    Arc::new(Kernel::with_state(name, constants, limits, state))
+                    Arc::new(Kernel::with_state(
+                        name,
+                        constants,
+                        limits,
+                        bindings::accesses(name),
+                        state,
+                    ))
                 };
                 let pipeline = Pipeline(kernel);
                 shared.insert(slot.key().clone(), pipeline.clone());

@@ -7,15 +7,14 @@ use crate::attention::Role;
 use crate::backend::command::{DecodePartials, JoinPartials, Slot, Task, Work};
 use crate::backend::metal::bindings::names;
 use crate::backend::metal::sources;
-use crate::backend::shared_params::VecParamsGpu;
-use crate::compat::decode_problem;
+use crate::compat::decode::DecodeStep;
+use crate::compat::registry::KernelRegistry;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::ops::check_buffer;
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
 use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
-use crate::runtime::registry::KernelRegistry;
 
 /// Text of the decode kernels.
 pub static FLASH_ATTN_VEC_SHADER_SOURCE: &str = sources::VEC_TEXT;
@@ -175,28 +174,22 @@ pub fn flash_attn_vec(
         }
     }
     let windowed = params.mask_type == 2 && params.sliding_window > 0;
-    let args = VecParamsGpu {
-        num_heads: params.num_heads,
-        num_kv_heads: params.num_kv_heads,
+    let step = DecodeStep {
+        heads: params.num_heads,
+        kv_heads: params.num_kv_heads,
         head_dim: params.head_dim,
-        kv_seq_len: params.kv_seq_len,
-        kv_capacity: params.kv_capacity,
-        kv_start: if windowed {
-            params.kv_seq_len.saturating_sub(params.sliding_window)
-        } else {
-            0
-        },
+        key_len: params.kv_seq_len,
+        capacity: params.kv_capacity,
+        kv_dtype,
         scale: params.scale,
         softcap: params.softcap,
-        splits: SPLITS,
-        _pad: 0,
+        window: windowed.then_some(params.sliding_window),
     };
     // Count among the built kernels, as a caller of the kernels' names expects.
     registry.get_pipeline(names::VEC_REDUCE, device.metal_device())?;
     registry.get_pipeline(kernel, device.metal_device())?;
-    let problem = decode_problem(&args, kv_dtype)?;
     let first = Work::DecodePartials(DecodePartials {
-        problem: Arc::new(problem),
+        problem: Arc::new(step.problem()?),
         splits: SPLITS,
     });
     let second = Work::JoinPartials(JoinPartials {

@@ -8,19 +8,21 @@ use crate::attention::Tile;
 use crate::backend::command::{ClassifyTiles, Slot, Task, Work};
 use crate::backend::metal::bindings::{constant, names};
 use crate::backend::metal::sources;
+use crate::compat::registry::KernelRegistry;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 use crate::ops::check_buffer;
 use crate::runtime::buffer::MlxBuffer;
 use crate::runtime::device::MlxDevice;
 use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
-use crate::runtime::registry::KernelRegistry;
 
 /// Text of the mask-fill and tile-class kernels.
 pub static FLASH_ATTN_PREFILL_BLK_SHADER_SOURCE: &str = sources::MASK_TEXT;
 
-/// The kernel.
+/// Classifies the tiles of a bf16 mask.
 pub const K_BLK_BF16: &str = names::BLK;
+/// Classifies the tiles of an f16 mask.
+pub const K_BLK_F16: &str = names::BLK_F16;
 /// Function constant (int): query rows of a tile.
 pub const FC_IDX_BQ: usize = constant::BLK_BQ;
 /// Function constant (int): keys of a tile.
@@ -31,9 +33,11 @@ pub const FC_IDX_HAS_BLK: usize = constant::HAS_BLK;
 /// Class buffers are a whole number of these, in bytes.
 const GRANULE: usize = 32;
 
-/// Registers the kernel. A new registry knows it already.
+/// Registers the kernels. A new registry knows them already.
 pub fn register(registry: &mut KernelRegistry) {
-    registry.register_source(K_BLK_BF16, FLASH_ATTN_PREFILL_BLK_SHADER_SOURCE);
+    for name in [K_BLK_BF16, K_BLK_F16] {
+        registry.register_source(name, FLASH_ATTN_PREFILL_BLK_SHADER_SOURCE);
+    }
 }
 
 /// Sizes of a mask and of its tiles: 32 x 16 for head dims up to 256, 8 x 64 for 512.
@@ -102,6 +106,46 @@ pub fn dispatch_flash_attn_prefill_blk(
     blk_out: &MlxBuffer,
     params: &BlkParams,
 ) -> Result<()> {
+    classify(
+        encoder,
+        device,
+        registry,
+        [mask, blk_out],
+        params,
+        DType::BF16,
+    )
+}
+
+/// As [`dispatch_flash_attn_prefill_blk`], of an f16 mask (a name of version 0.15.16).
+///
+/// # Errors
+/// As [`dispatch_flash_attn_prefill_blk`], for a mask that is not f16.
+pub fn dispatch_flash_attn_prefill_blk_f16(
+    encoder: &mut CommandEncoder,
+    device: &MlxDevice,
+    registry: &mut KernelRegistry,
+    mask: &MlxBuffer,
+    blk_out: &MlxBuffer,
+    params: &BlkParams,
+) -> Result<()> {
+    classify(
+        encoder,
+        device,
+        registry,
+        [mask, blk_out],
+        params,
+        DType::F16,
+    )
+}
+
+fn classify(
+    encoder: &mut CommandEncoder,
+    device: &MlxDevice,
+    registry: &mut KernelRegistry,
+    [mask, blk_out]: [&MlxBuffer; 2],
+    params: &BlkParams,
+    dtype: DType,
+) -> Result<()> {
     let (nq, nk) = params.tiles()?;
     let overflow =
         |what: &str| MlxError::InvalidArgument(format!("{what}: sizes of {params:?} overflow"));
@@ -111,7 +155,7 @@ pub fn dispatch_flash_attn_prefill_blk(
     let tiles = (nq as usize)
         .checked_mul(nk as usize)
         .ok_or_else(|| overflow("blk"))?;
-    check_buffer("mask", mask, DType::BF16, cells)?;
+    check_buffer("mask", mask, dtype, cells)?;
     check_buffer("blk", blk_out, DType::U8, tiles)?;
     if mask.shape().len() > 2 && mask.shape().iter().rev().skip(2).any(|n| *n != 1) {
         return Err(MlxError::expected(
@@ -120,13 +164,18 @@ pub fn dispatch_flash_attn_prefill_blk(
             format!("shape {:?}", mask.shape()),
         ));
     }
+    let kernel = match dtype {
+        DType::F16 => K_BLK_F16,
+        _ => K_BLK_BF16,
+    };
     let sides = [(FC_IDX_BQ, params.bq as i32), (FC_IDX_BK, params.bk as i32)];
     // Counts among the built kernels, as a caller of the kernel's name expects.
-    registry.get_pipeline_with_constants(K_BLK_BF16, device.metal_device(), &[], &sides)?;
+    registry.get_pipeline_with_constants(kernel, device.metal_device(), &[], &sides)?;
     let classify = ClassifyTiles {
         query_len: params.seq_len_q,
         key_len: params.seq_len_k,
         row_stride: params.seq_len_k as usize,
+        dtype,
         tile: Tile {
             bq: params.bq as usize,
             bk: params.bk as usize,

@@ -1,8 +1,8 @@
 //! Dispatches that bind buffers and bytes, as free functions; each is the encoder's method of its name.
 
+use crate::compat::registry::Pipeline;
 use crate::runtime::encoder::{CommandEncoder, MTLSize};
 pub use crate::runtime::encoder::{KernelArg, as_bytes};
-use crate::runtime::registry::Pipeline;
 
 /// [`CommandEncoder::encode_with_args`]: the grid counts threads.
 pub fn encode_with_args(

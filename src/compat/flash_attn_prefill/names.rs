@@ -80,9 +80,9 @@ pub(super) use checks::{validate_buffer_size, validate_params};
 #[cfg(test)]
 mod checks {
     use crate::attention::Problem;
+    use crate::compat::flash_attn_prefill::FlashAttnPrefillParams;
     use crate::error::Result;
     use crate::ops::check_buffer;
-    use crate::ops::flash_attn_prefill::FlashAttnPrefillParams;
     use crate::{DType, MlxBuffer};
 
     /// Whether a problem of these sizes can be built.
@@ -110,7 +110,7 @@ mod tests {
 
     use super::*;
     use crate::backend::metal::table::{MaskKind, by_name};
-    use crate::ops::flash_attn_prefill::FlashAttnPrefillParams;
+    use crate::compat::flash_attn_prefill::FlashAttnPrefillParams;
     use crate::{CpuOptions, DType, MlxDevice, MlxError};
 
     #[test]
