@@ -1,23 +1,21 @@
-// Runs of a threadblock over its query tiles where K or V holds NaN or infinities. Goes after common.cu
-// or hopper_ptx.cu.
+// Runs of a threadblock over its query tiles where K or V holds NaN or infinities. Goes after score.h.
 //
-// A hidden key has weight 0, but 0 times NaN or infinity is NaN in P V. So the plain run looks at its
-// finished rows once, and where one is not finite the threadblock does its tiles again: same tiles,
-// same order, same instructions, but V passes through `cleaned` on its way to the product. Rows that
-// see none of the elements that are not finite get the bits that they would have with any other
-// elements there. Which columns of which rows do see one is then found by two more products, of ones
-// for visible keys and ones for such elements: a positive count is an infinity or NaN.
+// A hidden key has weight 0, but 0 times NaN or infinity is NaN in P V. So the run PLAIN tests its finished rows, and
+// where one is not finite the threadblock does its tiles again: same tiles, same order, same instructions, but `cleaned`
+// replaces the elements of V that are not finite before the product. A row that sees none of them so gets the bits that
+// it has whatever those elements are. Two more runs find the elements of O whose row does see one: they multiply ones
+// for visible keys with ones for such elements, and where the count is positive, O is an infinity or NaN.
 
 enum Run {
     PLAIN,
     CLEAN,    // elements of V that are not finite are 0; hidden scores are selected away
-    EXACT,    // as CLEAN, for rows whose speculative softmax overflowed (Hopper kernels)
+    EXACT,    // as CLEAN, but every maximum is computed first: rows whose speculative softmax overflowed (Hopper)
     UPWARD,   // counts of +infinity and NaN that a row sees
     DOWNWARD, // counts of -infinity and NaN that a row sees
     DONE,
 };
 
-// A bool known when compiling.
+// A bool at compile time, as an argument's type.
 template <bool B>
 struct Is {
     DEV_MEMBER constexpr operator bool() const { return B; }
@@ -46,8 +44,8 @@ DEV float cleaned(float x, int run) {
     return magnitude > infinity || bits == counted ? 1.0f : 0.0f;
 }
 
-// Cleans `bytes` bytes of 16-bit elements in shared memory, in place, by `threads` threads. Whether this
-// thread changed any.
+// Cleans `bytes` bytes of 16-bit elements in shared memory, in place, by `threads` threads. Gives whether this thread
+// changed any.
 template <bool F16_BITS> DEV bool clean_halves(void* at, int bytes, int thread, int threads, int run) {
     u32 changed = 0;
 #pragma unroll 1
@@ -60,7 +58,7 @@ template <bool F16_BITS> DEV bool clean_halves(void* at, int bytes, int thread, 
     return changed != 0;
 }
 
-// An element of O whose row sees `count` elements that `run` counts; `was` is what the runs before gave.
+// An element of O whose row sees `count` of the elements that `run` counts; `was` is its value after the runs before.
 DEV float counted(float was, float count, int run) {
     if (!(count > 0.0f)) return was;
     const float infinity = __int_as_float(0x7f800000), nan = __int_as_float(0x7fffffff);
@@ -68,13 +66,5 @@ DEV float counted(float was, float count, int run) {
     return was != was || was == infinity ? nan : -infinity;
 }
 
-// A score that overflowed, as the largest number of its sign; NaN stays.
-DEV float clamped(float x) {
-    float y;
-    asm("min.NaN.f32 %0, %1, 0f7f7fffff;" : "=f"(y) : "f"(x));
-    asm("max.NaN.f32 %0, %1, 0fff7fffff;" : "=f"(y) : "f"(y));
-    return y;
-}
-
-// A visible key's weight in the runs that count; a hidden one's.
-DEV float presence(float score) { return score == __int_as_float(0xff800000) ? 0.0f : 1.0f; }
+// The weight of a key in the runs that count: 1 if visible, 0 if hidden.
+DEV float presence(float score) { return score == NEG_INF ? 0.0f : 1.0f; }

@@ -12,8 +12,6 @@ typedef long long int64_t;
 #define DEV static __device__ __forceinline__
 #define DEV_MEMBER __device__ __forceinline__
 #define ALL_LANES 0xffffffffu
-#define NEG_INF __int_as_float(0xff800000)
-#define LOG2E 1.4426950408889634f
 
 DEV float bf16_to_f32(u16 bits) { return __uint_as_float(u32(bits) << 16); }
 
@@ -51,23 +49,9 @@ DEV void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 // Waits until the kernel before has ended and what it wrote can be read, and lets the one after start,
 // which waits likewise. Without programmatic dependent launches neither does anything.
-DEV void follow_kernel_before() {
+DEV void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
-}
-
-// Element types of K, V and masks, as the parameters code them.
-#define TYPE_F32 1
-#define TYPE_F16 2
-#define TYPE_BF16 3
-#define TYPE_BOOL 4
-
-template <int TYPE> DEV float element(const void* base, i64 at) {
-    if constexpr (TYPE == TYPE_F32) return ((const float*)base)[at];
-    if constexpr (TYPE == TYPE_F16) return f16_to_f32(((const u16*)base)[at]);
-    if constexpr (TYPE == TYPE_BF16) return bf16_to_f32(((const u16*)base)[at]);
-    if constexpr (TYPE == TYPE_BOOL) return ((const u8*)base)[at] ? 0.0f : NEG_INF;
-    return 0.0f;
 }

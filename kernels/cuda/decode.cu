@@ -5,6 +5,9 @@
 #define PER_LANE ((D + 31) / 32)
 #define RUN 4
 
+// Where row `key` of the keys or values of a head begins, in elements: the rows of a cache lie one after another.
+DEV i64 kv_row(i64 head, i64 key) { return head + key * D; }
+
 extern "C" __global__ void __launch_bounds__(32) partials(const float* q, const void* k, const void* v, float* out, const VecParams p) {
     const i64 split = blockIdx.x % p.splits, head = blockIdx.x / p.splits;
     const i64 base = head / (p.num_heads / p.num_kv_heads) * p.kv_capacity * D;
@@ -27,14 +30,14 @@ extern "C" __global__ void __launch_bounds__(32) partials(const float* q, const 
 #pragma unroll
                 for (int i = 0; i < PER_LANE; i++) {
                     const int d = 32 * i + lane;
-                    if (d < D) dot += query[i] * element<KV>(k, base + (k0 + j) * D + d);
+                    if (d < D) dot += query[i] * element<KV>(k, kv_row(base, k0 + j) + d);
                 }
             }
 #pragma unroll
             for (int other = 16; other > 0; other /= 2) dot += __shfl_xor_sync(ALL_LANES, dot, other);
-            x[j] = clamped(dot * p.scale);
-            if (p.softcap != 0.0f) x[j] = p.softcap * tanhf(x[j] / p.softcap);
-            if (k0 + j >= p.kv_seq_len) x[j] = NEG_INF;
+            x[j] = score_scaled(dot, p.scale);
+            if (p.softcap != 0.0f) x[j] = score_softcapped(x[j] / p.softcap, p.softcap);
+            x[j] = score_if_seen(x[j], k0 + j < p.kv_seq_len);
             highest = fmaxf(highest, x[j]);
         }
         const float subtract = highest == NEG_INF ? 0.0f : highest, factor = expf(m - subtract);
@@ -50,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(32) partials(const float* q, const 
 #pragma unroll
             for (int i = 0; i < PER_LANE; i++) {
                 const int d = 32 * i + lane;
-                if (d < D) o[i] += weight * element<KV>(v, base + (k0 + j) * D + d);
+                if (d < D) o[i] += weight * element<KV>(v, kv_row(base, k0 + j) + d);
             }
         }
     }

@@ -12,36 +12,33 @@
 #define RUNS ((D + 31) / 32)
 
 #if KV_F16
-#define KV_TYPE TYPE_F16
-#define KV_SIZE 2
+typedef u16 KvElement;
 #else
-#define KV_TYPE TYPE_F32
-#define KV_SIZE 4
+typedef float KvElement;
 #endif
 
-// Brings N rows from `first` on; zeros from row `end` on.
-template <int N, int TYPE> DEV void load(float* to, const void* from, i64 offset, i64 stride, int first, int end, bool vector) {
+// Copies N rows from `first` on to shared memory; zeros from row `end` on.
+template <int N, typename T> DEV void load(float* to, const HeadRows<T>& from, int first, int end, bool vector) {
+    const HeadRows<T> tile = from.from(first);
     const int there = end - first;
-    offset += stride * first;
-    if constexpr (TYPE == TYPE_F32) {
-        const float* base = (const float*)from + offset;
+    if constexpr (sizeof(T) == 4) {
         if (vector) {
             for (int i = threadIdx.x; i < N * (D / 4); i += THREADS) {
                 const int row = i / (D / 4), column = 4 * (i % (D / 4));
                 const bool in = row < there;
-                copy16(shared_address(to + row * STRIDE + column), in ? base + stride * row + column : (const float*)from, in);
+                copy16(shared_address(to + row * STRIDE + column), in ? tile.at(row) + column : from.first, in);
             }
         } else {
             for (int i = threadIdx.x; i < N * D; i += THREADS) {
                 const int row = i / D, column = i % D;
                 const bool in = row < there;
-                copy4(shared_address(to + row * STRIDE + column), in ? base + stride * row + column : (const float*)from, in);
+                copy4(shared_address(to + row * STRIDE + column), in ? tile.at(row) + column : from.first, in);
             }
         }
     } else {
         for (int i = threadIdx.x; i < N * D; i += THREADS) {
             const int row = i / D, column = i % D;
-            to[row * STRIDE + column] = row < there ? element<TYPE>(from, offset + stride * row + column) : 0.0f;
+            to[row * STRIDE + column] = row < there ? f16_to_f32(tile.at(row)[column]) : 0.0f;
         }
     }
     copies_commit();
@@ -49,9 +46,9 @@ template <int N, int TYPE> DEV void load(float* to, const void* from, i64 offset
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) float shared[];
-    // A run over the threadblock's rows; whether they are finite. The first is compiled apart from the others.
+    // A run over the threadblock's rows; gives whether they are finite. The first is compiled apart from the others.
     auto rows = [&](auto, const int run) {
-        // Opaque, lest what a later run takes be kept in registers through the first.
+        // Opaque, so that values for a later run are not kept in registers through the first.
         u32 block = blockIdx.x;
         asm volatile("" : "+r"(block));
         const Tile t = tile_of(p, block);
@@ -60,9 +57,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         float* sm_q = shared;
         float* sm_kv = sm_q + BM * STRIDE;
         float* sm_p = sm_kv + BN * STRIDE;
-        const i64 q_at = row_offset(p.q_strides, t.b, t.h, 0) + p.q_strides[2] * t.q_start;
-        const i64 k_at = row_offset(p.k_strides, t.b, t.kv_head, 0) + p.k_strides[2] * t.k_start;
-        const i64 v_at = row_offset(p.v_strides, t.b, t.kv_head, 0) + p.v_strides[2] * t.k_start;
+        const HeadRows<float> q = q_rows<float>(p, t);
+        const HeadRows<KvElement> k = kv_rows<KvElement>(t, p.k, p.k_strides);
+        const HeadRows<KvElement> v = kv_rows<KvElement>(t, p.v, p.v_strides);
         const bool vector = p.vector & 1;
         const int group = threadIdx.x / 8, column = threadIdx.x % 8;
         const int local = group * ROWS, row0 = t.m0 + local;
@@ -80,10 +77,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         }
 
         Walk walk(p, t);
-        if (run == PLAIN && walk.at < walk.end) load<BM, TYPE_F32>(sm_q, p.q, q_at, p.q_strides[2], t.m0, t.sq, vector);
+        if (run == PLAIN && walk.at < walk.end) load<BM>(sm_q, q, t.m0, t.sq, vector);
         for (; walk.at < walk.end; walk.seek(p, t, walk.at + 1)) {
             const int k0 = walk.at * BN;
-            load<BN, KV_TYPE>(sm_kv, p.k, k_at, p.k_strides[2], k0, t.sk, vector);
+            load<BN>(sm_kv, k, k0, t.sk, vector);
             copies_wait();
             __syncthreads();
 
@@ -121,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             for (int r = 0; r < ROWS; r++) {
                 float highest = m[r];
 #pragma unroll
-                for (int j = 0; j < KEYS; j++) s[r][j] = scaled(s[r][j], p);
+                for (int j = 0; j < KEYS; j++) s[r][j] = score_scaled(s[r][j], p.scale);
 #if GENERAL
                 int rows[KEYS], keys[KEYS];
 #pragma unroll
@@ -153,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             }
             __syncthreads(); // K has been read
 
-            load<BN, KV_TYPE>(sm_kv, p.v, v_at, p.v_strides[2], k0, t.sk, vector);
+            load<BN>(sm_kv, v, k0, t.sk, vector);
             copies_wait();
             __syncthreads();
             if (run != PLAIN) {

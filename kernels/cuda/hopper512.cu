@@ -31,7 +31,7 @@
 #define BAR_FREE 1  // and + 1: weights were read
 #define BAR_STORE 3 // and + 1: within a group
 
-// Elements of O a thread that wait in shared memory while a run after the first does a softmax, where
+// Elements of O a thread that are saved to shared memory during the softmax of a run after the first, where
 // registers are short.
 #define PARKED 8
 
@@ -43,7 +43,7 @@ struct Shared {
     u64 done;         // so are the last factors
     float alpha[PBUF][64];
     float inv[64];
-    Again again; // the same in both CTAs
+    RunsNeeded needed; // the same in both CTAs
     float parked[PARKED][128];
 #if CLASSES
     u64 list_full;
@@ -76,7 +76,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             bar_init(empty + 8 * s, 8); // four warps of either CTA
         }
         for (int c = 0; c < 8; c++) bar_init(v_raw + 8 * c, 1);
-        sh->again = Again{0, 0, 0};
+        sh->needed = RunsNeeded{0, 0, 0};
         for (int b = 0; b < PBUF; b++) bar_init(p_full + 8 * b, 128);
         bar_init(done, 128);
 #if CLASSES
@@ -85,7 +85,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         bar_init_fence();
     }
     cluster_sync();
-    follow_kernel_before();
+    wait_for_kernel_before();
 
     const Tile t = tile_of(p, blockIdx.x / 2);
     const int m0 = t.m0 + rank * 64;
@@ -95,7 +95,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     auto next_run = [&](int run) {
         __syncwarp();
         cluster_sync();
-        return __shfl_sync(~0u, run_after(run, sh->again), 0);
+        return __shfl_sync(~0u, run_after(run, sh->needed), 0);
     };
 
     if (group == 0) {
@@ -114,7 +114,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #endif
             for (int run = PLAIN, turns = 0; run != DONE; run = next_run(run), turns++) {
                 if (lane == 0 && n > 0) {
-                    const int head = t.h / p.kv_group, batch = VARLEN ? 0 : t.b;
+                    const KvHead kv = kv_head_of(p, t);
                     // Slot s for the tile of parity `phase`, which `there` waits for; the CTA whose turn it is
                     // issues the copy.
                     auto arm = [&](int s, u32 phase, u32 there) {
@@ -125,26 +125,26 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                     const u32 v_there = run == PLAIN ? full + 64 : v_raw;
                     const int before = turns * n; // tiles of the runs before
                     auto load_k = [&](int i) {
-                        const int row = t.k_start + TILE_AT(i) * BN;
+                        const int row = kv.row(TILE_AT(i));
                         for (int c = 0; c < 8; c++) {
                             if (arm(c, (before + i) & 1, full + 8 * c))
                                 tma_load_multicast(ring + c * SLOT_BYTES, &map_k, full + 8 * c, c * 64,
-                                                   row, head, batch, 3);
+                                                   row, kv.head, kv.batch, 3);
                         }
                     };
                     // Rows 16 (c / 2) on of the left half (c even) or the right.
                     auto load_v = [&](int i) {
-                        const int row = t.k_start + TILE_AT(i) * BN;
+                        const int row = kv.row(TILE_AT(i));
                         for (int c = 0; c < 8; c++) {
                             if (arm(8 + c, (before + i) & 1, v_there + 8 * c))
                                 tma_load5_multicast(ring + (8 + c) * SLOT_BYTES, &map_v,
                                                     v_there + 8 * c, 0, row + (c / 2) * 16,
-                                                    (c & 1) * 4, head, batch, 3);
+                                                    (c & 1) * 4, kv.head, kv.batch, 3);
                         }
                     };
                     bar_expect(q_full, Q_BYTES);
                     for (int c = 0; c < 8; c++)
-                        tma_load(sm_q + c * 8192, &map_q, q_full, c * 64, t.q_start + m0, t.h, batch);
+                        tma_load(sm_q + c * 8192, &map_q, q_full, c * 64, t.q_start + m0, t.h, kv.batch);
                     load_k(0);
                     for (int i = 0; i < n; i++) {
                         if (i + 1 < n) load_k(i + 1);
@@ -166,7 +166,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                 for (int c = 0; c < 8; c++) {
                     bar_wait(v_raw + 8 * c, tiles & 1);
                     u8* slot = raw + Q_BYTES + (8 + c) * SLOT_BYTES;
-                    if (clean_halves<F16>(slot, SLOT_BYTES, lane, 32, run)) sh->again.count = 1;
+                    if (clean_halves<F16>(slot, SLOT_BYTES, lane, 32, run)) sh->needed.count = 1;
                     fence_async_smem();
                     __syncwarp();
                     if (lane == 0) bar_arrive(full + 8 * (8 + c));
@@ -190,12 +190,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     const u64 desc_k = smem_desc(ring, 16), desc_v = smem_desc(ring + 8 * SLOT_BYTES, 2048);
     int run = PLAIN;
     for (int turns = 0; run != DONE; run = next_run(run), turns++) {
-        // Opaque, lest what follows from it be kept in registers from run to run.
+        // Opaque, so that values computed from it are not kept in registers from run to run.
         int tid = thread;
         asm volatile("" : "+r"(tid));
         const int lane = tid & 31, warp = tid >> 5;
         if (run >= EXACT) {
-            // What earlier runs stored is read.
+            // The output of earlier runs is read again and merged into.
             if (tid == 0) tma_store_wait();
             named_sync(BAR_STORE + group - 1, 128);
         }
@@ -215,7 +215,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         };
         float inv[2];
         bool over[2] = {false, false};
-        // Of tile i's slot of V for the keys 16 c to 16 c + 15, where it is there.
+        // Waits for tile i's keys 16 c to 16 c + 15 in slot s of V.
         auto wait_v = [&](int s, int c, int i) {
             bar_wait(full + 8 * s, (before + i) & 1);
 #if VARLEN
@@ -231,12 +231,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             const u64 desc_q = smem_desc(sm_q, 16);
             const float sc = score_unit(p);
             float s[32];
-            Soft soft = soft_start();
+            Softmax soft = softmax_start();
             u32 pr[16];
 
             // QK^T of tile i; all slots but the last are released.
             auto issue_qk = [&](int i) {
-                // Opaque, lest 64 descriptors be kept from tile to tile.
+                // Opaque, so that 64 descriptors are not kept in registers from tile to tile.
                 u64 qd = desc_q, kd = desc_k;
                 asm volatile("" : "+l"(qd), "+l"(kd));
 #pragma unroll
@@ -284,18 +284,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #if MASK
                 const bool masked = true;
 #else
-                bool masked = (tile + 1) * BN > t.sk;
-#if RIGHT
-                masked |= (tile + 1) * BN - 1 > m0 + t.q_off + p.right;
-#endif
-#if LEFT
-                masked |= tile * BN < min(m0 + 64, t.sq) - 1 + t.q_off - p.left;
-#endif
+                const bool masked = hides_keys(p, t, m0, tile);
 #endif
 #endif
                 if (run != PLAIN) {
-                    // What runs after the first take besides has its registers where no product is under way,
-                    // and depends on an opaque zero, lest it be kept in registers from tile to tile.
+                    // Runs after the first need more registers: they take them while no product is in flight, and
+                    // values that depend on the opaque zero are computed for each tile instead of kept.
                     wgmma_wait<0>();
                     pin(o);
                     int zero = 0;
@@ -346,7 +340,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 #pragma unroll 1
             for (int i = 1; i < n; i++) {
                 issue_qk(i);
-                // Only now, lest its products come before these.
+                // Only now, so that the other group's products do not come before these.
                 bar_arrive(p_full + 8 * ((before + i - 1) & (PBUF - 1)));
                 issue_pv(i - 1);
                 wgmma_wait<4>();
@@ -354,7 +348,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                 release_k();
                 scores(i);
                 pin(s);
-                after(soft.l[0] + soft.l[1]);
+                hold_until(soft.l[0] + soft.l[1]);
                 wgmma_wait<0>();
                 pin(s);
                 pin(o);
@@ -399,13 +393,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                 wgmma_wait<0>();
                 pin(o);
                 release(15);
-                // The next tile but PBUF - 1 takes these weights' place, if there is one.
+                // The weights of the tile PBUF later, if there is one, take the place of these.
                 named_arrive(BAR_FREE + b, 256);
             }
             bar_wait(done, turns & 1);
             inv[0] = sh->inv[r];
             inv[1] = sh->inv[r + 8];
-            // The first group tells what it found of rows that are NaN throughout.
+            // The first group marks failed rows by a factor that is NaN.
             over[0] = inv[0] != inv[0];
             over[1] = inv[1] != inv[1];
         }
@@ -436,8 +430,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             const bool bad = (in[0] && !over[0] && zeros[0] != 0) || (in[1] && !over[1] && zeros[1] != 0);
             const bool failed = group == 1 && ((in[0] && over[0]) || (in[1] && over[1]));
             for (int cta = 0; cta < 2; cta++) {
-                store_cluster_if(run == PLAIN && bad, smem_u32(&sh->again.clean), cta, 1);
-                store_cluster_if(failed, smem_u32(&sh->again.exact), cta, 1);
+                store_cluster_if(run == PLAIN && bad, smem_u32(&sh->needed.clean), cta, 1);
+                store_cluster_if(failed, smem_u32(&sh->needed.exact), cta, 1);
             }
             fence_async_smem();
             named_sync(BAR_STORE + half, 128);

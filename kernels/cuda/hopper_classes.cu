@@ -1,4 +1,4 @@
-// Tile classes: what a thread's rows need of a key tile's mask, and which key tiles are skipped.
+// Tile classes: which cells of the mask a thread must read, and which key tiles are skipped.
 
 #if CLASSES
 #define ACROSS (BN / CLASS_KEYS) // classes of a row of class tiles that a key tile has
@@ -8,7 +8,7 @@ DEV bool classes_in_words(const Params& p) {
 }
 #endif
 
-// The classes of a thread's two rows in a key tile: a mask is read and added in tiles of class 1 alone.
+// The classes of a thread's two rows in a key tile: a mask is read and added in mixed tiles alone.
 // Below head dim 512 a warp's 16 rows have the same.
 struct Cells {
 #if CLASSES && CLASS_ROWS < 16
@@ -21,7 +21,7 @@ struct Cells {
         return word[at / 4] >> (8 * (at % 4)) & 0xff;
     }
 #else
-    DEV_MEMBER u32 of(int, int) const { return 1; }
+    DEV_MEMBER u32 of(int, int) const { return CLASS_MIXED; }
 #endif
 };
 
@@ -49,15 +49,15 @@ DEV Cells cells_of(const Params& p, const Rows& r, int tile) {
 }
 
 #if CLASSES
-// What the class tiles of query tile `t` and key tile `tile` say of each 64 rows w: bit w, some key is
-// visible to some row; bit 8 + w, some is hidden or biased.
+// A summary of the class tiles in query tile `t` and key tile `tile`, for each 64 rows w: bit w, some key is visible to
+// some row; bit 8 + w, some key is hidden or biased.
 DEV u32 class_of(const Params& p, const Tile& t, int tile) {
     const int down = 64 / CLASS_ROWS;
     const int keys = min(ACROSS, (t.sk + CLASS_KEYS - 1) / CLASS_KEYS - tile * ACROSS);
     const bool words = classes_in_words(p) && keys == ACROSS;
     const int rows = (t.sq - 1) / CLASS_ROWS - t.m0 / CLASS_ROWS; // past the last that one again
     const u8* first = p.classes + tile * ACROSS + t.m0 / CLASS_ROWS * p.classes_stride;
-    u32 zero[BM / 64], two[BM / 64]; // bits of the classes, and of their difference from 2
+    u32 unskipped[BM / 64], unfree[BM / 64]; // bits of the classes, and of what tells them from CLASS_FREE
     if (words) {
         // No load waits for another.
 #pragma unroll
@@ -66,36 +66,30 @@ DEV u32 class_of(const Params& p, const Tile& t, int tile) {
 #pragma unroll
             for (int i = 0; i < down * ACROSS / 4; i++)
                 x[i] = ((const u32*)(first + min(w * down + i % down, rows) * p.classes_stride))[i / down];
-            zero[w] = two[w] = 0;
+            unskipped[w] = unfree[w] = 0;
 #pragma unroll
             for (int i = 0; i < down * ACROSS / 4; i++) {
-                zero[w] |= x[i];
-                two[w] |= x[i] ^ 0x02020202u;
+                unskipped[w] |= x[i];
+                unfree[w] |= x[i] ^ CLASS_FREE * 0x01010101u;
             }
         }
     } else {
 #pragma unroll
         for (int w = 0; w < BM / 64; w++) {
-            zero[w] = two[w] = 0;
+            unskipped[w] = unfree[w] = 0;
 #pragma unroll 1
             for (int i = 0; i < down * keys; i++) {
                 const u8 x = first[min(w * down + i % down, rows) * p.classes_stride + i / down];
-                zero[w] |= x;
-                two[w] |= x ^ 2;
+                unskipped[w] |= x;
+                unfree[w] |= x ^ CLASS_FREE;
             }
         }
     }
     u32 out = 0;
 #pragma unroll
     for (int w = 0; w < BM / 64; w++) {
-        bool part = (tile + 1) * BN > t.sk;
-#if RIGHT
-        part |= (tile + 1) * BN - 1 > t.m0 + 64 * w + t.q_off + p.right;
-#endif
-#if LEFT
-        part |= tile * BN < min(t.m0 + 64 * w + 64, t.sq) - 1 + t.q_off - p.left;
-#endif
-        out |= (zero[w] ? (two[w] || part ? 0x101 : 1) : 0x100) << w;
+        const bool part = hides_keys(p, t, t.m0 + 64 * w, tile);
+        out |= (unskipped[w] ? (unfree[w] || part ? 0x101 : 1) : 0x100) << w;
     }
     return out;
 }
@@ -104,7 +98,7 @@ DEV u32 class_of(const Params& p, const Tile& t, int tile) {
 // something is hidden from the 64 rows w, which see no more than entries [from[w], to[w]). Returns how
 // many.
 DEV int list_tiles(u16* list, int* from, int* to, const Params& p, const Tile& t, int lane) {
-    int len = 0, first = 0, end = 0; // the last two of the 64 rows that are this lane's
+    int len = 0, first = 0, end = 0; // `first` and `end` are those of 64 rows w = lane
     for (int at = t.hi - 1; at >= t.lo; at -= 32) {
         const int tile = at - lane;
         const u32 c = tile >= t.lo ? class_of(p, t, tile) : 0;

@@ -10,6 +10,8 @@ typedef long long i64;
 #define DEV [[maybe_unused]] static __device__ __forceinline__
 #define DEV_MEMBER __device__ __forceinline__
 
+#define HOPPER // to score_prelude.cu
+
 #ifndef F16
 #define F16 0
 #endif
@@ -172,7 +174,7 @@ DEV void fence_async_smem() {
 
 // Waits until the kernel before has ended and what it wrote can be read, and lets the one after start,
 // which waits likewise. Without programmatic dependent launches neither does anything.
-DEV void follow_kernel_before() {
+DEV void wait_for_kernel_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
@@ -256,9 +258,10 @@ DEV void pin(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// ptxas moves the wait for a product in flight up, before arithmetic that should run under it, but
-// not past a warp barrier; and this one's mask depends on `sum`, which is never negative.
-DEV void after(float sum) {
+// Keeps the wait that follows behind the arithmetic that `sum` results from. ptxas would move the wait up, before work
+// that should overlap the product, but moves nothing past a warp barrier; the mask of this one depends on `sum`, which
+// is never negative.
+DEV void hold_until(float sum) {
     __syncwarp(sum < 0.0f ? 1u : ~0u);
 }
 

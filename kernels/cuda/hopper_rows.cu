@@ -1,4 +1,4 @@
-// Finished rows of O: where they lie, whether they are finite, and what a run after the first changes.
+// Finished rows of O: their address, the test for finite elements, and the merge of a later run.
 
 // The first element of O's row `row` of a tile.
 DEV u16* output_row(const Params& p, const Tile& t, int row) {
@@ -19,9 +19,9 @@ DEV void test_finite(u32& zeros, u32 pair) {
 #endif
 }
 
-// Merges a run after CLEAN into 64 rows of O from `row` on, columns from `column` on: its WIDTH columns
-// are staged in panels of ROWS rows. The run EXACT has the rows alone in which the speculation failed,
-// the others what they count.
+// Merges a run after CLEAN into 64 rows of O from `row` on, columns from `column` on: its WIDTH columns are staged in
+// panels of ROWS rows. The run EXACT replaces rows in which the speculation failed; the runs that count put infinities
+// and NaN where a row sees some.
 template <int WIDTH, int ROWS>
 DEV void merge_rows(const Params& p, const Tile& t, int row, int column, const u8* staged, int tid, int run) {
 #pragma unroll 1
@@ -38,23 +38,23 @@ DEV void merge_rows(const Params& p, const Tile& t, int row, int column, const u
     }
 }
 
-// Which run comes after `run`, by what was found.
-struct Again {
+// Which further runs the rows and elements found so far need.
+struct RunsNeeded {
     u32 clean; // an element of O is not finite
     u32 exact; // the speculation failed in a row
     u32 count; // an element of V is not finite
 };
 
-DEV int run_after(int run, const volatile Again& again) {
-    if (run == PLAIN) return again.clean ? CLEAN : again.exact ? EXACT : DONE;
-    if (run == CLEAN && again.exact) return EXACT;
-    if (run <= EXACT) return again.count ? UPWARD : DONE;
+DEV int run_after(int run, const volatile RunsNeeded& needed) {
+    if (run == PLAIN) return needed.clean ? CLEAN : needed.exact ? EXACT : DONE;
+    if (run == CLEAN && needed.exact) return EXACT;
+    if (run <= EXACT) return needed.count ? UPWARD : DONE;
     return run + 1;
 }
 
 // O and log-sum-exp of `rows` rows from `row` on that see no key, by the 128 threads of a group.
 DEV void write_unseen(const Params& p, const Tile& t, int row, int rows, int tid) {
-    tid = anew(tid);
+    tid = opaque(tid);
     u16* o = p.o + (i64)(VARLEN ? 0 : t.b) * p.o_strides[0] + (i64)t.h * p.o_strides[1] +
              (i64)t.q_start * p.o_strides[2];
     float* lse = p.lse + (i64)(VARLEN ? 0 : t.b) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
@@ -70,8 +70,8 @@ DEV void write_unseen(const Params& p, const Tile& t, int row, int rows, int tid
 }
 
 #if VARLEN
-// Makes zeros of rows [first, ROWS) of V, by the 128 threads of a group: where they are another
-// sequence's, their weights are 0, but 0 times what another may hold need not be.
+// Zeroes rows [first, ROWS) of V, by the 128 threads of a group. They are another sequence's: their weights are 0, but
+// 0 times NaN or infinity is NaN.
 template <int WIDTH, int ROWS>
 DEV void clear_rows(u8* panels, int first, int tid) {
     first = max(first, 0);

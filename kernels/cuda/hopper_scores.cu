@@ -1,4 +1,8 @@
-// What happens to scores between Q K^T and the softmax: softcap, ALiBi, masks and bounds.
+// The steps of score.h for the scores of a thread, in other units. Three of them have a second form here, for speed:
+// - the scale, where nothing but a mask or bounds follows, is left to the softmax, whose exponent multiplies by it
+//   anyway; a mask's cells are brought to the unit of unscaled scores instead (cell_unit);
+// - the softcap comes from one exponential and one reciprocal, since tanhf takes some twenty instructions;
+// - visibility is compared as columns of the tile, and only in warps that the bounds cut.
 
 #if MASK
 #if MASK != 4
@@ -13,18 +17,18 @@ DEV float mask_value(MaskElement v) {
 }
 #endif
 
-// A hidden cell of an additive mask gives -infinity where x is finite, else NaN: that ends in the run
-// CLEAN, which has `select_mask`.
+// Adds a cell. A hidden cell gives -infinity where x is finite, else NaN, which the output's test finds: the run CLEAN
+// then selects (`select_mask`).
 DEV float add_mask(float x, MaskElement v, const Params& p) {
     x *= shrink(p);
 #if MASK == 4
-    return v ? x : NEG_INF;
+    return score_if_seen(x, v);
 #else
-    return __fmaf_rn(mask_value(v), cell_unit(p), x);
+    return score_masked(x, mask_value(v), cell_unit(p));
 #endif
 }
 
-// What classes hidden and free of mask say of two neighbours.
+// Two cells of a class tile that is skipped (`hidden`) or free of the mask.
 DEV MaskPair pair_of(bool hidden) {
 #if MASK == 1
     return hidden ? 0xff80ff80u : 0u;
@@ -46,10 +50,10 @@ DEV MaskElement single_of(bool hidden) {
 #endif
 }
 
-// Brings a warpgroup's rows of the mask for key tile `tile` near.
+// Prefetches a warpgroup's rows of the mask for key tile `tile` into the L1 cache.
 template <int N>
 DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, int tile, int tid) {
-    tid = anew(tid);
+    tid = opaque(tid);
     const u32 lines = (N * sizeof(MaskElement) + 127) / 128, per = 128 / sizeof(MaskElement);
 #pragma unroll
     for (int i = 0; i < (64 * lines + 127) / 128; i++) {
@@ -62,7 +66,7 @@ DEV void prefetch_mask(const Params& p, const Tile& t, const Rows& r, int row0, 
 }
 #endif
 
-template <int N> DEV void clamp_all(float (&s)[N]) {
+template <int N> DEV void limit_all(float (&s)[N]) {
 #pragma unroll
     for (int j = 0; j < N; j++) s[j] = clamped(s[j]);
 }
@@ -73,7 +77,7 @@ template <int N> DEV void clamp_all(float (&s)[N]) {
 template <int N> DEV void cap_scores(float (&s)[N], const Params& p, const Rows& r) {
     if (p.softcap == 0.0f) {
 #pragma unroll
-        for (int j = 0; j < N; j++) s[j] *= p.scale_log2;
+        for (int j = 0; j < N; j++) s[j] = score_scaled(s[j], p.scale_log2);
         return;
     }
 #pragma unroll
@@ -94,11 +98,11 @@ DEV void select_mask(float (&s)[N / 2], const Params& p, const Rows& r, int c0, 
         for (int j = 0; j < N / 4; j++) {
             const int column = 8 * (j / 2) + j % 2;
             const u32 cell = cells.of(half, 8 * (j / 2));
-            MaskElement v = single_of(cell == 0);
-            // Volatile, so that few are under way: each takes a register.
-            if (cell == 1 && c0 + column < r.sk) v = *(const volatile MaskElement*)(at + column);
+            MaskElement v = single_of(cell == CLASS_SKIP);
+            // Volatile, so that few loads are in flight: each takes a register.
+            if (cell == CLASS_MIXED && c0 + column < r.sk) v = *(const volatile MaskElement*)(at + column);
             float& x = s[4 * (j / 2) + 2 * half + j % 2];
-            x = mask_value(v) == NEG_INF ? NEG_INF : add_mask(x, v, p);
+            x = score_if_seen(add_mask(x, v, p), !score_cell_hides(mask_value(v)));
             if (j % 4 == 3) __syncwarp(); // ptxas moves no load past it
         }
     }
@@ -107,19 +111,19 @@ DEV void select_mask(float (&s)[N / 2], const Params& p, const Rows& r, int c0, 
 
 // The first and last key that the bounds show to a row.
 DEV int first_key(const Params& p, const Rows& r, int half) {
-    return LEFT ? max(0, r.pos + 8 * half - p.left) : 0;
+    return LEFT ? max(0, score_first_key(r.pos + 8 * half, p.left)) : 0;
 }
 
 DEV int last_key(const Params& p, const Rows& r, int half) {
-    return RIGHT ? min(r.sk - 1, r.pos + 8 * half + p.right) : r.sk - 1;
+    return RIGHT ? min(r.sk - 1, score_last_key(r.pos + 8 * half, p.right)) : r.sk - 1;
 }
 
-// What happens to scores before the softmax, for key tile `tile`.
+// Softcap, biases and visibility for the scores of key tile `tile`; `masked`: some key of it may be hidden or biased.
 template <int N>
 DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, bool masked, int run,
                 const Cells& cells = Cells()) {
     const int c0 = tile * N + r.col;
-    if (run >= EXACT) clamp_all(s);
+    if (run >= EXACT) limit_all(s);
 #if SCORE_MOD
     cap_scores(s, p, r);
     if (p.slopes) {
@@ -127,10 +131,10 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
         for (int j = 0; j < N / 2; j++) {
             int col = c0 + 8 * (j / 4) + (j & 1);
             int pos = r.pos + ((j >> 1) & 1) * 8;
-            s[j] -= r.slope * fabsf((float)(pos - col));
+            s[j] = score_alibi(s[j], r.slope, score_distance(pos, col));
         }
     }
-    if (run >= EXACT) clamp_all(s);
+    if (run >= EXACT) limit_all(s);
 #endif
     if (!masked) return;
 #if MASK
@@ -152,8 +156,8 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
         if (whole && pairs) {
 #pragma unroll
             for (int j = 0; j < N / 8; j++) {
-                MaskPair v = pair_of(cells.of(half, 8 * j) == 0);
-                if (cells.of(half, 8 * j) == 1) v = *(const MaskPair*)(at + 8 * j);
+                MaskPair v = pair_of(cells.of(half, 8 * j) == CLASS_SKIP);
+                if (cells.of(half, 8 * j) == CLASS_MIXED) v = *(const MaskPair*)(at + 8 * j);
                 float& a = s[4 * j + 2 * half];
                 float& b = s[4 * j + 2 * half + 1];
 #if MASK == 3
@@ -171,14 +175,14 @@ DEV void modify(float (&s)[N / 2], const Params& p, const Rows& r, int tile, boo
                 for (int e = 0; e < 2; e++) {
                     const u32 cell = cells.of(half, 8 * j);
                     float& a = s[4 * j + 2 * half + e];
-                    if (cell != 1) a = add_mask(a, single_of(cell == 0), p);
+                    if (cell != CLASS_MIXED) a = add_mask(a, single_of(cell == CLASS_SKIP), p);
                     else if (c0 + 8 * j + e < r.sk) a = add_mask(a, at[8 * j + e], p);
                 }
             }
         }
     }
 #endif
-    // Most warps see all of a tile from one side or from both.
+    // In most warps no row is cut by a bound, on one side or on both.
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int last = last_key(p, r, half) - c0;

@@ -1,26 +1,27 @@
-// The softmax over key tiles: weights of a tile's scores, and what a row's sums end as.
+// The online softmax over key tiles: a tile's scores become weights, and a finished row its factor and log-sum-exp.
 
-// The softmax of a thread's two rows so far. `ref` is what scores are measured against: near the
-// maximum, but no more than that. Weights and their sum `l` are relative to it.
-struct Soft {
+// The state of a thread's two rows. The weight of a score s is exp2(s - ref): the reference `ref` stands in for the
+// running maximum of the textbook form, and need only be near it. `l` is the sum of the weights so far.
+struct Softmax {
     float ref[2], l[2];
-    float alpha[2]; // what O is multiplied by before this tile's product is added, if `scaled`
+    float alpha[2]; // factor of O before this tile's product is added, if `scaled`
     bool scaled;
 };
 
-DEV Soft soft_start() {
-    return Soft{{NEG_INF, NEG_INF}, {0.0f, 0.0f}, {1.0f, 1.0f}, false};
+DEV Softmax softmax_start() {
+    return Softmax{{NEG_INF, NEG_INF}, {0.0f, 0.0f}, {1.0f, 1.0f}, false};
 }
 
-// Whether differences of huge scores are taken before they are multiplied: with an additive mask in
-// every run, since masks of huge finite values are common; else in the run EXACT.
+// Whether the reference is subtracted from huge scores before the product with the scale, whose fused form would
+// round the difference away: with an additive mask in every run, since huge finite cells are common; else in the run
+// EXACT.
 #define MASKS_EXACTLY (MASK && MASK != 4 && !SCORE_MOD)
 
-// Scores of one row, in `unit`, to weights; returns the thread's part of their sum.
+// Turns the scores of one row, in `unit`, into weights; returns the thread's part of their sum.
 template <int N>
-DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit, bool masked, bool exact = false) {
+DEV float to_weights(float (&s)[N / 2], int half, float ref, float sc, float unit, bool masked, bool exact = false) {
     const float off = ref * sc, by = sc * unit;
-    // The fused product would lose the difference. Each row decides for itself.
+    // Each row decides for itself, so that its bits do not depend on the rows beside it.
     const bool early = exact || (MASKS_EXACTLY && masked && fabsf(off) > 4096.0f);
     if (MASKS_EXACTLY ? (exact || masked) && __any_sync(~0u, early) : exact) {
         const float a = early ? unit : by, b = early ? ref : off, c = early ? sc : 1.0f;
@@ -47,19 +48,19 @@ DEV float weigh(float (&s)[N / 2], int half, float ref, float sc, float unit, bo
     return x + y;
 }
 
-// In units of the reference. Around the approximate division ptxas schedules the loops of head dims under 128
+// log2 units to units of the reference. With the approximate division ptxas schedules the loops of head dims under 128
 // up to 3 % faster and those of 128 up to 1 % slower, and it spills where an f32 mask takes the registers.
-#define GROWTH(by, sc) (D < 128 && MASK != 3 ? __fdividef(by, sc) : (by) / (sc))
+#define TO_REFERENCE(by, sc) (D < 128 && MASK != 3 ? __fdividef(by, sc) : (by) / (sc))
 
-// From this weight of a thread on, a row's weights are measured anew, against their sum: f16 holds no
-// more than 2^16. A reference above the maximum would leave more room, but f16 flushes weights under 2^-25,
-// which many keys together make up for. From LEAPT on, the factor would be subnormal.
-#define GROWN 4096.0f
-#define LEAPT 4.2535296e37f
+// From this sum of a thread's weights in a tile on, the row is rescaled: f16 holds no weight above 2^16. A reference
+// above the maximum would leave more room, but f16 flushes weights under 2^-25, and many small weights add up to
+// something. From RESCALE_MOST on, the factor of the rescaling would be subnormal.
+#define RESCALE_FROM 4096.0f
+#define RESCALE_MOST 4.2535296e37f
 
-// Measures a tile's weights anew in rows where they have grown much: the reference follows, and weights, the
-// sum and O shrink by as much. `part` are the thread's sums of the tile. Each row decides for itself.
-template <int N> DEV void follow(float (&s)[N / 2], Soft& f, const float (&part)[2], float sc) {
+// Rescales rows whose weights have grown far above 1: the reference rises by log2 of the tile's sum, and weights, sum
+// and O shrink by that factor. `part` are the thread's sums of the tile. Each row decides for itself.
+template <int N> DEV void rescale_grown_rows(float (&s)[N / 2], Softmax& f, const float (&part)[2], float sc) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float sum = part[half], most = sum;
@@ -68,11 +69,11 @@ template <int N> DEV void follow(float (&s)[N / 2], Soft& f, const float (&part)
         most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
         most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
         float factor = 1.0f;
-        if (!(sum < LEAPT)) {
+        if (!(sum < RESCALE_MOST)) {
             f.l[half] = sum * __int_as_float(0x7f800000); // infinite, or NaN
-        } else if (most >= GROWN) {
+        } else if (most >= RESCALE_FROM) {
             const float by = log2_fast(sum);
-            f.ref[half] += GROWTH(by, sc);
+            f.ref[half] += TO_REFERENCE(by, sc);
             factor = exp2_fast(-by);
         }
         f.l[half] *= factor;
@@ -86,13 +87,13 @@ template <int N> DEV void follow(float (&s)[N / 2], Soft& f, const float (&part)
     f.scaled = true;
 }
 
-// Scores to weights. Usually without a look at their maximum: they are taken against the reference
-// that there is, and where their sum then shows that they have grown much, they are measured anew. Weights too
-// large for that (a leap by 2^125) poison the sum, and such rows are done again in the run EXACT. The
-// maximum comes first in a row's first tile and while its reference is very low. No row's bits depend on the
-// rows beside it.
+// Turns scores into weights and updates the rows' state. Mostly speculative: the weights are computed against the
+// reference as it is, without a maximum over the new scores, and rescaled afterwards where their sum is large. A score
+// so far above the reference that its weight overflows (by 2^125) makes the sum infinite, and the row is done again
+// in the run EXACT. The maximum is computed first in a row's first tile and while its reference is very low. No row's
+// bits depend on the rows beside it.
 template <int N>
-DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool masked, bool first, int run) {
+DEV void softmax(float (&s)[N / 2], Softmax& f, float sc, float unit, bool masked, bool first, int run) {
     f.scaled = false;
     if (run >= UPWARD) {
 #pragma unroll
@@ -101,7 +102,7 @@ DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool masked, 
         return;
     }
     first = first || !SPECULATE || run == EXACT;
-    float part[2]; // what weights against an older reference sum up to
+    float part[2]; // sums of the weights that were computed against an older reference
     if (first || __any_sync(~0u, !(f.ref[0] * sc > -16384.0f) || !(f.ref[1] * sc > -16384.0f))) {
         bool some = false;
 #pragma unroll
@@ -117,35 +118,36 @@ DEV void softmax(float (&s)[N / 2], Soft& f, float sc, float unit, bool masked, 
             a = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
             a *= unit;
             const float old = f.ref[half];
-            // O is not rescaled for less than 2^8.
+            // The reference stays where the maximum is above it by less than 2^8: O need not be rescaled.
             const bool leads = first || !(old * sc > -16384.0f);
             const float now = leads && (a - old) * sc > 8.0f ? a : old;
             f.ref[half] = now;
             // Where no key was visible yet: weights are 0, not 2^(-inf + inf).
             const float ref = now == NEG_INF ? 0.0f : now;
             f.alpha[half] = exp2_fast((old - ref) * sc);
-            const float sum = weigh<N>(s, half, ref, sc, unit, masked, run == EXACT);
+            const float sum = to_weights<N>(s, half, ref, sc, unit, masked, run == EXACT);
             f.l[half] = f.l[half] * f.alpha[half] + sum;
             part[half] = leads ? 0.0f : sum;
             some |= f.alpha[half] != 1.0f;
         }
         f.scaled = __any_sync(~0u, some);
     } else {
-        part[0] = weigh<N>(s, 0, f.ref[0], sc, unit, masked);
-        part[1] = weigh<N>(s, 1, f.ref[1], sc, unit, masked);
+        part[0] = to_weights<N>(s, 0, f.ref[0], sc, unit, masked);
+        part[1] = to_weights<N>(s, 1, f.ref[1], sc, unit, masked);
         f.l[0] += part[0];
         f.l[1] += part[1];
     }
-    if (__any_sync(~0u, !(part[0] + part[1] < GROWN))) follow<N>(s, f, part, sc);
+    if (__any_sync(~0u, !(part[0] + part[1] < RESCALE_FROM))) rescale_grown_rows<N>(s, f, part, sc);
 }
 
-// Above this many powers of two a fused difference is too coarse.
+// For references above this many powers of two the fused difference is too coarse.
 #define FAR_REFERENCE 16384.0f
 #define LARGEST 3.4028235e38f
 
-// What O is multiplied by in the end, for scores of `sc` a unit; writes the rows' log-sum-exp. `over`: the speculation failed, and
-// the run EXACT is to do the row again, which finds NaN in all of it then.
-DEV void finish(float (&inv)[2], bool (&over)[2], const Soft& f, const Params& p, float sc, const Tile& t, const Rows& r, int run) {
+// Finishes two rows: `inv` becomes the factor of O, 1 / sum, and the log-sum-exp is written. `sc` is score_unit().
+// `over`: the speculation failed, and the run EXACT is to do the row again; the factor is NaN, so that no stale output
+// stays.
+DEV void finish(float (&inv)[2], bool (&over)[2], const Softmax& f, const Params& p, float sc, const Tile& t, const Rows& r, int run) {
     inv[0] = inv[1] = 1.0f;
     over[0] = over[1] = false;
     if (run >= UPWARD) return;

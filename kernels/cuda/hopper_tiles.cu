@@ -1,9 +1,8 @@
-// What the Hopper attention kernels share: options, parameters, tiles, rows and the units of scores. The
-// first of hopper_tiles.cu, hopper_classes.cu, hopper_scores.cu, hopper_rows.cu and hopper_softmax.cu, which go
-// between careful.cu and a kernel's own text.
+// What both Hopper kernels share: options, parameters, tiles, rows and the units of scores. Goes after careful.cu;
+// hopper_classes.cu, hopper_scores.cu, hopper_rows.cu, hopper_softmax.cu and a kernel's own texts follow.
 
-// What the host defines: D head dim, BN keys a tile, WGS consumer warpgroups, STAGES,
-// REGS_PRODUCER, REGS_CONSUMER; F16; and what follows, each off by default.
+// The host defines D (head dim), BN (keys of a tile), WGS (consumer warpgroups), STAGES, REGS_PRODUCER,
+// REGS_CONSUMER and F16. The following options are off by default.
 #ifndef RIGHT // keys after a row's position + right are hidden
 #define RIGHT 0
 #endif
@@ -22,14 +21,14 @@
 #ifndef VARLEN // packed sequences
 #define VARLEN 0
 #endif
-#ifndef SPECULATE // take weights against the maximum so far, without a look at the new scores
+#ifndef SPECULATE // compute weights against the reference as it is, without a maximum over the new scores
 #define SPECULATE (D <= 256)
 #endif
 
 #define BM (64 * WGS) // query rows of a tile; at head dim 512, of a pair of CTAs
 #define PANELS ((D + 63) / 64)
-#define CLASS_ROWS (D >= 512 ? 8 : 32)
-#define CLASS_KEYS (D >= 512 ? 64 : 16)
+#define CLASS_ROWS CLASS_ROWS_AT(D)
+#define CLASS_KEYS CLASS_KEYS_AT(D)
 #define LIST_CAP 1024 // key tiles that a problem with classes may have, so that 10 bits number them
 
 struct Params {
@@ -67,11 +66,7 @@ typedef u8 MaskElement;
 typedef u16 MaskPair;
 #endif
 
-#define NEG_INF __int_as_float(0xff800000)
-#define LOG2E 1.4426950408889634f
-#define LN2 0.6931471805599453f
-
-// The parameters again, `zero` bytes on.
+// The parameters at an offset of `zero` bytes: an opaque zero makes the compiler load their fields again.
 DEV const Params& params_at(const Params& p, int zero) { return *(const Params*)((const u8*)&p + zero); }
 
 struct Tile {
@@ -86,13 +81,36 @@ DEV void bounds(const Params& p, const Tile& t, int row, int rows, int& lo, int&
     lo = 0;
     hi = (t.sk + BN - 1) / BN;
 #if RIGHT
-    const int end = min(row + rows, t.sq) + t.q_off + p.right; // keys that the last row sees
+    const int end = score_last_key(min(row + rows, t.sq) + t.q_off, p.right); // one past the last row's last key
     hi = min(hi, end <= 0 ? 0 : (end + BN - 1) / BN);
 #endif
 #if LEFT
-    lo = max(0, (row + t.q_off - p.left) / BN);
+    lo = max(0, score_first_key(row + t.q_off, p.left) / BN);
 #endif
     if (row >= t.sq || hi < lo) hi = lo;
+}
+
+// Where the keys and values of a tile's head are in the tensor maps: every copy of K and V takes its coordinates
+// from here.
+struct KvHead {
+    int first, head, batch;
+    // The row that key tile `tile` starts at.
+    DEV_MEMBER int row(int tile) const { return first + tile * BN; }
+};
+
+DEV KvHead kv_head_of(const Params& p, const Tile& t) { return KvHead{t.k_start, t.h / p.kv_group, VARLEN ? 0 : t.b}; }
+
+// Whether key tile `tile` hides a key from one of the 64 rows from `row` on, by position or by ending past the
+// keys.
+DEV bool hides_keys(const Params& p, const Tile& t, int row, int tile) {
+    bool hides = (tile + 1) * BN > t.sk;
+#if RIGHT
+    hides |= (tile + 1) * BN - 1 > score_last_key(row + t.q_off, p.right);
+#endif
+#if LEFT
+    hides |= tile * BN < score_first_key(min(row + 64, t.sq) - 1 + t.q_off, p.left);
+#endif
+    return hides;
 }
 
 // The tile at `index`, where heads of a section go together and a head's last rows come first. With
@@ -125,8 +143,9 @@ DEV Tile tile_of(const Params& p, int index, int half = 0) {
     return t;
 }
 
-// A tile that another thread worked out; what all tiles have in common is where it always is.
-DEV Tile tile_told(const Params& p, const Tile& from) {
+// A tile that the producer put in shared memory. Fields that are the same for every tile are read from the
+// parameters again: they are cheap to load there and need no registers in between.
+DEV Tile tile_of_producer(const Params& p, const Tile& from) {
     Tile t = from;
 #if !VARLEN
     t.q_start = t.k_start = 0;
@@ -137,9 +156,9 @@ DEV Tile tile_told(const Params& p, const Tile& from) {
     return t;
 }
 
-// `x`, from which nothing that follows is worked out ahead of time and kept: where four warpgroups
-// compute, or a thread holds 256 columns of O, there are no registers for that.
-DEV int anew(int x) {
+// Hides `x` from the optimiser, so that it does not hoist address arithmetic out of the loop: where four warpgroups
+// compute, or a thread holds 256 columns of O, there are no registers for the results.
+DEV int opaque(int x) {
     if (D <= 64 || D >= 512) asm volatile("" : "+r"(x));
     return x;
 }
@@ -154,7 +173,7 @@ struct Rows {
 
 // Those of thread `tid` of the warpgroup whose rows start at `row0` of the tile.
 DEV Rows rows_of(const Params& p, const Tile& t, int row0, int tid) {
-    tid = anew(tid);
+    tid = opaque(tid);
     Rows r;
     r.row = t.m0 + row0 + (tid >> 5) * 16 + (tid >> 2 & 7);
     r.pos = r.row + t.q_off;
@@ -180,23 +199,23 @@ DEV float shrink(const Params& p) {
     return SCORE_MOD ? 0.25f : 0.5f * __uint_as_float(__float_as_uint(p.scale) & 0x7f800000);
 }
 
-// The unit of the softmax's reference, to log2 units.
+// Factor from the unit of the softmax's reference to log2 units.
 DEV float score_unit(const Params& p) {
     return (SCORE_MOD ? 1.0f : p.scale_log2) / shrink(p);
 }
 
-// The same, to natural units.
+// Factor from the unit of the reference to natural units.
 DEV float natural_unit(const Params& p) {
     if (SCORE_MOD) return LN2 / shrink(p);
     return MASK ? __uint_as_float((__float_as_uint(p.scale) & 0x7fffff) | 0x40000000) : p.scale;
 }
 
-// The unit of scores that modify() has seen, to that of the reference.
+// Factor from the unit of scores after modify() to that of the reference.
 DEV float tile_unit(const Params& p, bool masked) {
     return masked ? 1.0f : shrink(p);
 }
 
-// Natural units, which a mask's cells have, to that of the reference.
+// Factor from natural units, those of a mask's cells, to the unit of the reference.
 DEV float cell_unit(const Params& p) {
     return (SCORE_MOD ? LOG2E : p.inv_scale) * shrink(p);
 }

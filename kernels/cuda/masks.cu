@@ -1,4 +1,4 @@
-// The mask fills and the tile classes, of f16 masks where MASK_F16 is 1, else of bf16 masks.
+// The mask fills and the tile classes. Macro: MASK_F16, 1 for f16 masks, else bf16.
 
 #if MASK_F16
 #define HIDDEN 0xfc00 // -infinity
@@ -15,8 +15,7 @@ extern "C" __global__ void __launch_bounds__(256) fill(u16* mask, const MaskFill
     const i64 row = blockIdx.x, position = row + p.q_abs_offset;
     u16* cells = mask + row * p.seq_len_k;
     for (i64 key = threadIdx.x; key < p.seq_len_k; key += 256) {
-        const bool hidden = (p.causal != 0 && key > position) || (p.window != 0 && position - key >= p.window);
-        cells[key] = hidden ? HIDDEN : 0;
+        cells[key] = score_bounds_show(position, key, p.causal != 0, i64(p.window)) ? 0 : HIDDEN;
     }
 }
 
@@ -27,13 +26,12 @@ extern "C" __global__ void __launch_bounds__(256) fill_blocks(u16* mask, const u
     const u32 id = ids[row];
     u16* cells = mask + row * p.len;
     for (i64 key = threadIdx.x; key < p.len; key += 256) {
-        const i64 ahead = position - i64(positions[key]);
-        const bool hidden = ids[key] != id || (p.causal != 0 && ahead < 0) || (p.window != 0 && ahead >= p.window);
-        cells[key] = hidden ? HIDDEN : 0;
+        const bool seen = ids[key] == id && score_bounds_show(position, i64(positions[key]), p.causal != 0, i64(p.window));
+        cells[key] = seen ? 0 : HIDDEN;
     }
 }
 
-// What the cells of a tile have in common, taken two at a time.
+// The largest cell of a tile and the bits that its cells have set, two cells at a time.
 struct Cells {
     u32 most = HIDDEN * 0x10001u; // the largest of the cells in even and in odd places, NaN once there is one
     u32 bits = 0;          // that any cell has set
@@ -41,14 +39,14 @@ struct Cells {
         asm(MAX_PAIR " %0, %0, %1;" : "+r"(most) : "r"(pair));
         bits |= pair;
     }
-    DEV_MEMBER bool masked() const { return TO_F32(most & 0xffff) <= -1.0e30f && TO_F32(most >> 16) <= -1.0e30f; }
+    DEV_MEMBER bool masked() const { return TO_F32(most & 0xffff) <= MASKED_AT_OR_BELOW && TO_F32(most >> 16) <= MASKED_AT_OR_BELOW; }
     DEV_MEMBER bool zero() const { return (bits & 0x7fff7fff) == 0; }
 };
 
-DEV u8 class_code(bool masked, bool zero) { return masked ? 0 : zero ? 2 : 1; }
+DEV u8 class_code(bool masked, bool zero) { return masked ? CLASS_SKIP : zero ? CLASS_FREE : CLASS_MIXED; }
 
-// A warp a tile of any size. The first rule that fits: reaching past the keys: 1; all masked: 0; all
-// zero: 2; else 1. Rows past the last do not count.
+// A warp a tile of any size. The first rule that fits: reaching past the keys: mixed; all masked: skip; all
+// zero: free; else mixed. Rows past the last do not count.
 extern "C" __global__ void __launch_bounds__(32) classify(const u16* mask, u8* classes, const BlkParams p, int bq, int bk) {
     const i64 tile = blockIdx.x, kt = tile % p.nk, qt = tile / p.nk;
     const i64 key0 = kt * bk, row0 = qt * bq;
@@ -65,7 +63,8 @@ extern "C" __global__ void __launch_bounds__(32) classify(const u16* mask, u8* c
     if (threadIdx.x == 0) classes[tile] = class_code(masked, zero);
 }
 
-// Of eight keys and `rows` rows. `AT_ONCE` loads are under way together; past the last row it comes again.
+// The cells of eight keys and `rows` rows. `AT_ONCE` loads are in flight together; those past the last row load the last
+// row again.
 template <int AT_ONCE> DEV Cells column(const u16* at, i64 row_stride, int rows) {
     Cells cells;
     for (u32 row = 0; row < u32(rows); row += AT_ONCE) {
@@ -86,7 +85,7 @@ template <int AT_ONCE> DEV Cells column(const u16* at, i64 row_stride, int rows)
 // The same where rows lie on 16 bytes and `bk` is 8, 16, 32 or 64: a warp has the rows of a row of
 // tiles and 256 keys, 8 keys a lane.
 extern "C" __global__ void __launch_bounds__(128, 3) classify_wide(const u16* mask, u8* classes, const BlkParams p, int bq, int bk) {
-    follow_kernel_before();
+    wait_for_kernel_before();
     const i64 across = (i64(p.seq_len_k) + 1023) / 1024;
     const i64 qt = blockIdx.x / across, key0 = (blockIdx.x % across) * 1024 + i64(threadIdx.x / 32) * 256;
     const int lane = threadIdx.x % 32;

@@ -2,18 +2,21 @@
 // (Dao 2023, FlashAttention-2). WM x WN warps; a warp has 16 rows, and with WN > 1 the warps of one
 // row share its keys in Q K^T and its columns in P V.
 //
-// Macros: D, BM = 16 * WM rows and BN keys a tile, WM, WN, BF16, GENERAL, PACK = 1.
+// Macros: D (a multiple of 8), BM = 16 * WM rows and BN keys a tile, WM, WN, BF16, GENERAL, PACK = 1.
 
 #define THREADS (32 * WM * WN)
+// Columns of a tile: the instructions take 16 at once. Columns from D on are zero and never stored.
+#define WIDTH ((D + 15) / 16 * 16)
+#define PADDED (WIDTH != D)
 // Rows of shared memory hold chunks of 16 bytes. Where 8 rows fill whole bank cycles, chunks are
 // swizzled; elsewhere a chunk of padding makes the row's length odd. Both keep ldmatrix free of
 // conflicts.
-#define CHUNKS (D / 8)
-#define SWIZZLE (D % 64 == 0)
+#define CHUNKS (WIDTH / 8)
+#define SWIZZLE (WIDTH % 64 == 0)
 #define ROW_CHUNKS (SWIZZLE ? CHUNKS : CHUNKS + 1)
 #define ROW_BYTES (16 * ROW_CHUNKS)
 #define KEYS (BN / WN)   // of a warp in Q K^T
-#define COLUMNS (D / WN) // of a warp in P V
+#define COLUMNS (WIDTH / WN) // of a warp in P V
 #define P_ROW_BYTES (2 * BN + 16)
 
 DEV u32 chunk_at(u32 base, int row, int chunk) {
@@ -59,20 +62,20 @@ DEV float exp2_fast(float x) {
     return y;
 }
 
-// Brings ROWS rows from `first` on; zeros from row `end` on.
-template <int ROWS> DEV void load(u32 to, const u16* from, i64 stride, int first, int end, bool vector) {
-    const u16* base = from + stride * first;
+// Copies ROWS rows from `first` on to shared memory; zeros from row `end` on.
+template <int ROWS> DEV void load(u32 to, const HeadRows<u16>& from, int first, int end, bool vector) {
+    const HeadRows<u16> tile = from.from(first);
     const int there = end - first;
     if (vector) {
         for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
             const int row = i / CHUNKS, chunk = i % CHUNKS;
-            const bool in = row < there;
-            copy16(chunk_at(to, row, chunk), in ? base + stride * row + 8 * chunk : from, in);
+            const bool in = row < there && !(PADDED && chunk >= D / 8);
+            copy16(chunk_at(to, row, chunk), in ? tile.at(row) + 8 * chunk : from.first, in);
         }
     } else {
-        for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
-            const int row = i / D, column = i % D;
-            const u16 x = row < there ? base[stride * row + column] : u16(0);
+        for (int i = threadIdx.x; i < ROWS * WIDTH; i += THREADS) {
+            const int row = i / WIDTH, column = i % WIDTH;
+            const u16 x = row < there && !(PADDED && column >= D) ? tile.at(row)[column] : u16(0);
             const u32 at = chunk_at(to, row, column / 8) + 2 * (column % 8);
             asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(x) : "memory");
         }
@@ -80,14 +83,14 @@ template <int ROWS> DEV void load(u32 to, const u16* from, i64 stride, int first
 }
 
 // As `load` for Q, whose rows may be of several heads.
-DEV void load_q(u32 to, const u16* from, const Params& p, const Tile& t, bool vector) {
-    if (p.pack == 1) return load<BM>(to, from, p.q_strides[2], t.m0, t.rows, vector);
+DEV void load_q(u32 to, const HeadRows<u16>& from, const Params& p, const Tile& t, bool vector) {
+    if (p.pack == 1) return load<BM>(to, from, t.m0, t.rows, vector);
     for (int i = threadIdx.x; i < BM * CHUNKS; i += THREADS) {
         const int local = i / CHUNKS, chunk = i % CHUNKS, row = t.m0 + local;
-        const bool in = row < t.rows;
-        const u16* at = from + p.q_strides[2] * (row / p.pack) + p.q_strides[1] * (row % p.pack) + 8 * chunk;
+        const bool in = row < t.rows && !(PADDED && chunk >= D / 8);
+        const u16* at = from.first + p.q_strides[2] * (row / p.pack) + p.q_strides[1] * (row % p.pack) + 8 * chunk;
         if (vector) {
-            copy16(chunk_at(to, local, chunk), in ? at : from, in);
+            copy16(chunk_at(to, local, chunk), in ? at : from.first, in);
         } else {
             for (int c = 0; c < 8; c++) {
                 const u16 x = in ? at[c] : u16(0);
@@ -103,8 +106,9 @@ struct State {
     float m[2], sum[2];
 };
 
-// Scores to weights, in place; sums and output are brought to the new maximum.
-template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const Params& p, const Tile& t, bool masked, int k0, int row0, float* stats, int run) {
+// Turns scores into weights, in place, and rescales sums and output to the new running maximum. EDGE: the bounds may
+// hide keys of this tile from some row.
+template <bool EDGE> DEV void to_weights(float (&s)[KEYS / 8][4], State& state, const Params& p, const Tile& t, bool masked, int k0, int row0, float* stats, int run) {
     const int lane = threadIdx.x % 32, wn = threadIdx.x / 32 / WM;
     const int row = row0 + lane / 4, key = k0 + wn * KEYS + 2 * (lane % 4);
     int first[2], end[2];
@@ -118,7 +122,7 @@ template <bool EDGE> DEV void weigh(float (&s)[KEYS / 8][4], State& state, const
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) s[n][i] = scaled(s[n][i], p);
+        for (int i = 0; i < 4; i++) s[n][i] = score_scaled(s[n][i], p.scale);
 #if GENERAL
         const int rows[4] = {row, row, row + 8, row + 8};
         const int keys[4] = {key + 8 * n, key + 8 * n + 1, key + 8 * n, key + 8 * n + 1};
@@ -184,6 +188,7 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
         const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++) {
+            if (PADDED && column + 8 * n >= D) continue;
             out[column + 8 * n] = state.o[n][2 * r] * inverse;
             out[column + 8 * n + 1] = state.o[n][2 * r + 1] * inverse;
         }
@@ -197,11 +202,14 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
     u16* out = (u16*)p.o + o_offset(p, t, row);
     if (p.vector & 2) {
 #pragma unroll
-        for (int n = 0; n < COLUMNS / 8; n++)
+        for (int n = 0; n < COLUMNS / 8; n++) {
+            if (PADDED && column + 8 * n >= D) continue;
             *(u32*)(out + column + 8 * n) = pack(state.o[n][2 * r] * f.factor, state.o[n][2 * r + 1] * f.factor);
+        }
     } else {
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++) {
+            if (PADDED && column + 8 * n >= D) continue;
             out[column + 8 * n] = ROUND(state.o[n][2 * r] * f.factor);
             out[column + 8 * n + 1] = ROUND(state.o[n][2 * r + 1] * f.factor);
         }
@@ -209,7 +217,7 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
     if (column == 0) store_lse(p, t, row, f.lse);
 }
 
-// After a run that counts: a row of counts over what the runs before stored.
+// After a run that counts: merges a row of counts into the output that the runs before stored.
 DEV void count_row(const Params& p, const Tile& t, const State& state, int r, int row, int column, int run) {
     float* partial = p.partials + (result_row(p, t, row) * p.splits + t.split) * (D + 2);
     u16* out = (u16*)p.o + o_offset(p, t, row);
@@ -217,7 +225,7 @@ DEV void count_row(const Params& p, const Tile& t, const State& state, int r, in
     for (int i = 0; i < COLUMNS / 4; i++) {
         const int c = column + 8 * (i / 2) + i % 2;
         const float count = state.o[i / 2][2 * r + i % 2];
-        if (!(count > 0.0f)) continue;
+        if (!(count > 0.0f) || (PADDED && c >= D)) continue;
         if (p.splits > 1) partial[c] = counted(partial[c], count, run);
         else out[c] = ROUND(counted(element<ELEMENT>(out, c), count, run));
     }
@@ -230,14 +238,14 @@ DEV bool is_finite(const State& state, int r) {
     return zero == 0.0f;
 }
 
-// With one warp's rows a tile, a processor has four threadblocks, as the host counts on; at large head
-// dims two, since its shared memory holds no more.
+// Threadblocks a processor. With one warp's rows a tile the host counts on four; at large head dims on two, since
+// shared memory holds no more.
 #define BLOCKS (WM > 1 ? 1 : D > 256 ? 2 : 4)
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) u8 raw[];
     for (int run = PLAIN; run != DONE;) {
-        // Opaque, lest what a later run takes be kept in registers through the first.
+        // Opaque, so that values for a later run are not kept in registers through the first.
         u32 block = blockIdx.x;
         asm volatile("" : "+r"(block));
         const Tile t = tile_of(p, block);
@@ -246,9 +254,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
         const u32 sm_q = shared_address(raw), sm_k = sm_q + BM * ROW_BYTES, sm_v = sm_k + BN * ROW_BYTES;
         [[maybe_unused]] const u32 sm_p = sm_v + BN * ROW_BYTES;
         float* stats = (float*)(raw + (BM + 2 * BN) * ROW_BYTES + BM * P_ROW_BYTES);
-        const u16* q = (const u16*)p.q + row_offset(p.q_strides, t.b, t.h, 0) + p.q_strides[2] * t.q_start;
-        const u16* k = (const u16*)p.k + row_offset(p.k_strides, t.b, t.kv_head, 0) + p.k_strides[2] * t.k_start;
-        const u16* v = (const u16*)p.v + row_offset(p.v_strides, t.b, t.kv_head, 0) + p.v_strides[2] * t.k_start;
+        const HeadRows<u16> q = q_rows<u16>(p, t);
+        const HeadRows<u16> k = kv_rows<u16>(t, p.k, p.k_strides), v = kv_rows<u16>(t, p.v, p.v_strides);
         const bool vector = p.vector & 1;
 
         const int lane = threadIdx.x % 32, wm = threadIdx.x / 32 % WM, wn = threadIdx.x / 32 / WM;
@@ -266,14 +273,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
         Walk walk(p, t);
         if (walk.at < walk.end) {
             if (run == PLAIN) load_q(sm_q, q, p, t, vector);
-            load<BN>(sm_k, k, p.k_strides[2], walk.at * BN, t.sk, vector);
+            load<BN>(sm_k, k, walk.at * BN, t.sk, vector);
             copies_commit();
         }
         while (walk.at < walk.end) {
             const int k0 = walk.at * BN;
             copies_wait();
             __syncthreads(); // K is there, and the last tile's V has been read
-            load<BN>(sm_v, v, p.v_strides[2], k0, t.sk, vector);
+            load<BN>(sm_v, v, k0, t.sk, vector);
             copies_commit();
 
             float s[KEYS / 8][4];
@@ -282,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
                 for (int n = 0; n < KEYS / 8; n++)
                     for (int i = 0; i < 4; i++) s[n][i] = 0.0f;
 #pragma unroll
-                for (int d = 0; d < D / 16; d++) {
+                for (int d = 0; d < WIDTH / 16; d++) {
                     u32 a[4];
                     ldmatrix4(a, chunk_at(sm_q, 16 * wm + lane % 16, 2 * d + lane / 16));
                     if constexpr (KEYS == 8) {
@@ -300,9 +307,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
                     }
                 }
                 const bool masked = p.mask && !walk.is_plain();
-                // One copy of the general form is enough.
-                if (GENERAL || k0 < t.free_lo || t.free_hi - k0 < BN) weigh<true>(s, state, p, t, masked, k0, row0, stats, run);
-                else weigh<bool(GENERAL)>(s, state, p, t, masked, k0, row0, stats, run);
+                // The general form is compiled once, with bounds.
+                if (GENERAL || k0 < t.free_lo || t.free_hi - k0 < BN) to_weights<true>(s, state, p, t, masked, k0, row0, stats, run);
+                else to_weights<bool(GENERAL)>(s, state, p, t, masked, k0, row0, stats, run);
 #if WN > 1
                 const u32 at = sm_p + u32((16 * wm + lane / 4) * P_ROW_BYTES + 2 * (wn * KEYS + 2 * (lane % 4)));
 #pragma unroll
@@ -321,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
             }
             walk.seek(p, t, walk.at + 1);
             if (walk.at < walk.end) {
-                load<BN>(sm_k, k, p.k_strides[2], walk.at * BN, t.sk, vector);
+                load<BN>(sm_k, k, walk.at * BN, t.sk, vector);
                 copies_commit();
             }
             if (active || WN > 1) {

@@ -1,36 +1,33 @@
-// What happens to a score between Q K^T and the softmax, besides its scale.
-
-// Never fused, so that all forms agree.
-DEV float scaled(float s, const Params& p) { return clamped(__fmul_rn(s, p.scale)); }
+// The steps of score.h from the softcap to the biases, for the scores of a thread. The scale comes before them,
+// and the bounds after.
 
 #if GENERAL
-// Adds the mask's cell to each score, as the class of its class tile says: 0 hides whatever the mask
-// holds, 2 adds nothing. A hidden score is selected, never a sum: NaN + -infinity would be NaN. A row
-// past the last or a key past the last has no cell. With PAIRS, an odd score has the class of the one
-// before it.
+// Adds the mask's cell to each score, as the class of its class tile says: CLASS_SKIP hides whatever the mask
+// holds, CLASS_FREE adds nothing. A row past the last or a key past the last has no cell. With PAIRS, an odd
+// score has the class of the one before it.
 template <int TYPE, bool PAIRS, int N> DEV void add_mask(float (&s)[N], const Params& p, const Tile& t, const int (&rows)[N], const int (&keys)[N]) {
-    u8 tile_class = 1;
+    u8 tile_class = CLASS_MIXED;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (rows[i] >= t.rows || keys[i] >= t.sk) continue;
         const int query = query_of(p, rows[i]);
         if (p.classes && !(PAIRS && i % 2))
             tile_class = p.classes[i64(query / CLASS_ROWS) * p.classes_stride + keys[i] / CLASS_KEYS];
-        if (tile_class == 2) continue;
+        if (tile_class == CLASS_FREE) continue;
         float cell = NEG_INF;
-        if (tile_class != 0) {
+        if (tile_class != CLASS_SKIP) {
             const i64 row = p.mask_strides[0] * t.b + p.mask_strides[1] * head_of(p, t, rows[i]) + p.mask_strides[2] * (t.q_start + query);
             cell = element<TYPE>(p.mask, row + keys[i]);
         }
-        s[i] = cell == NEG_INF ? NEG_INF : clamped(s[i] + cell);
+        s[i] = score_if_seen(clamped(score_masked(s[i], cell, 1.0f)), !score_cell_hides(cell));
     }
 }
 
-// Softcap, mask and ALiBi, in natural-log units.
+// Softcap, mask and ALiBi, in natural-log units; hidden scores stay hidden.
 template <bool PAIRS, int N> DEV void bias(float (&s)[N], const Params& p, const Tile& t, bool masked, const int (&rows)[N], const int (&keys)[N]) {
     if (p.softcap != 0.0f) {
 #pragma unroll
-        for (int i = 0; i < N; i++) s[i] = p.softcap * tanhf(s[i] / p.softcap);
+        for (int i = 0; i < N; i++) s[i] = score_softcapped(s[i] / p.softcap, p.softcap);
     }
     if (masked) {
         switch (p.mask_type) {
@@ -43,9 +40,9 @@ template <bool PAIRS, int N> DEV void bias(float (&s)[N], const Params& p, const
     if (p.slopes) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            const i64 distance = query_of(p, rows[i]) + t.q_off - keys[i];
-            const float x = s[i] - p.slopes[head_of(p, t, rows[i])] * float(distance < 0 ? -distance : distance);
-            s[i] = s[i] == NEG_INF ? NEG_INF : clamped(x);
+            const float distance = score_distance(query_of(p, rows[i]) + t.q_off, i64(keys[i]));
+            const float x = score_alibi(s[i], p.slopes[head_of(p, t, rows[i])], distance);
+            s[i] = score_if_seen(clamped(x), s[i] != NEG_INF);
         }
     }
 }

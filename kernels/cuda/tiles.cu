@@ -1,15 +1,8 @@
-// What one threadblock of an attention kernel works on, and which key tiles it visits. BM, BN and D
-// are the kernel's, and PACK: whether the query heads of one key/value head may share a tile, row r
-// of it being query r / pack of head r % pack.
+// The query tile of a threadblock and the key tiles that it visits. The kernel defines BM, BN, D and PACK: whether the
+// query heads of one key/value head may share a tile, row r of it being query r / pack of head r % pack.
 
-// Class tiles: rows and keys of one class.
-#if D >= 512
-#define CLASS_ROWS 8
-#define CLASS_KEYS 64
-#else
-#define CLASS_ROWS 32
-#define CLASS_KEYS 16
-#endif
+#define CLASS_ROWS CLASS_ROWS_AT(D)
+#define CLASS_KEYS CLASS_KEYS_AT(D)
 
 struct Tile {
     int b, h, kv_head;     // h is the first head of the rows
@@ -25,17 +18,13 @@ struct Tile {
 DEV int query_of(const Params& p, int row) { return PACK ? row / p.pack : row; }
 DEV int head_of(const Params& p, const Tile& t, int row) { return PACK ? t.h + row % p.pack : t.h; }
 
-// Keys [first_key, end_key) are what a row sees.
+// The bounds show a row the keys [first_key, end_key).
 DEV int first_key(const Params& p, const Tile& t, int row) {
-    if (p.left < 0) return 0;
-    const i64 first = query_of(p, row) + t.q_off - p.left;
-    return first < 0 ? 0 : first > t.sk ? t.sk : int(first);
+    return p.left < 0 ? 0 : score_first_seen(query_of(p, row) + t.q_off, p.left, t.sk);
 }
 
 DEV int end_key(const Params& p, const Tile& t, int row) {
-    if (p.right < 0) return t.sk;
-    const i64 end = query_of(p, row) + t.q_off + p.right + 1;
-    return end < 0 ? 0 : end > t.sk ? t.sk : int(end);
+    return p.right < 0 ? t.sk : score_end_seen(query_of(p, row) + t.q_off, p.right, t.sk);
 }
 
 // Longest rows first, so that short ones fill the end; heads whose keys fit the cache together.
@@ -88,6 +77,24 @@ DEV i64 row_offset(const i64 strides[3], int b, int h, int row) {
     return strides[0] * b + strides[1] * h + strides[2] * row;
 }
 
+// Rows of one head, `stride` elements apart.
+template <typename T> struct HeadRows {
+    const T* first;
+    i64 stride;
+    DEV_MEMBER const T* at(int row) const { return first + stride * row; }
+    DEV_MEMBER HeadRows from(int row) const { return {at(row), stride}; }
+};
+
+template <typename T> DEV HeadRows<T> q_rows(const Params& p, const Tile& t) {
+    return {(const T*)p.q + row_offset(p.q_strides, t.b, t.h, 0) + p.q_strides[2] * t.q_start, p.q_strides[2]};
+}
+
+// The rows of K or V that the tile's heads read: every kernel on tiles reaches keys and values through this
+// function, `from` (the rows of a key tile) and `at` (one of them).
+template <typename T> DEV HeadRows<T> kv_rows(const Tile& t, const void* base, const i64 (&strides)[3]) {
+    return {(const T*)base + row_offset(strides, t.b, t.kv_head, 0) + strides[2] * t.k_start, strides[2]};
+}
+
 // The row of the partial results.
 DEV i64 result_row(const Params& p, const Tile& t, int row) {
     return (i64(t.b) * p.heads + head_of(p, t, row)) * p.rows + t.q_start + query_of(p, row);
@@ -123,8 +130,8 @@ struct Walk {
                     const u8* classes = p.classes + i64(row) * p.classes_stride;
                     for (int key = k0 / CLASS_KEYS; key * CLASS_KEYS < key_end; key++) {
                         const u8 c = classes[key];
-                        some = some || c != 0;
-                        all_free = all_free && c == 2;
+                        some = some || c != CLASS_SKIP;
+                        all_free = all_free && c == CLASS_FREE;
                     }
                 }
             }

@@ -19,19 +19,14 @@ constant int blk_bq [[function_constant(400)]];
 constant int blk_bk [[function_constant(401)]];
 constant bool has_extra = has_window || has_lse || is_varlen;
 
-constant constexpr float LOG2E = 1.44269504089f;
-constant constexpr float LN2 = 0.69314718056f;
-
-// Scores are kept in units of 2 ln 2: times this constant. In these units every finite mask and sink
-// is finite in f32, which in log2 units overflows above 2.4e38.
-constant constexpr float HALF_LOG2E = LOG2E / 2.0f;
-
-// Start of a running maximum: the lowest finite number, so that no score is below it and maximum minus
-// maximum is never infinity minus infinity.
-constant constexpr float LOWEST = -FLT_MAX;
-
-// The weight of a score, given how far it lies from the maximum.
-METAL_FUNC float weight_at(float distance) { return fast::exp2(distance + distance); }
+// What score.h needs of MSL. A score that overflows is left alone: the careful pass computes it again.
+#define SCORE_FN METAL_FUNC
+#define SCORE_PRODUCT(a, b) ((a) * (b))
+#define SCORE_FINITE(x) (x)
+#define SCORE_ADDED(s, a, b) ((s) + (a) * (b))
+#define SCORE_TANH precise::tanh
+#define SCORE_ABS abs
+#define NEG_INF (-INFINITY)
 
 // Apple's front end leaves loops rolled, and an array of matrices that a loop variable indexes stays in
 // memory: loops over such arrays are unrolled whole.
@@ -50,6 +45,11 @@ METAL_FUNC Cell lane_cell(ushort lane) {
     const ushort quad = lane / 4;
     return Cell{ushort((quad & 4) + (lane / 2) % 4), ushort((quad & 2) * 2 + (lane % 2) * 2)};
 }
+
+// Row `key` of the keys or values of a head, whose rows lie `stride` elements apart: every kernel reaches K and V
+// through this function. Eight rows from a multiple of 8 on lie one stride apart.
+template <typename T>
+METAL_FUNC device const T* kv_row(device const T* rows, long stride, long key) { return rows + key * stride; }
 
 // Loads the 8x8 block at `src`, of which the first `rows` source rows are there and the others
 // count as zero and are not read. Transposed, a source row becomes a column.

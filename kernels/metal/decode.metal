@@ -53,15 +53,16 @@ template <typename KV>
         float step_max = running_max;
         UNROLL for (int j = 0; j < KEYS_A_STEP; ++j) {
             if (j >= there) { continue; }
+            device const KV* key = kv_row(keys, dim, k0 + j);
             float dot = 0.0f;
             UNROLL for (int i = 0; i < MAX_PER_LANE; ++i) {
                 const int d = i * 32 + lane;
-                if (d < dim) { dot += query[i] * float(keys[(k0 + j) * dim + d]); }
+                if (d < dim) { dot += query[i] * float(key[d]); }
             }
             dot = simd_sum(dot);
-            if (!isfinite(dot * p.scale)) { dot = finite_dot(dot, query, keys + (k0 + j) * dim, dim, p.scale, lane); }
-            float score = dot * p.scale;
-            if (p.softcap != 0.0f) { score = p.softcap * precise::tanh(score / p.softcap); }
+            if (!isfinite(dot * p.scale)) { dot = finite_dot(dot, query, key, dim, p.scale, lane); }
+            float score = score_scaled(dot, p.scale);
+            if (p.softcap != 0.0f) { score = score_softcapped(score / p.softcap, p.softcap); }
             x[j] = score * HALF_LOG2E;
             step_max = max(step_max, x[j]);
         }
@@ -73,9 +74,10 @@ template <typename KV>
             if (j >= there) { continue; }
             const float weight = weight_at(x[j] - step_max);
             running_sum += weight;
+            device const KV* value = kv_row(values, dim, k0 + j);
             UNROLL for (int i = 0; i < MAX_PER_LANE; ++i) {
                 const int d = i * 32 + lane;
-                if (d < dim) { o[i] += weight * float(values[(k0 + j) * dim + d]); }
+                if (d < dim) { o[i] += weight * float(value[d]); }
             }
         }
     }

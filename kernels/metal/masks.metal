@@ -11,9 +11,7 @@ template <typename T>
     const long position = long(row) + long(p.q_abs_offset);
     device T* cells = mask + ulong(row) * ulong(p.seq_len_k);
     for (long key = thread_index; key < long(p.seq_len_k); key += threads) {
-        const bool hidden = (p.causal != 0 && key > position)
-            || (p.window != 0 && position - key >= long(p.window));
-        cells[key] = hidden ? T(-INFINITY) : T(0.0f);
+        cells[key] = T(score_if_seen(0.0f, score_bounds_show(position, key, p.causal != 0, long(p.window))));
     }
 }
 
@@ -34,15 +32,14 @@ template [[host_name("flash_attn_prefill_mask_fill_f16")]] [[kernel]] decltype(f
     const long position = long(positions[row]);
     device bfloat* cells = mask + ulong(row) * ulong(p.len);
     for (long key = thread_index; key < long(p.len); key += threads) {
-        const long ahead = position - long(positions[key]);
-        const bool hidden = ids[key] != id || (p.causal != 0 && ahead < 0)
-            || (p.window != 0 && ahead >= long(p.window));
-        cells[key] = hidden ? bfloat(-INFINITY) : bfloat(0.0f);
+        const bool seen = ids[key] == id
+            && score_bounds_show(position, long(positions[key]), p.causal != 0, long(p.window));
+        cells[key] = bfloat(score_if_seen(0.0f, seen));
     }
 }
 
-// One simdgroup a tile. The first rule that fits: past the keys: 0; reaching past them: 1; all
-// masked: 0; all zero: 2; else 1. Rows past the last do not count.
+// One simdgroup a class tile. The first rule that fits: reaching past the keys: mixed; all masked: skip; all
+// zero: free; else mixed. Rows past the last do not count.
 template <typename T>
 [[kernel]] void classify(
     device const T* mask [[buffer(0)]],
@@ -58,14 +55,15 @@ template <typename T>
         for (long cell = lane; cell < rows * blk_bk; cell += 32) {
             const long row = row0 + cell / blk_bk, key = key0 + cell % blk_bk;
             const float value = float(mask[row * p.row_stride + key]);
-            masked &= value <= -1.0e30f;
+            masked &= value <= MASKED_AT_OR_BELOW;
             zero &= value == 0.0f;
         }
         masked = simd_all(masked);
         zero = simd_all(zero);
     }
     if (lane == 0) {
-        classes[ulong(tile.y) * ulong(p.nk) + ulong(tile.x)] = !whole ? 1 : masked ? 0 : zero ? 2 : 1;
+        const int kind = !whole ? CLASS_MIXED : masked ? CLASS_SKIP : zero ? CLASS_FREE : CLASS_MIXED;
+        classes[ulong(tile.y) * ulong(p.nk) + ulong(tile.x)] = uchar(kind);
     }
 }
 

@@ -69,8 +69,8 @@ METAL_FUNC bool tile(
             const int classes = chunk_classes<G>(at.blk, q0, k0, bounds.keys);
             if (classes == 0) { continue; }
             const int kind = (classes >> (cells / G::CLASS_BK * 2)) & 3;
-            masked = kind == 1;
-            hides = kind == 0;
+            masked = kind == CLASS_MIXED;
+            hides = kind == CLASS_SKIP;
         }
         worked = true;
 
@@ -97,7 +97,8 @@ METAL_FUNC bool tile(
                     const int there = bounds.keys - key;
                     if (there <= 0) { continue; }
                     simdgroup_matrix<T, 8, 8> k_block;
-                    load_block<T, true>(k_block, at.k + key * k_stride + d, k_stride, align_k ? 8 : there, cell);
+                    load_block<T, true>(
+                        k_block, kv_row(at.k, k_stride, key) + d, k_stride, align_k ? 8 : there, cell);
                     UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
                         simdgroup_multiply_accumulate(part[kb][rb], q_block[rb], k_block, part[kb][rb]);
                     }
@@ -132,24 +133,24 @@ METAL_FUNC bool tile(
             NO_UNROLL for (int c = 0; c < G::CELLS; ++c) {
                 const int key = k0 + cells + c;
                 if (!sees_cell<T, G, is_bool>(at, bounds, q0, row, key)) { continue; }
-                s_row[c] = finite_score<T>(s_row[c], limit, q_tile + row * G::LDQ, at.k + key * k_stride, G::D);
+                device const T* k_row = kv_row(at.k, k_stride, key);
+                s_row[c] = finite_score<T>(s_row[c], limit, q_tile + row * G::LDQ, k_row, G::D);
             }
         }
         float x[G::CELLS];
         float chunk_max = running_max;
         UNROLL for (int c = 0; c < G::CELLS; ++c) {
             const int key = k0 + cells + c;
-            float value = s_row[c] * scale;
-            if (has_softcap) { value = precise::tanh(value) * (softcap * HALF_LOG2E); }
-            if (has_alibi) { value -= slope * float(abs(q0 + row + bounds.offset - key)); }
+            float value = score_scaled(s_row[c], scale);
+            if (has_softcap) { value = score_softcapped(value, softcap * HALF_LOG2E); }
+            if (has_alibi) { value = score_alibi(value, slope, score_distance(q0 + row + bounds.offset, long(key))); }
             bool hidden = hides || (bounded && (key >= bounds.keys || !sees(bounds, q0 + row, key)));
             if (masked && real_row && !hidden) {
                 const float bias = mask_cell<T, is_bool>(at.mask, mask_row + key);
-                hidden = bias == -INFINITY;
-                value += HALF_LOG2E * bias;
+                hidden = score_cell_hides(bias);
+                value = score_masked(value, bias, HALF_LOG2E);
             }
-            // Chosen, not added: NaN plus -infinity is NaN.
-            x[c] = hidden ? -INFINITY : value;
+            x[c] = score_if_seen(value, !hidden);
             seen |= !hidden;
             chunk_max = max(chunk_max, x[c]);
         }
@@ -322,31 +323,5 @@ template <typename T, int D, int BQ, int C, int NSG, bool is_bool, int ALIAS>
     PREFILL("flash_attn_prefill_" stem, T, D, BQ, C, NSG, false, alias) \
     PREFILL("flash_attn_prefill_" stem "_boolmask", T, D, BQ, C, NSG, true, alias)
 
-// One line a dtype and head dim: a host hands its compiler the line that it needs, without the others.
-MASKS("bf16_d32", bfloat, 32, 32, 32, 4, 0)
-MASKS("f16_d32", half, 32, 32, 32, 4, 0)
-MASKS("bf16_d64", bfloat, 64, 32, 32, 4, 0)
-MASKS("f16_d64", half, 64, 32, 32, 4, 0)
-MASKS("bf16_d80", bfloat, 80, 32, 32, 4, 0)
-MASKS("f16_d80", half, 80, 32, 32, 4, 0)
-MASKS("bf16_d96", bfloat, 96, 32, 32, 4, 0)
-MASKS("f16_d96", half, 96, 32, 32, 4, 0)
-MASKS("bf16_d128", bfloat, 128, 32, 32, 4, 0)
-MASKS("f16_d128", half, 128, 32, 32, 4, 0)
-MASKS("bf16_d192", bfloat, 192, 32, 32, 4, 0)
-MASKS("f16_d192", half, 192, 32, 32, 4, 0)
-MASKS("bf16_d256", bfloat, 256, 32, 32, 4, 0)
-MASKS("f16_d256", half, 256, 32, 32, 4, 0)
-MASKS("bf16_d512", bfloat, 512, 8, 64, 8, 0)
-MASKS("f16_d512", half, 512, 8, 64, 8, 0)
-MASKS("llamacpp_bf16_d512", bfloat, 512, 8, 64, 8, 1)
-MASKS("llamacpp_f16_d512", half, 512, 8, 64, 8, 1)
-MASKS("f32_d32", float, 32, 32, 32, 4, 0)
-MASKS("f32_d64", float, 64, 32, 32, 4, 0)
-MASKS("f32_d80", float, 80, 32, 32, 4, 0)
-MASKS("f32_d96", float, 96, 32, 32, 4, 0)
-MASKS("f32_d128", float, 128, 32, 32, 4, 0)
-MASKS("f32_d192", float, 192, 32, 32, 4, 0)
-MASKS("f32_d256", float, 256, 8, 64, 8, 0)
-MASKS("f32_d512", float, 512, 8, 64, 8, 0)
-MASKS("llamacpp_f32_d512", float, 512, 8, 64, 8, 1)
+// The host appends a line MASKS(stem, T, D, BQ, C, NSG, alias) for each dtype and head dim of its table, and hands
+// a compiler the line that it needs, without the others.

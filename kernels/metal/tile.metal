@@ -29,8 +29,8 @@ struct Geometry {
     static constant constexpr int LANES = 32 / ROWS;
     static constant constexpr int CELLS = C / LANES;
     // The tile that classes are computed over.
-    static constant constexpr int CLASS_BQ = D >= 512 ? 8 : 32;
-    static constant constexpr int CLASS_BK = D >= 512 ? 64 : 16;
+    static constant constexpr int CLASS_BQ = CLASS_ROWS_AT(D);
+    static constant constexpr int CLASS_BK = CLASS_KEYS_AT(D);
     static_assert(CLASS_BK % CELLS == 0 && C % CLASS_BK == 0, "a lane's cells lie in one class tile");
     // Floats that hold the tile of Q.
     static constant constexpr int Q_WORDS = BQ * LDQ * int(sizeof(T)) / 4;
@@ -47,24 +47,24 @@ struct Bounds {
 
 METAL_FUNC bool sees(thread const Bounds& b, long row, long key) {
     const long p = row + b.offset;
-    return (!do_causal || key <= p) && (b.window < 0 || p - key < b.window)
-        && (b.window_right < 0 || key - p <= b.window_right);
+    return (!do_causal || key <= score_last_key(p, 0))
+        && (b.window < 0 || key >= score_first_key(p, b.window - 1))
+        && (b.window_right < 0 || key <= score_last_key(p, b.window_right));
 }
 
 // First and one past the last key that row `low` opens and row `high` closes: (first, last) row of a
 // tile bounds the keys that some row sees, (last, first) those that every row sees.
 METAL_FUNC int2 key_range(thread const Bounds& b, long low, long high) {
-    const long n = b.keys;
-    long start = 0, end = n;
-    if (b.window >= 0) { start = clamp(low + b.offset - b.window + 1, 0L, n); }
-    if (do_causal) { end = clamp(high + b.offset + 1, 0L, n); }
-    if (b.window_right >= 0) { end = min(end, clamp(high + b.offset + b.window_right + 1, 0L, n)); }
-    return int2(int(start), int(end));
+    int start = 0, end = b.keys;
+    if (b.window >= 0) { start = score_first_seen(low + b.offset, b.window - 1, b.keys); }
+    if (do_causal) { end = score_end_seen(high + b.offset, 0, b.keys); }
+    if (b.window_right >= 0) { end = min(end, score_end_seen(high + b.offset, b.window_right, b.keys)); }
+    return int2(start, end);
 }
 
 template <typename T, bool is_bool>
 METAL_FUNC float mask_cell(device const uchar* mask, long index) {
-    if (is_bool) { return mask[index] != 0 ? 0.0f : -INFINITY; }
+    if (is_bool) { return score_if_seen(0.0f, mask[index] != 0); }
     if (mask_dtype == 1) { return reinterpret_cast<device const float*>(mask)[index]; }
     if (mask_dtype == 2) { return float(reinterpret_cast<device const half*>(mask)[index]); }
     if (mask_dtype == 3) { return float(reinterpret_cast<device const bfloat*>(mask)[index]); }
@@ -87,14 +87,13 @@ struct Operands {
     float slope;
 };
 
-// Class of the class tile at column `t` of the row of class tiles at `first`: 0 hides all of it, 2 leaves
-// the mask out, and 1 adds the mask.
+// Class of the class tile at column `t` of the row of class tiles at `first`; any other byte is mixed.
 METAL_FUNC int class_of(device const uchar* blk, long first, long t) {
     const uchar kind = blk[first + t];
-    return kind == 0 ? 0 : kind == 2 ? 2 : 1;
+    return kind == CLASS_SKIP || kind == CLASS_FREE ? kind : CLASS_MIXED;
 }
 
-// Classes of the class tiles of the chunk at k0, two bits each; 0 where all of them are hidden.
+// Classes of the class tiles of the chunk at k0, two bits each; 0 where all of them are skipped.
 template <typename G>
 METAL_FUNC int chunk_classes(device const uchar* blk, int q0, int k0, int keys) {
     const long across = (keys + G::CLASS_BK - 1) / G::CLASS_BK;
@@ -115,10 +114,10 @@ METAL_FUNC bool sees_cell(
     if (has_blk) {
         const long across = (bounds.keys + G::CLASS_BK - 1) / G::CLASS_BK;
         const int kind = class_of(at.blk, long(q0 / G::CLASS_BQ) * across, key / G::CLASS_BK);
-        if (kind != 1) { return kind == 2; }
+        if (kind != CLASS_MIXED) { return kind == CLASS_FREE; }
     }
     return !has_mask
-        || mask_cell<T, is_bool>(at.mask, at.mask_base + long(row) * at.mask_stride + key) != -INFINITY;
+        || !score_cell_hides(mask_cell<T, is_bool>(at.mask, at.mask_base + long(row) * at.mask_stride + key));
 }
 
 // The accumulators of O that a simdgroup holds: all rows with every NSG-th block of columns.
@@ -152,7 +151,8 @@ METAL_FUNC void add_values(
             const int column = block_column<G>(j, sg);
             if (no_block<G>(column)) { break; }
             simdgroup_matrix<T, 8, 8> v_block;
-            load_block<T, false>(v_block, at.v + key * v_stride + column, v_stride, align_k ? 8 : there, cell);
+            load_block<T, false>(
+                v_block, kv_row(at.v, v_stride, key) + column, v_stride, align_k ? 8 : there, cell);
             if (careful) {
                 UNROLL for (ushort e = 0; e < 2; ++e) {
                     const T v = v_block.thread_elements()[e];
@@ -173,7 +173,7 @@ METAL_FUNC void add_infinite_values(
     thread Accumulators<G>& o, thread const Operands<T>& at, thread const Bounds& bounds, long v_stride,
     int2 range, int q0, int rows, Cell cell, ushort sg) {
     NO_UNROLL for (int key = range.x; key < range.y; ++key) {
-        device const T* v_row = at.v + key * v_stride + cell.col;
+        device const T* v_row = kv_row(at.v, v_stride, key) + cell.col;
         bool infinite = false;
         UNROLL for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
             const int column = block_column<G>(j, sg);

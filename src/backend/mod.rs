@@ -27,6 +27,7 @@ pub(crate) mod kernel;
 pub(crate) mod kind;
 pub(crate) mod memory;
 pub(crate) mod metal;
+pub(crate) mod score;
 pub(crate) mod shared_params;
 
 /// One step of a command: tasks between two barriers do not depend on each other.

@@ -17,6 +17,10 @@ pub enum Scope {
     Full,
 }
 
+/// Head dims that meet every feature. The others have the same kernels with other constants, and a few cases
+/// each.
+const EVERYWHERE: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
+
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 const PLACEMENTS: [Placement; 3] = [
     Placement::HeadMajor,
@@ -134,6 +138,11 @@ pub fn cases(scope: Scope, device: &MlxDevice) -> Vec<Case> {
         Scope::Full => 1,
     };
     all.extend(extra.into_iter().step_by(step));
+    let step = match scope {
+        Scope::Quick => 4,
+        Scope::Full => 1,
+    };
+    all.extend(few().into_iter().step_by(step));
     all.retain(|case| is_served(case, device));
     all
 }
@@ -169,7 +178,7 @@ fn is_served(case: &Case, device: &MlxDevice) -> bool {
 /// Every head dim x dtype x mask kind x layout; the features are drawn for each.
 fn grid(scope: Scope, half_keys: bool, all: &mut Vec<Case>) {
     let mut random = Random::new(1);
-    for (d, head_dim) in HEAD_DIMS.into_iter().enumerate() {
+    for (d, head_dim) in EVERYWHERE.into_iter().enumerate() {
         for (t, dtype) in DTYPES.into_iter().enumerate() {
             for (m, mask) in MaskKind::ALL.into_iter().enumerate() {
                 if mask == MaskKind::PlaneF32 && dtype == DType::F32 {
@@ -256,7 +265,7 @@ fn is_trivial(case: &Case) -> bool {
 fn edges() -> Vec<Case> {
     let edge = [7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65];
     let mut random = Random::new(2);
-    let each = HEAD_DIMS
+    let each = EVERYWHERE
         .into_iter()
         .flat_map(|d| DTYPES.map(|t| (d, t)))
         .flat_map(|pair| (0..6).map(move |i| (pair, i)));
@@ -280,7 +289,7 @@ fn masks() -> Vec<Case> {
         Some(bounds("window24", false, TOP_LEFT, Some(24), None)),
         Some(offset),
     ];
-    let each = HEAD_DIMS
+    let each = EVERYWHERE
         .into_iter()
         .flat_map(|d| DTYPES.map(|t| (d, t)))
         .flat_map(|pair| [0, 1, 2, 3, 4].map(|i| (pair, i)));
@@ -305,7 +314,7 @@ fn masks() -> Vec<Case> {
 
 /// Longer than any tile and any split of the keys.
 fn long() -> Vec<Case> {
-    let each = HEAD_DIMS.into_iter().flat_map(|d| DTYPES.map(|t| (d, t)));
+    let each = EVERYWHERE.into_iter().flat_map(|d| DTYPES.map(|t| (d, t)));
     each.enumerate()
         .map(|(i, (head_dim, dtype))| {
             let lengths = [(5, 1030), (310, 50), (24, 520)][i % 3];
@@ -323,7 +332,7 @@ fn long() -> Vec<Case> {
 
 /// The decode entry, K and V in f32 and f16.
 fn decode() -> Vec<Case> {
-    let each = HEAD_DIMS
+    let each = EVERYWHERE
         .into_iter()
         .flat_map(|d| [DType::F32, DType::F16].map(|t| (d, t)))
         .flat_map(|pair| [0, 1, 2].map(|i| (pair, i)));
@@ -344,6 +353,54 @@ fn decode() -> Vec<Case> {
                 softcap: [None, Some(2.0)][n % 2],
                 ..Case::new(head_dim, DType::F32, (1, [1, 33, 200][i]))
             }
+        })
+        .collect()
+}
+
+/// The head dims that are not [`EVERYWHERE`]: without and with what changes a score, with keys that are split,
+/// and decode.
+fn few() -> Vec<Case> {
+    let others = HEAD_DIMS.into_iter().filter(|d| !EVERYWHERE.contains(d));
+    others
+        .flat_map(|head_dim| {
+            let prefill = DTYPES.into_iter().flat_map(move |dtype| {
+                // Many elements, so that the naive computation's largest error, which bounds ours, is no
+                // accident of the draw.
+                let plain = Case {
+                    heads: 6,
+                    kv_heads: 3,
+                    placement: Placement::SeqMajor,
+                    lse: true,
+                    ..Case::new(head_dim, dtype, (65, 130))
+                };
+                let full = Case {
+                    heads: 4,
+                    kv_heads: 2,
+                    placement: Placement::Strided,
+                    mask: MaskKind::PerHead,
+                    mask_dtype: dtype,
+                    bounds: BOUNDS[7],
+                    softcap: Some(5.0),
+                    sinks: true,
+                    alibi: true,
+                    ..Case::new(head_dim, dtype, (33, 70))
+                };
+                let long = Case {
+                    heads: 6,
+                    kv_heads: 6,
+                    bounds: BOUNDS[2],
+                    gain: 2.0,
+                    ..Case::new(head_dim, dtype, (5, 1030))
+                };
+                [plain, full, long]
+            });
+            let decode = [DType::F32, DType::F16].map(|kv_dtype| Case {
+                entry: Entry::Decode,
+                kv_dtype,
+                bounds: bounds("left40.br", false, BOTTOM_RIGHT, Some(40), None),
+                ..Case::new(head_dim, DType::F32, (1, 200))
+            });
+            prefill.chain(decode)
         })
         .collect()
 }

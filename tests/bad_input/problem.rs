@@ -195,8 +195,8 @@ pub(crate) fn builder_rows() -> Vec<Row> {
         ),
         refused(
             "a head dim between",
-            &["head_dim", "[32, 64, 80", "72"],
-            sized(|s| (s.qk_dim, s.v_dim) = (72, 72)),
+            &["head_dim", "[32, ", "100"],
+            sized(|s| (s.qk_dim, s.v_dim) = (100, 100)),
         ),
         refused(
             "a head dim beyond",
@@ -205,13 +205,13 @@ pub(crate) fn builder_rows() -> Vec<Row> {
         ),
         refused(
             "rows of Q and K between",
-            &["qk_dim", "[32, 64, 80", "72"],
-            sized(|s| s.qk_dim = 72),
+            &["qk_dim", "[32, ", "100"],
+            sized(|s| s.qk_dim = 100),
         ),
         refused(
             "rows of V and O between",
-            &["v_dim", "[32, 64, 80", "72"],
-            sized(|s| s.v_dim = 72),
+            &["v_dim", "[32, ", "100"],
+            sized(|s| s.v_dim = 100),
         ),
         refused(
             "heads that do not divide",

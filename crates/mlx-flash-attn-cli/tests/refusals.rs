@@ -273,9 +273,9 @@ fn wrong_tensors() {
         ),
         (
             "a head dim without kernels",
-            File::qkv([1, 1, 8, 48], [1, 1, 8, 48]),
+            File::qkv([1, 1, 8, 36], [1, 1, 8, 36]),
             "",
-            &["head_dim", "48"],
+            &["head_dim", "36"],
         ),
         (
             "the other layout",

@@ -101,24 +101,25 @@ fn metallib(dir: &Path) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    /// Its own copies of the params' structs had another order of fields than the crate's.
+    /// Its own copies of tiles, params and launches had drifted from the library's.
     #[test]
-    fn the_gpu_benchmark_takes_the_params_from_the_crates_definition() {
-        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-        let bench = std::fs::read_to_string(root.join("scripts/gpu-bench")).unwrap_or_default();
-        let structs = ["MaskFillParams", "BlkParams", "Params"];
-        for name in structs {
-            let taken = [
-                format!("struct_text(\"{name}\")"),
-                format!("structure(\"{name}\")"),
-            ];
-            assert!(taken.iter().any(|t| bench.contains(t)), "{name}");
-            assert!(!bench.contains(&format!("struct {name} {{")), "{name}");
-            assert!(!bench.contains(&format!("class {name}(")), "{name}");
-        }
-        // Attributes of launches and what the driver fills in are the driver's own structs.
-        for copied in ["q_abs_offset", "scale_log2\"", "lse_strides\""] {
-            assert!(!bench.contains(copied), "{copied}");
+    fn the_gpu_benchmark_asks_the_library_for_kernels_and_params() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts");
+        let read = |name: &str| std::fs::read_to_string(root.join(name)).unwrap_or_default();
+        let (bench, library) = (read("gpu-bench"), read("lib/gpu_library.py"));
+        assert!(bench.contains("gpu_library") && library.contains("self.request_fields()"));
+        for copied in [
+            "WGS",
+            "STAGES",
+            "cuModule",
+            "nvrtcCompile",
+            "(8, 64)",
+            "scale_log2",
+        ] {
+            assert!(
+                !bench.contains(copied) && !library.contains(copied),
+                "{copied}"
+            );
         }
     }
 

@@ -2,25 +2,30 @@
 //! the parameters' structs, and the kernels. A list is known by its address.
 
 use super::abi;
+use crate::backend::score::SCORE_TEXT;
 use crate::backend::shared_params;
 
 const COMMON: &str = include_str!("../../../kernels/cuda/common.cu");
+const SCORE_PRELUDE: &str = include_str!("../../../kernels/cuda/score_prelude.cu");
+const ELEMENTS: &str = include_str!("../../../kernels/cuda/elements.cu");
 const CAREFUL: &str = include_str!("../../../kernels/cuda/careful.cu");
 const TILES: &str = include_str!("../../../kernels/cuda/tiles.cu");
 const SCORES: &str = include_str!("../../../kernels/cuda/scores.cu");
 
-/// What both Hopper kernels share, and the text of one.
+/// What both Hopper kernels share, and the texts of one.
 macro_rules! hopper {
-    ($kernel:literal) => {
+    ($($kernel:literal),+) => {
         &[
             include_str!("../../../kernels/cuda/hopper_ptx.cu"),
+            SCORE_PRELUDE,
+            SCORE_TEXT,
             CAREFUL,
             include_str!("../../../kernels/cuda/hopper_tiles.cu"),
             include_str!("../../../kernels/cuda/hopper_classes.cu"),
             include_str!("../../../kernels/cuda/hopper_scores.cu"),
             include_str!("../../../kernels/cuda/hopper_rows.cu"),
             include_str!("../../../kernels/cuda/hopper_softmax.cu"),
-            include_str!($kernel),
+            $(include_str!($kernel),)+
         ]
     };
 }
@@ -28,6 +33,9 @@ macro_rules! hopper {
 /// Attention in 16 bits, for compute capability 8.0 and later.
 pub(super) static PORTABLE: &[&str] = &[
     COMMON,
+    SCORE_PRELUDE,
+    SCORE_TEXT,
+    ELEMENTS,
     CAREFUL,
     abi::CUDA_PARAMS_TEXT,
     TILES,
@@ -36,7 +44,13 @@ pub(super) static PORTABLE: &[&str] = &[
 ];
 
 /// Attention in 16 bits for Hopper, with its own primitives.
-pub(super) static HOPPER: &[&str] = hopper!("../../../kernels/cuda/hopper.cu");
+pub(super) static HOPPER: &[&str] = hopper!(
+    "../../../kernels/cuda/hopper_shared.cu",
+    "../../../kernels/cuda/hopper_producer.cu",
+    "../../../kernels/cuda/hopper_consumer.cu",
+    "../../../kernels/cuda/hopper_output.cu",
+    "../../../kernels/cuda/hopper.cu"
+);
 
 /// The same at head dim 512.
 pub(super) static HOPPER_WIDE: &[&str] = hopper!("../../../kernels/cuda/hopper512.cu");
@@ -44,6 +58,9 @@ pub(super) static HOPPER_WIDE: &[&str] = hopper!("../../../kernels/cuda/hopper51
 /// Attention in f32.
 pub(super) static FMA: &[&str] = &[
     COMMON,
+    SCORE_PRELUDE,
+    SCORE_TEXT,
+    ELEMENTS,
     CAREFUL,
     abi::CUDA_PARAMS_TEXT,
     TILES,
@@ -54,6 +71,9 @@ pub(super) static FMA: &[&str] = &[
 /// The join of partial results.
 pub(super) static COMBINE: &[&str] = &[
     COMMON,
+    SCORE_PRELUDE,
+    SCORE_TEXT,
+    ELEMENTS,
     CAREFUL,
     abi::CUDA_PARAMS_TEXT,
     SCORES,
@@ -63,6 +83,9 @@ pub(super) static COMBINE: &[&str] = &[
 /// The mask fills and the tile classes.
 pub(super) static MASKS: &[&str] = &[
     COMMON,
+    SCORE_PRELUDE,
+    SCORE_TEXT,
+    ELEMENTS,
     shared_params::MASK_FILL_PARAMS_TEXT,
     shared_params::BLOCK_FILL_PARAMS_TEXT,
     shared_params::BLK_PARAMS_TEXT,
@@ -72,6 +95,9 @@ pub(super) static MASKS: &[&str] = &[
 /// Decode.
 pub(super) static DECODE: &[&str] = &[
     COMMON,
+    SCORE_PRELUDE,
+    SCORE_TEXT,
+    ELEMENTS,
     CAREFUL,
     shared_params::VEC_PARAMS_TEXT,
     include_str!("../../../kernels/cuda/decode.cu"),

@@ -236,11 +236,11 @@ const ATTENTION: &[Row] = &[
         text: Text::HopperWide,
         ..hopper(&[512], 128, 64, (40, 232), &[NO_MASK, CLASSED])
     },
-    portable(&[32, 64, 80, 96, 128], 128, 64, 1),
+    portable(&[32, 40, 48, 64, 72, 80, 96, 112, 128], 128, 64, 1),
     portable(&[192], 64, 32, 1),
     portable(&[256], 64, 32, 2),
     portable(&[512], 32, 32, 4),
-    fma(&[32, 64, 80, 96, 128, 192, 256], 32, 32),
+    fma(&[32, 40, 48, 64, 72, 80, 96, 112, 128, 192, 256], 32, 32),
     fma(&[512], 16, 16),
 ];
 
@@ -352,7 +352,10 @@ impl Row {
         let (d, bm, bn) = (needs.head_dim, self.bm, self.bn);
         match self.text {
             Text::Portable { across } => {
-                let row = 2 * d + if d.is_multiple_of(64) { 0 } else { 16 };
+                // Columns come in steps of 16.
+                let columns = d.next_multiple_of(16);
+                let swizzled = columns.is_multiple_of(64);
+                let row = 2 * columns + if swizzled { 0 } else { 16 };
                 let shares = if across > 1 {
                     bm * (2 * bn + 16) + across * bm * 4
                 } else {
@@ -498,6 +501,9 @@ mod tests {
         }
     }
 
+    /// Head dims that the Hopper kernels serve.
+    const HOPPER_DIMS: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
+
     #[test]
     fn hopper_alone_has_its_own_kernels_and_has_them_for_all_but_masks_of_packed_sequences() {
         let own = |gpu, needs| attention(needs, gpu).any(Row::maps);
@@ -509,7 +515,8 @@ mod tests {
                 let needs = needs(dtype, head_dim, features);
                 let packed_mask = needs.has(PACKED) && needs.has(MASK);
                 assert!(!own(Capability(8, 9), needs) && !own(Capability(10, 0), needs));
-                assert_eq!(own(Capability::HOPPER, needs), !packed_mask, "{needs:?}");
+                let wanted = HOPPER_DIMS.contains(&head_dim) && !packed_mask;
+                assert_eq!(own(Capability::HOPPER, needs), wanted, "{needs:?}");
             }
         }
         assert!(!own(Capability::HOPPER, needs(DType::F32, 64, 0)));
@@ -562,7 +569,7 @@ mod tests {
             assert!(row.bm.is_multiple_of(16), "{row:?}");
             let keys = row.bn / across;
             assert!(keys == 8 || keys.is_multiple_of(16), "{row:?}");
-            let columns = |d: &usize| (d / across).is_multiple_of(16);
+            let columns = |d: &usize| (d.next_multiple_of(16) / across).is_multiple_of(16);
             assert!(row.dims.iter().all(columns), "{row:?}");
         }
     }

@@ -4,7 +4,8 @@ use std::borrow::Cow;
 
 use super::bindings::names;
 use super::params;
-use super::table::PREFILL;
+use super::table::{INSTANTIATIONS, PREFILL};
+use crate::backend::score::SCORE_TEXT;
 use crate::backend::shared_params;
 use crate::hash::fnv1a;
 
@@ -37,13 +38,13 @@ const fn length(parts: &[&str]) -> usize {
 const INCLUDES: &str = "#include <metal_stdlib>\n#include <metal_simdgroup_matrix>\n\n";
 const COMMON: &str = include_str!("../../../kernels/metal/common.metal");
 
-/// Declares the text of one library: the includes, the params' structs, what kernels share, and the
-/// kernels.
+/// Declares the text of one library: the includes, the params' structs, what kernels share, the rule of a
+/// score, the kernels, and lines that instantiate them.
 macro_rules! library {
-    ($(#[$meta:meta])* $name:ident = $($file:literal),+ with $($params:path),+) => {
+    ($(#[$meta:meta])* $name:ident = $($file:literal),+ with $($params:path),+ $(; $lines:path)?) => {
         $(#[$meta])*
         pub(crate) static $name: &str = {
-            const PARTS: &[&str] = &[INCLUDES, $($params,)+ COMMON, $(include_str!($file)),+];
+            const PARTS: &[&str] = &[INCLUDES, $($params,)+ COMMON, SCORE_TEXT, $(include_str!($file),)+ $($lines)?];
             const BYTES: [u8; length(PARTS)] = join(PARTS);
             match std::str::from_utf8(&BYTES) {
                 Ok(text) => text,
@@ -55,8 +56,10 @@ macro_rules! library {
 
 library! {
     /// Text of the prefill kernels.
-    PREFILL_TEXT = "../../../kernels/metal/tile.metal", "../../../kernels/metal/prefill.metal" with
-        params::ATTN_PARAMS_TEXT, params::ATTN_MASK_PARAMS_TEXT, params::ATTN_EXTRA_PARAMS_TEXT
+    PREFILL_TEXT = "../../../kernels/metal/scores.metal", "../../../kernels/metal/tile.metal",
+        "../../../kernels/metal/prefill.metal" with
+        params::ATTN_PARAMS_TEXT, params::ATTN_MASK_PARAMS_TEXT, params::ATTN_EXTRA_PARAMS_TEXT;
+        INSTANTIATIONS
 }
 library! {
     /// Text of the mask-fill and tile-class kernels.
@@ -66,7 +69,7 @@ library! {
 }
 library! {
     /// Text of the decode kernels.
-    VEC_TEXT = "../../../kernels/metal/decode.metal" with shared_params::VEC_PARAMS_TEXT
+    VEC_TEXT = "../../../kernels/metal/scores.metal", "../../../kernels/metal/decode.metal" with shared_params::VEC_PARAMS_TEXT
 }
 
 /// How a line of a text begins that instantiates the kernels of one dtype and head dim, by the stem of

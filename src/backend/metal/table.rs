@@ -84,10 +84,14 @@ const fn shared_bytes(rows: usize, chunk: usize, head_dim: usize, size: usize) -
     q + scores + weights + rows * 4
 }
 
-const fn row(kernel: &'static str, dtype: DType, head_dim: usize, mask: MaskKind) -> Variant {
+const fn row(
+    kernel: &'static str,
+    dtype: DType,
+    head_dim: usize,
+    mask: MaskKind,
+    wide: bool,
+) -> Variant {
     let size = dtype.size_of();
-    // Eight rows where 32 rows of Q would not fit, or their output not stay in registers.
-    let wide = head_dim * size >= 1024;
     Variant {
         kernel,
         dtype,
@@ -107,23 +111,66 @@ const fn row(kernel: &'static str, dtype: DType, head_dim: usize, mask: MaskKind
     }
 }
 
-macro_rules! rows {
-    ($($dim:literal: $stem:literal),* $(,)?) => {
-        &[$(
-            row(concat!("flash_attn_prefill_", $stem, "bf16_d", $dim), DType::BF16, $dim, MaskKind::Additive),
-            row(concat!("flash_attn_prefill_", $stem, "bf16_d", $dim, "_boolmask"), DType::BF16, $dim, MaskKind::Bool),
-            row(concat!("flash_attn_prefill_", $stem, "f16_d", $dim), DType::F16, $dim, MaskKind::Additive),
-            row(concat!("flash_attn_prefill_", $stem, "f16_d", $dim, "_boolmask"), DType::F16, $dim, MaskKind::Bool),
-            row(concat!("flash_attn_prefill_", $stem, "f32_d", $dim), DType::F32, $dim, MaskKind::Additive),
-            row(concat!("flash_attn_prefill_", $stem, "f32_d", $dim, "_boolmask"), DType::F32, $dim, MaskKind::Bool),
-        )*]
+/// Query rows, keys of a chunk and simdgroups of a geometry, as the text has them.
+macro_rules! geometry {
+    (narrow) => {
+        "32, 32, 4"
+    };
+    (wide) => {
+        "8, 64, 8"
     };
 }
 
-/// Every prefill kernel. At head dim 512 two names stand for one kernel: the plain one and the one
-/// that its own module dispatches.
-pub const PREFILL: &[Variant] = rows!(
-    32: "", 64: "", 80: "", 96: "", 128: "", 192: "", 256: "", 512: "", 512: "llamacpp_",
+/// Whether a geometry is `wide`: eight rows, where 32 rows of Q would not fit, or their output not stay in
+/// registers.
+macro_rules! is_wide {
+    (narrow) => {
+        false
+    };
+    (wide) => {
+        true
+    };
+}
+
+/// The table, and a line of text for each dtype and head dim that instantiates its two kernels. Of a head
+/// dim: what stands before the dtype in its kernels' names, the geometry in 16 bits and in f32, and a number
+/// that tells kernels apart that differ by name alone.
+macro_rules! rows {
+    ($($dim:literal: $stem:literal $half:ident $float:ident $alias:literal),* $(,)?) => {
+        /// Every prefill kernel. At head dim 512 two names stand for one kernel: the plain one and the one
+        /// that its own module dispatches.
+        pub const PREFILL: &[Variant] = &[$(
+            row(concat!("flash_attn_prefill_", $stem, "bf16_d", $dim), DType::BF16, $dim, MaskKind::Additive, is_wide!($half)),
+            row(concat!("flash_attn_prefill_", $stem, "bf16_d", $dim, "_boolmask"), DType::BF16, $dim, MaskKind::Bool, is_wide!($half)),
+            row(concat!("flash_attn_prefill_", $stem, "f16_d", $dim), DType::F16, $dim, MaskKind::Additive, is_wide!($half)),
+            row(concat!("flash_attn_prefill_", $stem, "f16_d", $dim, "_boolmask"), DType::F16, $dim, MaskKind::Bool, is_wide!($half)),
+            row(concat!("flash_attn_prefill_", $stem, "f32_d", $dim), DType::F32, $dim, MaskKind::Additive, is_wide!($float)),
+            row(concat!("flash_attn_prefill_", $stem, "f32_d", $dim, "_boolmask"), DType::F32, $dim, MaskKind::Bool, is_wide!($float)),
+        )*];
+
+        /// The lines that follow the prefill kernels' text.
+        pub(super) const INSTANTIATIONS: &str = concat!($(
+            "MASKS(\"", $stem, "bf16_d", $dim, "\", bfloat, ", $dim, ", ", geometry!($half), ", ", $alias, ")\n",
+            "MASKS(\"", $stem, "f16_d", $dim, "\", half, ", $dim, ", ", geometry!($half), ", ", $alias, ")\n",
+            "MASKS(\"", $stem, "f32_d", $dim, "\", float, ", $dim, ", ", geometry!($float), ", ", $alias, ")\n",
+        )*);
+    };
+}
+
+rows!(
+    32: "" narrow narrow 0,
+    40: "" narrow narrow 0,
+    48: "" narrow narrow 0,
+    64: "" narrow narrow 0,
+    72: "" narrow narrow 0,
+    80: "" narrow narrow 0,
+    96: "" narrow narrow 0,
+    112: "" narrow narrow 0,
+    128: "" narrow narrow 0,
+    192: "" narrow narrow 0,
+    256: "" narrow wide 0,
+    512: "" wide wide 0,
+    512: "llamacpp_" wide wide 1,
 );
 
 /// Finds the kernel for a problem.
@@ -196,9 +243,7 @@ mod tests {
     fn a_head_dim_that_is_not_there_lists_those_that_are() {
         let error = select(DType::F32, 100, MaskKind::Additive).unwrap_err();
         assert!(
-            error
-                .to_string()
-                .contains("[32, 64, 80, 96, 128, 192, 256, 512]"),
+            error.to_string().contains(&format!("{HEAD_DIMS:?}")),
             "{error}"
         );
     }

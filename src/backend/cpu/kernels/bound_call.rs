@@ -15,8 +15,10 @@ pub(super) struct BoundCall<'a> {
 }
 
 impl<'a> BoundCall<'a> {
-    /// Refuses kernels that do not take the problem's elements.
+    /// Refuses kernels that do not take the problem's elements; narrower ones take head dims that are no
+    /// whole vectors.
     pub(super) fn new(job: &Job<'a>, kernels: &'static Kernels) -> Result<Self> {
+        let kernels = kernels.for_dim(job.problem.shape().qk_dim);
         let call = Call::new(job, kernels.shape, kernels.scan_mask)?;
         Ok(Self { call, kernels })
     }

@@ -33,6 +33,8 @@ pub(super) struct KernelShape {
     pub(super) side: usize,
     /// Rows of the micro-kernel.
     pub(super) rows: usize,
+    /// Elements of a vector: rows of V and O are whole vectors.
+    pub(super) lanes: usize,
 }
 
 /// Reads some strips of the row of the mask that begins at a cell: [`super::mask_scan::scan`] for one
@@ -106,6 +108,13 @@ impl<'a> Call<'a> {
             )));
         }
         let dim = problem.shape().qk_dim;
+        if !dim.is_multiple_of(kernel.lanes) {
+            return Err(MlxError::expected(
+                "head_dim",
+                format!("a multiple of {} elements", kernel.lanes),
+                dim,
+            ));
+        }
         let dim_words = dim / kernel.pair;
         let depth = dim_words.next_multiple_of(kernel.side);
         let seq_stride = |role| problem.strides(role).map_or(0, |s| s.seq);

@@ -12,6 +12,7 @@ use super::pack;
 use super::packed::Packed;
 use super::peak;
 use super::portable::Portable;
+use super::simd::Simd;
 use super::step;
 use super::tile::{self, Tile};
 use super::types::Float;
@@ -29,6 +30,20 @@ pub(super) struct Kernels {
     pub(super) finish: unsafe fn(&mut Tile<'_>),
     pub(super) scan_mask: ScanMask,
     pub(super) rounds: unsafe fn(usize) -> f64,
+}
+
+impl Kernels {
+    /// These kernels, or those of AVX2 where a row of `dim` elements is no whole number of these kernels'
+    /// vectors: only AVX-512 has vectors wider than the 8 elements that every head dim is a multiple of, and
+    /// every processor with AVX-512 has AVX2.
+    pub(super) fn for_dim(&'static self, dim: usize) -> &'static Self {
+        #[cfg(target_arch = "x86_64")]
+        if !dim.is_multiple_of(self.shape.lanes) {
+            return &avx2::AVX2;
+        }
+        let _ = dim;
+        self
+    }
 }
 
 /// One table: how its token is had, the micro-kernel's rows and vectors, and the features.
@@ -82,6 +97,7 @@ macro_rules! kernels {
                     pair: <$kernel as Kernel>::PAIR,
                     side: micro::side::<$kernel>(),
                     rows: ROWS,
+                    lanes: <<$kernel as Kernel>::S as Simd>::LANES,
                 },
                 pack,
                 begin,
