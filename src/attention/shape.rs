@@ -1,7 +1,7 @@
 //! The sizes of a problem.
 
 /// Every width of a row of Q, K, V or O that some device serves, ascending.
-pub const HEAD_DIMS: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
+pub const HEAD_DIMS: [usize; 12] = [32, 40, 48, 64, 72, 80, 96, 112, 128, 192, 256, 512];
 
 /// The sizes of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -159,9 +159,13 @@ macro_rules! rows {
 
 rows!(
     32: "" narrow narrow 0,
+    40: "" narrow narrow 0,
+    48: "" narrow narrow 0,
     64: "" narrow narrow 0,
+    72: "" narrow narrow 0,
     80: "" narrow narrow 0,
     96: "" narrow narrow 0,
+    112: "" narrow narrow 0,
     128: "" narrow narrow 0,
     192: "" narrow narrow 0,
     256: "" narrow wide 0,
@@ -239,9 +243,7 @@ mod tests {
     fn a_head_dim_that_is_not_there_lists_those_that_are() {
         let error = select(DType::F32, 100, MaskKind::Additive).unwrap_err();
         assert!(
-            error
-                .to_string()
-                .contains(&format!("{HEAD_DIMS:?}")),
+            error.to_string().contains(&format!("{HEAD_DIMS:?}")),
             "{error}"
         );
     }
