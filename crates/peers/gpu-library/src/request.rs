@@ -185,6 +185,8 @@ impl Request {
             Role::Sinks => self.sinks,
             Role::AlibiSlopes => self.slopes,
             Role::Lse => self.lse,
+            // Dense keys alone can be asked for.
+            Role::BlockTable | Role::KeyLengths => 0,
         }
     }
 }
