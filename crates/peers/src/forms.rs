@@ -238,10 +238,7 @@ fn decode(device: &MlxDevice, threads: usize, rounds: usize) -> Result<Vec<Form>
             .causal(true)
             .query_offset(QueryOffset::BottomRight)
             .build()?;
-        let name = format!(
-            "{} on {}, D {}",
-            shape.heads, shape.kv_heads, shape.qk_dim
-        );
+        let name = format!("{} on {}, D {}", shape.heads, shape.kv_heads, shape.qk_dim);
         let contestant = contestant(device, &name, problem)?;
         let bytes = (4 * shape.kv_heads * shape.key_len * shape.qk_dim) as f64;
         for form in group(

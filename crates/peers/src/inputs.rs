@@ -91,8 +91,8 @@ pub(crate) fn operands(shape: Shape, dtypes: &[DType]) -> Vec<Operands> {
 /// Writes the inputs for the workers: `q_f32` and so on.
 pub(crate) fn write(path: &Path, row: &Row, all: &[Operands]) -> Result<()> {
     let s = row.shape;
-    let queries = [s.batch, s.heads, s.query_len, s.head_dim];
-    let keys = [s.batch, s.kv_heads, s.key_len, s.head_dim];
+    let queries = [s.batch, s.heads, s.query_len, s.qk_dim];
+    let keys = [s.batch, s.kv_heads, s.key_len, s.qk_dim];
     let mut tensors = Vec::new();
     for operands in all {
         let parts = [
@@ -118,7 +118,6 @@ pub(crate) fn relative_error(row: &Row, operands: &Operands, output: &[f32]) -> 
         batch,
         heads,
         query_len,
-        qk_dim: head_dim,
         v_dim: head_dim,
         ..
     } = row.shape;
@@ -147,7 +146,11 @@ pub(crate) fn relative_error(row: &Row, operands: &Operands, output: &[f32]) -> 
         if let Some(window) = row.window {
             builder = builder.window(window);
         }
-        let inputs = Inputs::new(operands.q.values(i * head_dim), operands.k.values(0), operands.v.values(0));
+        let inputs = Inputs::new(
+            operands.q.values(i * head_dim),
+            operands.k.values(0),
+            operands.v.values(0),
+        );
         let reference = oracle::attention(&builder.build()?, &inputs, Precision::Exact)?.o;
         for (head, expected) in reference.chunks(head_dim).enumerate() {
             let got = output.iter().skip((head * query_len + i) * head_dim);

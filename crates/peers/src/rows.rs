@@ -83,7 +83,7 @@ pub(crate) fn sizes(shape: Shape) -> [usize; 6] {
         s.kv_heads,
         s.query_len,
         s.key_len,
-        s.head_dim,
+        s.qk_dim,
     ]
 }
 
