@@ -51,6 +51,14 @@ pub(super) fn point(p: &mut CudaParams, at: &Pointers) {
     p.v = at.v.addr() as u64;
 }
 
+/// How many of `count` heads of keys and values a section takes, where `fitting` of them fit in the
+/// second-level cache beside what else is read: as many in each section as far as that can be. Processors
+/// idle at the end of a short last section as long as at the end of any other.
+fn alike(count: usize, fitting: usize) -> usize {
+    let sections = count.div_ceil(fitting.max(1)).max(1);
+    count.div_ceil(sections).max(1)
+}
+
 /// The parameters of a problem, without addresses: [`point`] comes next.
 pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<CudaParams> {
     let shape = problem.shape();
@@ -82,15 +90,13 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
         .max(1);
     // Where all rows take as long, a head after another keeps its keys in the cache by itself.
     let even = row.maps() && (left, right) == (-1, -1) && problem.mask().is_none();
-    let fitting = if even {
-        0
+    let kv_heads = shape.batch * shape.kv_heads;
+    let section = if even {
+        1
     } else {
-        machine.l2_bytes / 2 / keys_bytes
+        alike(kv_heads, machine.l2_bytes / 5 * 3 / keys_bytes)
     };
-    let section = fitting
-        .max(1)
-        .saturating_mul(problem.group() / pack)
-        .min(shape.batch * (shape.heads / pack));
+    let section = section.saturating_mul(problem.group() / pack);
 
     let size = problem.dtype().size_of();
     let of = |role| problem.strides(role);
@@ -136,4 +142,30 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
         pack: int(pack),
         ..bytemuck::Zeroable::zeroed()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::alike;
+
+    #[test]
+    fn sections_are_alike_and_fit_the_cache() {
+        // Of 32 heads 11, 11 and 10, not 12, 12 and 8.
+        assert_eq!(alike(32, 12), 11);
+        assert_eq!(alike(28, 12), 10);
+        assert_eq!(alike(32, 9), 8);
+        assert_eq!(alike(8, 1), 1);
+        assert_eq!(alike(8, 0), 1);
+        assert_eq!(alike(8, usize::MAX), 8);
+        assert_eq!(alike(1, 5), 1);
+        for count in 1..200 {
+            for fitting in 0..50usize {
+                let section = alike(count, fitting);
+                assert!((1..=fitting.max(1)).contains(&section));
+                // The last is short by less than there are sections.
+                let sections = count.div_ceil(section);
+                assert!(sections * section - count < sections, "{count} {fitting}");
+            }
+        }
+    }
 }
