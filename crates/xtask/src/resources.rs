@@ -10,6 +10,9 @@ pub(crate) struct Resources {
     pub(crate) complaints: Vec<String>,
 }
 
+/// Of every GPU from compute capability 8.0 to 9.0.
+const PROCESSOR_REGISTERS: u64 = 65_536;
+
 impl Resources {
     /// Reads a log. One without a report is an error: nothing would be checked then.
     pub(crate) fn read(log: &str) -> Result<Self, String> {
@@ -35,12 +38,18 @@ impl Resources {
         faults
     }
 
-    /// Whether both stand for the same figures; complaints are compared by whether there are any. A
-    /// few registers apart are the same: how many one text takes depends on what the compiler's process
-    /// compiled before it.
+    /// Whether both stand for the same figures; complaints are compared by whether there are any. How many
+    /// registers one text takes depends on what the compiler's process compiled before it: counts are the
+    /// same where they are a few apart, or where a processor holds as many warps with either.
     pub(crate) fn same(&self, other: &Self) -> bool {
         let figures = |r: &Self| (r.stack, r.spills, r.complaints.is_empty());
-        figures(self) == figures(other) && self.registers.abs_diff(other.registers) <= 8
+        let few_apart = self.registers.abs_diff(other.registers) <= 8;
+        figures(self) == figures(other) && (few_apart || self.warps() == other.warps())
+    }
+
+    /// Warps for which a processor has registers, which it gives out in eights to each of 32 threads.
+    fn warps(&self) -> u64 {
+        PROCESSOR_REGISTERS / (32 * self.registers.next_multiple_of(8).max(8))
     }
 }
 
@@ -91,6 +100,24 @@ mod tests {
         let resources = parse(REPORT);
         assert_eq!((resources.registers, resources.stack), (213, 0));
         assert!(resources.faults().is_empty());
+    }
+
+    #[test]
+    fn registers_differ_where_a_processor_holds_other_warps() {
+        let with = |registers| Resources {
+            registers,
+            ..Resources::default()
+        };
+        let same = |a, b| with(a).same(&with(b));
+        assert!(same(166, 170) && same(184, 192));
+        // Eight warps fit with either; with 200 registers ten.
+        assert!(same(245, 255) && same(255, 245));
+        assert!(!same(200, 255) && !same(112, 128));
+        let spilled = Resources {
+            spills: 8,
+            ..with(245)
+        };
+        assert!(!spilled.same(&with(245)));
     }
 
     #[test]
