@@ -69,7 +69,7 @@ template <typename I> SCORE_FN bool score_bounds_show(I position, I key, bool ca
 #define CLASS_ROWS_AT(D) ((D) >= 512 ? 8 : 32)
 #define CLASS_KEYS_AT(D) ((D) >= 512 ? 64 : 16)
 
-#define CLASS_SKIP 0  // every cell hides its key
+#define CLASS_SKIP 0  // every cell is at or below MASKED_AT_OR_BELOW: the tile is left out
 #define CLASS_MIXED 1 // the mask is read
 #define CLASS_FREE 2  // every cell is 0: the mask is left out
 

@@ -192,7 +192,8 @@ DEV void first_run(Consumer& c, Work& w, const Tile& t, const Rows& kept, int lo
 #if CLASSES
     int entry = c.m.sh->list[c.rq.slot()][lo];
     first_tile(c, w, t, kept, entry & 0x3ff, sc);
-    // Runs of masked and of other tiles, each in a loop of its own.
+    // Consecutive masked tiles and consecutive other tiles each have a loop of their own, so that the latter has no code
+    // for the mask.
 #if D > 128 // where all registers are taken, one loop needs fewer
     for (int i = lo + 1; i < hi; i++) {
         entry = c.m.sh->list[c.rq.slot()][i];
@@ -216,7 +217,7 @@ DEV void first_run(Consumer& c, Work& w, const Tile& t, const Rows& kept, int lo
     for (int tile = hi - 2; tile >= lo; tile--) overlapped_tile(c, w, t, kept, tile, Yes(), sc);
 #else
     int tile = hi - 2;
-    // Tiles from free_hi on hide keys from some row; so do those before free_lo.
+    // In tiles [free_lo, free_hi) every row sees every key, so their loop compares no positions; the tiles outside do.
 #if RIGHT
     const int free_hi = (score_last_key(t.m0 + c.wg * 64 + t.q_off, c.p.right) + 1) / BN;
     for (; tile >= max(lo, free_hi); tile--) overlapped_tile(c, w, t, kept, tile, Yes(), sc);

@@ -12,9 +12,9 @@ DEV Softmax softmax_start() {
     return Softmax{{NEG_INF, NEG_INF}, {0.0f, 0.0f}, {1.0f, 1.0f}, false};
 }
 
-// Whether the reference is subtracted from huge scores before the product with the scale, whose fused form would
-// round the difference away: with an additive mask in every run, since huge finite cells are common; else in the run
-// EXACT.
+// Whether the reference is subtracted from huge scores before the multiplication by the scale. The fused form
+// s * sc - ref * sc rounds ref * sc by more than huge scores differ. With an additive mask the subtraction comes first
+// in every run, since huge finite cells are common; otherwise only in the run EXACT.
 #define MASKS_EXACTLY (MASK && MASK != 4 && !SCORE_MOD)
 
 // Turns the scores of one row, in `unit`, into weights; returns the thread's part of their sum.
@@ -52,9 +52,10 @@ DEV float to_weights(float (&s)[N / 2], int half, float ref, float sc, float uni
 // up to 3 % faster and those of 128 up to 1 % slower, and it spills where an f32 mask takes the registers.
 #define TO_REFERENCE(by, sc) (D < 128 && MASK != 3 ? __fdividef(by, sc) : (by) / (sc))
 
-// From this sum of a thread's weights in a tile on, the row is rescaled: f16 holds no weight above 2^16. A reference
-// above the maximum would leave more room, but f16 flushes weights under 2^-25, and many small weights add up to
-// something. From RESCALE_MOST on, the factor of the rescaling would be subnormal.
+// A row is rescaled when one thread's sum of weights in a tile reaches RESCALE_FROM: weights are rounded to f16, which
+// overflows above 2^16. A reference above the maximum would leave more headroom, but f16 flushes weights under 2^-25,
+// and many small weights add up. From a row's sum of RESCALE_MOST on, the factor would be subnormal: the sum becomes
+// infinite instead, and the run EXACT computes the row again.
 #define RESCALE_FROM 4096.0f
 #define RESCALE_MOST 4.2535296e37f
 
@@ -118,7 +119,8 @@ DEV void softmax(float (&s)[N / 2], Softmax& f, float sc, float unit, bool maske
             a = fmaxf(a, __shfl_xor_sync(~0u, a, 2));
             a *= unit;
             const float old = f.ref[half];
-            // The reference stays where the maximum is above it by less than 2^8: O need not be rescaled.
+            // The reference moves only where the maximum is more than 8 log2 units above it: below that, weights stay
+            // under 2^8, and O need not be rescaled.
             const bool leads = first || !(old * sc > -16384.0f);
             const float now = leads && (a - old) * sc > 8.0f ? a : old;
             f.ref[half] = now;
@@ -159,10 +161,12 @@ DEV void finish(float (&inv)[2], bool (&over)[2], const Softmax& f, const Params
         float sum = f.l[half];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        // In natural units, that of a mask's largest numbers is finite.
+        // The reference in natural units. clamped() keeps it finite where the conversion of a mask's largest numbers
+        // overflows.
         float top = f.ref[half] == NEG_INF ? NEG_INF : clamped(f.ref[half] * natural_unit(p));
-        // With an additive mask all but the tiles that are free of it take differences first. Where scores
-        // are modified `sc` is a power of two, and the fused difference is exact until it overflows.
+        // Whether some tile took the fused difference with a reference for which that is too coarse. With an additive
+        // mask only tiles that are free of the mask take the fused form, hence CLASSES. Where scores are modified `sc`
+        // is a power of two, and the fused difference is exact until it overflows.
         const bool far = (SCORE_MOD || !MASKS_EXACTLY || CLASSES) && f.ref[half] != NEG_INF &&
                          !(fabsf(f.ref[half] * sc) <= (SCORE_MOD ? LARGEST : FAR_REFERENCE));
         // Every score overflowed to -infinity: the run EXACT holds them at the largest number.

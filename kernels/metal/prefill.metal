@@ -6,10 +6,10 @@
 // its own columns of V (again each element once) into accumulators that stay in registers. Two
 // barriers a chunk, three where P takes the place of S, and no staging of K or V.
 
-// Works on one query tile. A first pass takes what K and V hold as it comes. It stores nothing and
-// gives false where a row's sum or output is not finite: then a `careful` pass is due, in which
-// what a row does not see adds nothing to the row, whatever bits K and V hold there, and which gives
-// all other rows the bits that they would have had without.
+// Computes one query tile. The first pass takes K and V as they are. Where a row's sum or output is not finite, it
+// stores nothing and returns false, and the caller runs a `careful` pass: in that pass a key that is hidden from a row
+// does not change the row, even if its K or V holds NaN or infinities, and all other rows get the same bits as in
+// the first pass.
 template <typename T, typename G, bool is_bool>
 METAL_FUNC bool tile(
     constant AttnParams& p, thread const Operands<T>& at, thread const Bounds& bounds, int q0, int rows,
@@ -74,7 +74,8 @@ METAL_FUNC bool tile(
         }
         worked = true;
 
-        // S = Q K^T: all rows with this simdgroup's keys, a run of columns after the other.
+        // S = Q K^T: all rows with this simdgroup's keys. Products are summed over G::RUN columns at a time before they
+        // join S: shorter chains of additions round less.
         simdgroup_matrix<float, 8, 8> s[G::KEY_BLOCKS][G::ROW_BLOCKS];
         NO_UNROLL for (int d0 = 0; d0 < G::D; d0 += G::RUN) {
             simdgroup_matrix<float, 8, 8> part[G::KEY_BLOCKS][G::ROW_BLOCKS];

@@ -231,8 +231,8 @@ impl Problem {
         }
     }
 
-    /// Sequence `b` of the batch or of the packed sequences; `b < shape().batch`. Where the device decides
-    /// how many keys it has, it has kL here: [`Problem::sequence_of`] takes their number.
+    /// Sequence `b` of the batch or of the packed sequences; `b < shape().batch`. With [`KeyLengths::Device`] the
+    /// host does not know the sequence's count of keys and kL stands for it; [`Problem::sequence_of`] takes the count.
     pub fn sequence(&self, b: usize) -> Sequence {
         let key_len = match &self.keys {
             Keys::Packed(PackedRows(k)) => k.len(b),

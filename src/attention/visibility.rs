@@ -46,7 +46,7 @@ impl Visibility {
     #[inline]
     pub fn keys(&self, q: i64, key_len: usize) -> Range<usize> {
         let len = i64::try_from(key_len).unwrap_or(i64::MAX);
-        // Of the key after the last one that a bound shows, which `len` may be.
+        // One past the last key at or before position `p + right`, limited to `0..=len`.
         let p = self.position(q);
         let after = |right: i64| p.saturating_add(right).saturating_add(1).clamp(0, len);
         let start = self.window.map_or(0, |w| after(-i64::from(w)));

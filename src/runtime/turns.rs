@@ -1,6 +1,7 @@
-//! Whole commands take turns: one that touches what an earlier one writes, or writes what an earlier
-//! one touches, starts when that has been run or queued. Each takes its place for all that it touches
-//! at once and waits for earlier ones only, so that no two wait for each other.
+//! A queue that orders whole commands by the bytes that they read and write. A command that shares a byte with
+//! an earlier command, where either of the two writes that byte, starts when the earlier command has been run
+//! (CPU) or put on the GPU's queue. A command takes its place in the queue for all of its bytes at once and
+//! waits for earlier commands only, so that no two commands wait for each other.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -107,8 +108,9 @@ pub(crate) struct Turn(u64);
 impl Turn {
     /// Takes a place and waits for the turn.
     ///
-    /// With `may_wait` false, a command that would have to wait for a running one is refused: the
-    /// thread is one of a pool that the running one may need, or runs below this call on its stack.
+    /// With `may_wait` false, a command that would have to wait for a running command is refused: this thread
+    /// belongs to a thread pool that the running command may need, or the running command is further down on
+    /// this thread's own stack.
     pub(crate) fn take(touches: Touches, may_wait: bool) -> Result<Self> {
         let mut places = TURNS.places();
         let id = places.iter().map(|p| p.id).max().map_or(0, |id| id + 1);
@@ -122,7 +124,8 @@ impl Turn {
                         .into(),
                 ));
             }
-            // Ahead of those that wait, which may wait for what runs below on this stack.
+            // Placed ahead of the commands that wait: one of them may wait for a command further down on this
+            // thread's stack, which cannot end before this command does.
             places.insert(
                 0,
                 Place {

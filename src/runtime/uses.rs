@@ -150,8 +150,8 @@ impl Storage {
         self.uses().untracked = true;
     }
 
-    /// What a host access of `range` covers: all of it where the host's view is one copy that is
-    /// brought up to date as a whole.
+    /// The range that a host access of `range` has to hold: all of the allocation where the host sees a mirror,
+    /// because a mirror is copied as a whole.
     fn host_range(&self, range: Range<usize>) -> Range<usize> {
         if self.memory.is_mirrored() && !range.is_empty() {
             0..self.memory.len()
@@ -160,7 +160,8 @@ impl Storage {
         }
     }
 
-    /// Address of the allocation on the host. A mirror that is lent is left as it stands.
+    /// Address of the allocation on the host. While a guard lends a mirror to the host, the mirror is not brought
+    /// up to date: that would overwrite bytes that the guard's owner reads or writes.
     fn base(&self, uses: &Uses, access: Access) -> Result<*mut u8> {
         let lent = || uses.entries.keys().any(|(.., holder)| holder.lent());
         if self.memory.is_mirrored() && lent() {
@@ -241,8 +242,8 @@ impl Storage {
 
     /// Copies bytes of the host's to byte `at` and those after it, all of which are inside the memory.
     ///
-    /// The lock is held meanwhile instead of the bytes, so that nothing else starts to use them: guards are
-    /// for mirrors that were brought up to date as a whole, and these bytes alone are copied.
+    /// The allocation's lock is held during the copy in place of a guard, so that no command and no guard starts
+    /// to use the bytes. A guard would bring the whole mirror up to date; here only `bytes` are copied.
     pub(super) fn upload(&self, at: usize, bytes: &[u8]) -> Result<()> {
         let mut uses = self.uses();
         uses.admit(&(at..at + bytes.len()), Holder::LentWrite)?;

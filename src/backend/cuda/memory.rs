@@ -1,5 +1,6 @@
-//! Buffers on the GPU, with a view of the host's made when it is asked for and kept coherent: it is
-//! brought up to date before the host looks, and brought back before the GPU does.
+//! Buffers on the GPU. A buffer gets a host copy (its mirror) at the first host access. Whichever side is older
+//! is brought up to date as a whole when it is needed: the mirror before the host reads it, the GPU's bytes before
+//! the next kernel that uses the buffer.
 
 use std::any::Any;
 use std::ops::Range;
@@ -92,8 +93,8 @@ impl CudaMemory {
         self.mirror.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The memory, where it is this device's: its GPU, opened once. Another device of the same GPU has
-    /// another stream, which knows nothing of the commands that use the memory.
+    /// `memory` as CUDA memory where it belongs to this very `Gpu`. Memory of another `Gpu` is refused, even of the
+    /// same card: this one's stream does not wait for the commands of the other's.
     pub(super) fn of<'a>(memory: &'a dyn Memory, gpu: &Arc<Gpu>) -> Option<&'a Self> {
         (memory as &dyn Any)
             .downcast_ref::<Self>()
@@ -108,8 +109,8 @@ impl CudaMemory {
     /// Puts bytes inside the memory on the device's own stream.
     fn send(&self, at: usize, bytes: &[u8]) -> Result<()> {
         self.gpu.context.enter()?;
-        // The driver has copied pageable memory when it returns. The caller's may be pinned, which the GPU
-        // would still read after the caller has it back, so it goes through memory of our own.
+        // An asynchronous copy from pageable memory has read its source when the call returns; from pinned memory
+        // the GPU may read later. `bytes` may be pinned and change after this returns, so they are staged in `own`.
         let mut own = room(bytes.len().min(STAGED))?;
         for (i, bytes) in bytes.chunks(STAGED).enumerate() {
             own.clear();
@@ -132,9 +133,9 @@ impl CudaMemory {
         Ok(())
     }
 
-    /// Before a kernel on `stream` uses it: what the host wrote is brought to the GPU. The caller holds
-    /// [`Gpu::submitting`] until the device's own stream waits for `stream`: from here on the memory
-    /// counts as uploaded for every command.
+    /// Uploads the mirror on `stream` where the host's side is newer, before a kernel on `stream` uses the memory.
+    /// From here on the upload counts as done for every command, so the caller holds [`Gpu::submitting`] until the
+    /// device's own stream, which orders the commands of all streams, waits for `stream`.
     pub(super) fn prepare(&self, stream: &Stream, access: Access) -> Result<()> {
         let mut mirror = self.mirror();
         if mirror.newer == Newer::Host {
@@ -200,8 +201,8 @@ impl Memory for CudaMemory {
     /// command that is submitted later, since a caller's stream waits for the device's own. The host does
     /// not wait for the copy, but for one of the caller's memory.
     unsafe fn upload(&self, at: usize, bytes: &[u8]) -> Result<()> {
-        // Before the mirror is looked at: a command that is being put on a caller's stream may bring the
-        // whole mirror to the GPU there, and counts it as brought before this device's own stream waits.
+        // Taken before the mirror is locked: `prepare` on a caller's stream marks the mirror as uploaded before the
+        // device's own stream waits for that upload. Without this lock the copy below could run before the upload.
         let _submitting = self.gpu.submitting();
         let mut mirror = self.mirror();
         if mirror.newer != Newer::Host {
@@ -252,8 +253,8 @@ impl Memory for CudaMemory {
             .ok_or_else(|| MlxError::expected("copy_from", "memory of this GPU", "another's"))?;
         {
             let _submitting = self.gpu.submitting();
-            // One after the other: they may be one. Neither becomes newer on the host's side meanwhile, for
-            // no guard is given out while a copy is under way.
+            // The mirrors are locked one after the other: `self` and `source` may be the same memory. Neither mirror
+            // becomes newer than its GPU bytes meanwhile, since no guard is given out during a copy.
             let on_host = |memory: &Self| memory.mirror().newer == Newer::Host;
             if !on_host(source) && !on_host(self) {
                 self.gpu.context.enter()?;

@@ -1,10 +1,9 @@
-//! Long dispatches in parts. A GPU ends a command that runs for a few seconds, and an interactive
-//! system ends it earlier, so a command is handed over in pieces of about a second by estimate.
+//! Splits long dispatches. A GPU ends a command that runs for a few seconds, sooner on an interactive system, so a
+//! dispatch is split into parts, and the parts are spread over commands of about a second each, by estimate.
 //!
-//! A part is a dispatch of the same kernel over part of the grid: its operands start further on, by
-//! whole batches and heads, and its params count the query tiles up to its last. The kernels number
-//! tiles from `NQ - 1` down, so a smaller `NQ` leaves out the tiles above, and a smaller grid those
-//! below.
+//! A part is a dispatch of the same kernel over some batches, heads and query tiles. Its operands are offset to its
+//! first batch and head. For query tiles `a..b`, `NQ` is `b` and the grid has `b - a` tiles: the kernels number
+//! tiles from `NQ - 1` down, so `NQ` decides the part's last tile, and the grid's size its first.
 
 use std::ops::Range;
 
@@ -32,7 +31,8 @@ struct Costs {
     /// Of each query tile of a head.
     tiles: Vec<f64>,
     heads: usize,
-    /// Query heads of a key/value head: a part starts at one's first, or lies inside one.
+    /// Query heads that share a key/value head. A part covers whole groups, or lies inside one group: one offset
+    /// of K and V then serves all of its heads.
     group: usize,
     batches: usize,
 }
@@ -234,8 +234,9 @@ fn from(arg: &Arg, bytes: usize) -> Option<Arg> {
     })
 }
 
-/// The dispatch in parts of at most `limit` operations, each with what it costs. One that costs no
-/// more is its own only part; so is one of which nothing is known, for it counts as free.
+/// Splits a dispatch into parts of at most `limit` operations (or of one tile), each with its estimated cost. A
+/// dispatch stays whole where it is within the limit or where its params lie in a buffer; a dispatch of an unknown
+/// kernel or without a problem stays whole at cost 0.
 pub(crate) fn parts(dispatch: &Dispatch, limit: f64) -> Vec<(Dispatch, f64)> {
     let whole = |cost| vec![(dispatch.clone(), cost)];
     let Some(variant) = table::by_name(&dispatch.kernel.name) else {

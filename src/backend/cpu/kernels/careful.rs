@@ -1,6 +1,8 @@
-//! Rows over keys whose V is not finite. A probability of 0 hides a key from a sum unless its V is NaN
-//! or infinite, so rows whose outputs are not finite are computed again: with 0 in place of every such
-//! element, by the same instructions in the same order, while this keeps note of which rows see one.
+//! The careful pass: the second computation of rows whose output was not finite. A probability of 0 removes
+//! a hidden key from the sum unless the key's V is NaN or infinite, since 0 times either is NaN. So the rows
+//! are computed again with 0 in place of every such element, by the same instructions in the same order.
+//! Meanwhile this module records which rows see such an element; at the end it writes infinity or NaN over
+//! the outputs of those rows.
 
 use half::{bf16, f16};
 
@@ -12,13 +14,14 @@ use super::simd::Elem;
 use super::tile::Tile;
 use super::types::{Float, with_float};
 
-/// What kinds of numbers reached an output, a bit for each; 0 where all are finite.
+/// Kinds of elements of V that are not finite, a bit for each: NaN, +infinity (`ABOVE`) and -infinity (`BELOW`).
+/// 0 where all elements are finite.
 type Kinds = u8;
 const NAN: Kinds = 1;
 const ABOVE: Kinds = 2;
 const BELOW: Kinds = 4;
 
-/// What a careful run keeps beside the usual.
+/// Scratch of a careful pass, beyond that of an ordinary pass.
 #[derive(Debug, Default)]
 pub(super) struct Careful {
     /// V of one strip, `[key][D]`, with 0 for what is not finite.
@@ -142,7 +145,8 @@ impl Careful {
         }
     }
 
-    /// Writes what reached the outputs of a tile's rows over them.
+    /// Overwrites the outputs of rows that see elements of V that are not finite: an infinity where the row sees
+    /// infinities of one sign alone and its output is not NaN already, NaN otherwise.
     ///
     /// # Safety
     /// The job's promises hold, and the rows have been written.

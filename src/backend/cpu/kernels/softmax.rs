@@ -21,9 +21,11 @@ pub(super) struct Place {
     pub(super) key_len: usize,
     /// What the row itself needs.
     pub(super) own: Span,
-    /// What the rows that are computed together need; probabilities are set in all of it.
+    /// The panels that some row of the same micro-kernel call needs. The product with V reads all of
+    /// these, so this row's probabilities are set to 0 in the panels outside `own`.
     pub(super) all: Span,
-    /// The row sees every key of them, and its scores are as the product gave them.
+    /// Every row of the call sees every key of `all`, and no softcap, mask or ALiBi changes a score: the
+    /// steps that modify and hide scores are left out.
     pub(super) plain: bool,
 }
 
@@ -82,9 +84,10 @@ pub(super) unsafe fn row_max<K: Kernel, const NR: usize>(
     }
 }
 
-/// The largest score where [`row_max`] found none above `-inf`: the row sees no key there, or its scores
-/// are NaN, or they overflowed. Those that overflowed become the lowest finite number, so that the keys
-/// count as seen whatever else the row sees. Panels are `width` keys.
+/// The maximum of a row for which [`row_max`] gave `-inf`. Either the row sees no key of the span (the
+/// maximum stays `-inf`), or a score is NaN, or all visible scores overflowed to `-inf`. Overflowed scores
+/// are replaced by the lowest finite number; otherwise the row would count as one that sees no key and
+/// its output would be 0. Panels are `width` keys.
 ///
 /// # Safety
 /// The job's promises hold, and the row's span of the strip is at `at`.
@@ -144,10 +147,12 @@ pub(super) unsafe fn probabilities<K: Kernel, const NR: usize>(
             zero_probabilities::<K, NR>(kernel, at, all.first..all.end);
             return 0.0;
         }
-        // Before the probabilities of the row itself, which may begin where these end.
+        // Panels past `own` are zeroed last: probabilities may be half as wide as scores, so those zeros may
+        // overwrite scores of `own`, which must have been read before.
         zero_probabilities::<K, NR>(kernel, at, all.first..own.first);
-        // The maximum is taken away before the product, so that its own exponent is exactly 0. A
-        // score that overflowed counts as the largest finite one.
+        // The maximum is subtracted before the product with log2(e), so that the exponent of the largest
+        // score is exactly 0. A score that overflowed to infinity counts as `f32::MAX`, so that its
+        // probability is finite.
         let (log2_e, top) = (s.splat(LOG2_E), s.splat(max));
         let sum = if max == f32::MAX {
             let finite = s.splat(f32::MAX);
@@ -249,7 +254,7 @@ unsafe fn hide_edges<K: Kernel, const NR: usize>(
 /// From this cap on, a score divided by it may be subnormal, and flushing it would change the result.
 const HUGE_CAP: f32 = 1e30;
 
-/// Up to this part of the cap, a score is what it is without one, to the last bit of f32.
+/// While `|s| / c` is at most this, `c * tanh(s / c)` rounds to `s` in f32: a huge cap leaves the score as it is.
 const LINEAR: f32 = 1.0 / 8192.0;
 
 /// Applies the softcap, then the mask and ALiBi.
@@ -323,7 +328,7 @@ unsafe fn modify_vectors<K: Kernel, T: Cell, const NR: usize>(
                 let left = place.key_len.saturating_sub(column);
                 let cells = call.at.mask.cast::<T>().wrapping_add(row.mask + column);
                 let cells = load_first(s, cells, left);
-                // Hidden is hidden, even if K holds NaN there.
+                // `-inf` is selected, not added, for a hidden key: a NaN score plus `-inf` is NaN.
                 x = s.pick_ne(cells, hidden, s.add(x, cells), hidden);
             }
             if row.slope != 0.0 {

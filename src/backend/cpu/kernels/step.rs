@@ -102,7 +102,8 @@ unsafe fn step_rows<K: Kernel, P: Strip, const MR: usize, const NR: usize>(
     let mut all = Span::EMPTY;
     for (i, r) in rows.clone().enumerate() {
         let row = &tile.rows[r];
-        // Heads that share a mask share its span, and so do all rows where there is none.
+        // A row with the same visible keys and the same row of the mask as the row before it reuses that
+        // row's span, so that the mask is looked up once for both.
         spans[i] = if i > 0 && row.sees_as(&tile.rows[r - 1], call) {
             spans[i - 1]
         } else {
@@ -190,8 +191,8 @@ unsafe fn recheck_row_maxima(
     }
 }
 
-/// The first word of a strip's keys, which begin at key `start`, that some row sees, and one past the
-/// last; in steps of what the micro-kernel takes at once.
+/// The words (first, one past the last) that cover every key of a strip that some row sees; the strip
+/// begins at key `start`. Both ends are rounded outward to what the micro-kernel takes at once.
 fn visible_words<K: Kernel>(
     rows: &[QueryRow],
     start: usize,
