@@ -237,3 +237,35 @@ fn blocks_are_named_and_refused() {
         device.supports(&mixed).unwrap_err();
     }
 }
+
+#[test]
+fn without_keys_every_form_of_them_gives_zeros() {
+    for problem in [
+        dense(2, (3, 0)).key_lengths(KeyLengths::Host([0, 0].into())),
+        Problem::varlen_queries(DType::F32, 4, 2, 0, DIM, &[0, 2, 6]),
+    ] {
+        let problem = problem.build().unwrap();
+        for device in devices() {
+            let q = upload(&device, &draw(&problem)[0], DType::F32, &[2 * 4 * 3 * DIM]);
+            let none = device
+                .buffer_from_slice::<f32>(&[], DType::F32, vec![0])
+                .unwrap();
+            let out = output(&device, 2 * 4 * 3 * DIM, DType::F32);
+            let operands = Operands::new(&q, &none, &none, &out);
+            common::attend(&device, &problem, &operands);
+            assert!(out.as_slice::<f32>().unwrap().iter().all(|x| *x == 0.0));
+        }
+    }
+}
+
+#[test]
+fn lengths_of_any_size_overflow_nothing() {
+    let problem = dense(1, (3, 10))
+        .query_offset(QueryOffset::BottomRight)
+        .build()
+        .unwrap();
+    for len in [0, 10, usize::MAX] {
+        let _ = problem.sequence_of(0, len);
+        let _ = problem.visibility(len, 1);
+    }
+}

@@ -366,20 +366,30 @@ impl ProblemBuilder {
 
 /// Refuses a problem whose query offset was not stated and makes a difference.
 pub(super) fn check_no_offset(problem: &Problem) -> Result<()> {
-    let position_matters = problem.reach != Reach::default() || problem.score.alibi;
+    if problem.reach == Reach::default() && !problem.score.alibi {
+        return Ok(());
+    }
     let of_device = problem.key_lengths == KeyLengths::Device;
-    let unlike = (0..problem.shape.batch)
+    // Where no sequence has lengths of its own, the first stands for all.
+    let own =
+        problem.packed_queries.is_some() || matches!(problem.key_lengths, KeyLengths::Host(_));
+    let sequences = if own {
+        problem.shape.batch
+    } else {
+        problem.shape.batch.min(1)
+    };
+    let unlike = (0..sequences)
         .map(|b| problem.sequence(b))
         .map(|s| (s.query_len, s.key_len))
         .find(|(q, k)| (q != k || of_device) && *q > 0 && *k > 0);
     match unlike {
-        Some((q, k)) if position_matters => Err(MlxError::expected(
+        Some((q, k)) => Err(MlxError::expected(
             "query_offset",
             "a choice where qL and kL differ: `query_offset(QueryOffset::At(0))` (top left, query 0 \
              at key 0) or `query_offset(QueryOffset::BottomRight)` (the last query at the last key)",
             format!("none, with {q} queries over {k} keys"),
         )),
-        _ => Ok(()),
+        None => Ok(()),
     }
 }
 

@@ -60,11 +60,12 @@ pub struct KeyRow {
 impl Pages {
     /// Where key `j` of sequence `b` lies; `None` where the table names no page of the pool.
     pub fn row(&self, table: &[i32], b: usize, j: usize) -> Option<KeyRow> {
-        let entry = j / self.page_size;
+        let entry = j.checked_div(self.page_size)?;
         if entry >= self.per_sequence {
             return None;
         }
-        let page = *table.get(b * self.per_sequence + entry)?;
+        let at = b.checked_mul(self.per_sequence)?.checked_add(entry)?;
+        let page = *table.get(at)?;
         let batch = usize::try_from(page).ok().filter(|p| *p < self.count)?;
         Some(KeyRow {
             batch,
@@ -80,6 +81,9 @@ impl Pages {
                 "a power of two from 1 to 1024",
                 self.page_size,
             ));
+        }
+        if self.count == 0 && key_len > 0 {
+            return Err(MlxError::expected("pages", "at least one page", 0));
         }
         let held = self.per_sequence.checked_mul(self.page_size);
         if held.is_none_or(|held| held < key_len) {
@@ -151,6 +155,12 @@ mod tests {
         assert_eq!(pages.row(&table, 1, 4), None);
         assert_eq!(pages.row(&table, 0, 8), None);
         assert_eq!(pages.row(&[5, 0], 0, 0), None);
+        assert_eq!(pages.row(&table, usize::MAX, 0), None);
+        let none = Pages {
+            page_size: 0,
+            ..pages
+        };
+        assert_eq!(none.row(&table, 0, 0), None);
     }
 
     #[test]
@@ -167,6 +177,13 @@ mod tests {
             (pages(48, 3), 1),
             (pages(2048, 3), 1),
             (pages(16, usize::MAX), 1),
+            (
+                Pages {
+                    count: 0,
+                    ..pages(16, 3)
+                },
+                1,
+            ),
         ] {
             assert!(bad.check(2, key_len).is_err(), "{bad:?}");
         }

@@ -94,6 +94,13 @@ impl Placement {
                 (pages.count, pages.page_size)
             }
         };
+        if let (Keys::Paged(_), Some(capacity)) = (&problem.keys, self.key_capacity) {
+            return Err(MlxError::expected(
+                "key_capacity",
+                "none beside pages, whose block table says how many keys there is room for",
+                capacity,
+            ));
+        }
         let capacity = self.key_capacity.unwrap_or(len);
         if capacity < len {
             return Err(MlxError::expected(

@@ -216,7 +216,11 @@ impl Problem {
     pub fn visibility(&self, query_len: usize, key_len: usize) -> Visibility {
         let q_offset = match self.offset {
             QueryOffset::At(offset) => offset,
-            QueryOffset::BottomRight => key_len as i64 - query_len as i64,
+            QueryOffset::BottomRight => {
+                let [keys, queries] =
+                    [key_len, query_len].map(|n| i64::try_from(n).unwrap_or(i64::MAX));
+                keys - queries
+            }
         };
         let Reach {
             causal,

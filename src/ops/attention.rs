@@ -11,7 +11,7 @@ use crate::runtime::encoder::{CapturedOpKind, CommandEncoder};
 /// Encodes attention; the caller commits.
 ///
 /// Empty work is work: a problem without batches or queries encodes nothing, one without keys writes
-/// zeros, and -inf as log-sum-exp. An operand without elements may be any buffer of its dtype.
+/// zeros, and -inf as log-sum-exp, whatever form its keys would have. An operand without elements may be any buffer of its dtype.
 ///
 /// # Errors
 /// `InvalidArgument` where a buffer does not fit the problem (absent, surplus, dtype, size, overlap
@@ -42,6 +42,7 @@ pub(crate) fn encode(
             lse: operands.lse,
             ..Operands::new(operands.q, operands.q, operands.q, operands.out)
         };
+        check_operands(&problem, &stand_in)?;
         return record(encoder, &problem, &stand_in, hint).map(Some);
     }
     record(encoder, problem, operands, hint).map(Some)

@@ -357,7 +357,12 @@ impl CommandEncoder {
         let nodes = std::mem::take(&mut self.recorded);
         let writes = std::mem::take(&mut self.encoded_writes);
         self.hazards.clear();
-        (self.fault.take().map_or(Ok(nodes), Err), writes)
+        // While it captures, the fault may be a captured dispatch's: the capture's end must see it, too.
+        let fault = match self.captured {
+            Some(_) => self.fault.clone(),
+            None => self.fault.take(),
+        };
+        (fault.map_or(Ok(nodes), Err), writes)
     }
 
     pub(crate) fn device(&self) -> &DeviceHandle {

@@ -55,7 +55,8 @@ impl MlxDevice {
     /// device; nothing runs. The encoder captures: its commits run nothing.
     ///
     /// # Errors
-    /// What `encode` returns, and what a commit would report of a dispatch that cannot be recorded.
+    /// What `encode` returns, what a commit would report of a dispatch that cannot be recorded, and
+    /// `InvalidArgument` where `encode` puts another device's encoder in the place of its own.
     pub fn prepare_command(
         &self,
         encode: impl FnOnce(&mut CommandEncoder) -> Result<()>,
@@ -64,6 +65,14 @@ impl MlxDevice {
         let mut encoder = CommandEncoder::new(device.clone());
         encoder.start_capture();
         encode(&mut encoder)?;
+        // Replays check nothing, so the encoder must be the one that was lent.
+        if encoder.device().id != device.id {
+            return Err(MlxError::expected(
+                "prepare_command",
+                "the encoder that was given",
+                "one of another device in its place",
+            ));
+        }
         let nodes = encoder.finish_capture()?;
         Ok(PreparedCommand { device, nodes })
     }
@@ -99,7 +108,7 @@ impl PreparedCommand {
     /// Has every attention of the command see `key_len` keys from the next replay on, as
     /// [`Problem::with_key_len`] has it. What the device prepared stays where it does not depend on lengths:
     /// compiled kernels do not, though another length may take another one of them. Commands that were
-    /// encoded before keep their length.
+    /// encoded before keep their length. A command without attention, one of no query rows, say, has no length.
     ///
     /// # Errors
     /// `InvalidArgument` where the command is not made of attention ([`ops::attention`](crate::ops::attention))

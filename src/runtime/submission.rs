@@ -73,6 +73,8 @@ struct State {
     reported: bool,
     /// How an earlier commit of the encoder ended that nobody waited for.
     earlier: Result<()>,
+    /// Whether a wait of the encoder has told that.
+    earlier_reported: bool,
 }
 
 impl Submitted {
@@ -83,6 +85,7 @@ impl Submitted {
                 holds,
                 reported: false,
                 earlier,
+                earlier_reported: false,
             }),
         }
     }
@@ -108,18 +111,24 @@ impl Submitted {
     /// Waits for it; an earlier commit's failure that nobody has heard of comes first.
     pub(super) fn wait_for_all(&self) -> Result<Timing> {
         let timing = self.wait();
-        let earlier = self.state().earlier.clone();
-        earlier.and(timing)
+        let mut state = self.state();
+        state.earlier_reported = true;
+        state.earlier.clone().and(timing)
     }
 
     /// How it and the commits before it ended, as far as nobody has heard of it.
     pub(super) fn unheard(&self) -> Result<()> {
-        let reported = self.state().reported;
-        if reported {
-            Ok(())
-        } else {
-            self.wait_for_all().map(|_| ())
+        let state = self.state();
+        let reported = state.reported;
+        // A handle's wait tells how its own command ended, not how an earlier one did.
+        if !state.earlier_reported {
+            state.earlier.clone()?;
         }
+        drop(state);
+        if reported {
+            return Ok(());
+        }
+        self.wait().map(|_| ())
     }
 }
 

@@ -1,7 +1,7 @@
 //! Wrong problems and wrong calls of the entry that takes them.
 
 use mlx_flash_attn::attention::{
-    Layout, MaskSpec, Problem, ProblemBuilder, QueryOffset, Role, Shape, Strides,
+    Layout, MaskSpec, Pages, Problem, ProblemBuilder, QueryOffset, Role, Shape, Strides,
 };
 use mlx_flash_attn::{DType, Result};
 
@@ -212,6 +212,18 @@ pub(crate) fn builder_rows() -> Vec<Row> {
             "rows of V and O between",
             &["v_dim", "[32, ", "100"],
             sized(|s| s.v_dim = 100),
+        ),
+        refused(
+            "a capacity beside pages",
+            &["key_capacity", "pages", "64"],
+            || {
+                let pages = Pages {
+                    count: 9,
+                    page_size: 16,
+                    per_sequence: 9,
+                };
+                builder().pages(pages).key_capacity(64)
+            },
         ),
         refused(
             "heads that do not divide",

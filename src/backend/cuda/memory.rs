@@ -206,7 +206,9 @@ impl Memory for CudaMemory {
         let _submitting = self.gpu.submitting();
         let mut mirror = self.mirror();
         if mirror.newer != Newer::Host {
-            self.send(at, bytes)?;
+            // Some of the bytes may have gone before one failed: the host's side is no longer the same.
+            self.send(at, bytes)
+                .inspect_err(|_| mirror.newer = Newer::Device)?;
         }
         match &mirror.host {
             // The same as the GPU's side, and it stays so; or newer, and goes to the GPU as a whole with the

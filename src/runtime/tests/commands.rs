@@ -184,6 +184,22 @@ fn a_refused_commit_is_done_and_its_handle_says_why() {
     let second = encoder.commit();
     second.wait().unwrap();
     refused(encoder.wait_until_completed(), &["slice_view"]);
+    // Told once: the commits that follow have nothing more to tell of it.
+    encoder.commit_and_wait().unwrap();
+}
+
+#[test]
+fn a_failure_outlives_a_handle_that_tells_of_a_later_command() {
+    let device = device();
+    let out = mask(&device, 6);
+    let mut encoder = device.command_encoder().unwrap();
+    fill(&mut encoder, &device, &out.slice_view(11, 6), 2, 3);
+    encoder.commit();
+    fill(&mut encoder, &device, &out, 2, 3);
+    encoder.commit().wait().unwrap();
+    fill(&mut encoder, &device, &out, 2, 3);
+    encoder.commit().wait().unwrap();
+    refused(encoder.wait_until_completed(), &["slice_view"]);
 }
 
 const DIM: usize = 32;
@@ -346,11 +362,26 @@ fn what_has_no_lengths_of_its_own_and_other_devices_are_refused() {
         Ok(())
     });
     refused(faulty, &["slice_view"]);
+    // Also where a commit inside met it first.
+    let committed = device.prepare_command(|encoder| {
+        fill(encoder, &device, &cells.slice_view(11, 6), 2, 3);
+        encoder.commit();
+        Ok(())
+    });
+    refused(committed, &["slice_view"]);
     let taken = device.prepare_command(|encoder| {
         encoder.take_capture();
         Ok(())
     });
     refused(taken, &["capture"]);
+    // Replays check nothing, so no other device's encoder takes the place of the one that is lent.
+    let swapped = device.prepare_command(|encoder| {
+        let mut other = super::device().command_encoder()?;
+        other.start_capture();
+        std::mem::swap(encoder, &mut other);
+        Ok(())
+    });
+    refused(swapped, &["prepare_command", "another device"]);
 }
 
 #[test]

@@ -109,7 +109,7 @@ impl<S: Simd> Kernel for MultiplyAdd<S> {
     }
     #[inline(always)]
     unsafe fn row_words<T: Elem>(self, at: *const T, _: usize) -> S::V {
-        // SAFETY: head dimensions are multiples of 16, so of `LANES`.
+        // SAFETY: kernels are chosen for head dims that are a multiple of `LANES` (`Kernels::for_dim`).
         unsafe { T::load(self.0, at) }
     }
     #[inline(always)]

@@ -76,7 +76,7 @@ impl Kernel for Bf16Matrix {
     }
     #[inline(always)]
     unsafe fn row_words<T: Elem>(self, at: *const T, _: usize) -> Vector<Self> {
-        // SAFETY: head dimensions are multiples of 16, so the words are there. T is bf16.
+        // SAFETY: head dims are multiples of 8, so the eight elements are there. T is bf16.
         unsafe { vreinterpretq_f32_u16(vld1q_u16(at.cast())) }
     }
     #[inline(always)]
