@@ -13,7 +13,7 @@ cross_targets="aarch64-unknown-linux-gnu x86_64-unknown-linux-gnu x86_64-pc-wind
 # Unit tests that miri runs, by parts of their names: where the core crate has unsafe code, and knows no
 # device but the CPU. miri takes the portable code. Only --all runs the second list.
 miri_filters="runtime:: backend::host_memory interpreted::keys interpreted::two_threads"
-miri_filters_all="attention:: interpreted:: kernels::tests::vectors"
+miri_filters_all="interpreted:: kernels::tests::vectors"
 
 in_checks() {
     CARGO_TARGET_DIR=$checks "$@"

@@ -1,6 +1,8 @@
 //! Attention itself: what is asked ([`Problem`]) and which keys a query sees ([`visibility`]). Nothing here knows
 //! a device or holds memory; everything is pure and runs anywhere.
 
+#![forbid(unsafe_code)]
+
 mod builder;
 mod element;
 mod keys;
