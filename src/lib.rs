@@ -40,6 +40,7 @@
 //!
 //! [absent]: https://github.com/mlx-flash-attn/mlx-flash-attn/blob/main/docs/guide.md#what-is-not-there-of-063
 #![cfg_attr(docsrs, feature(doc_cfg))]
+#![warn(clippy::missing_errors_doc)]
 
 /// The Metal kernels as a raw dispatch must know them: names, constants, bindings, params.
 pub mod abi {

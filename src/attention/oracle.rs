@@ -26,6 +26,10 @@ pub enum Values<'a> {
 
 impl<'a> Values<'a> {
     /// Views bytes as elements of `dtype`; refuses misaligned bytes and other dtypes.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for bytes that are misaligned or no whole number of elements, `UnsupportedDtype` for a
+    /// dtype that no operand has.
     pub fn from_bytes(dtype: DType, bytes: &'a [u8]) -> Result<Self> {
         fn cast<T: bytemuck::Pod>(bytes: &[u8]) -> Result<&[T]> {
             bytemuck::try_cast_slice(bytes)
@@ -153,6 +157,10 @@ pub fn reference_row(problem: &Problem, s: &Sequence, h: usize, i: usize) -> usi
 }
 
 /// Computes the problem on the host.
+///
+/// # Errors
+/// `InvalidArgument` where an operand is missing or has too few elements, `UnsupportedDtype` where K or V lie in
+/// blocks: the oracle takes them dequantised.
 pub fn attention(
     problem: &Problem,
     inputs: &Inputs<'_>,
@@ -162,6 +170,9 @@ pub fn attention(
 }
 
 /// As [`attention`]; calls `row_done` after each query row of each head, from whichever thread.
+///
+/// # Errors
+/// As for [`attention`].
 pub fn attention_with_progress(
     problem: &Problem,
     inputs: &Inputs<'_>,

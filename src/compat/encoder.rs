@@ -214,6 +214,9 @@ impl CommandEncoder {
     }
 
     /// As [`Self::commit_and_wait`]; the text of a `CommandBufferError` starts with the label.
+    ///
+    /// # Errors
+    /// As for [`Self::commit_and_wait`].
     pub fn commit_and_wait_labeled(&mut self, label: &str) -> Result<()> {
         self.commit_and_wait().map_err(|error| match error {
             MlxError::CommandBufferError(what) => {

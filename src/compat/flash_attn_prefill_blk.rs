@@ -75,6 +75,9 @@ impl BlkParams {
 }
 
 /// Bytes of a class buffer: one a tile, rounded up to 32.
+///
+/// # Errors
+/// `InvalidArgument` for a size of 0, or so many tiles that their count overflows.
 pub fn blk_buffer_byte_len(params: &BlkParams) -> Result<usize> {
     let (nq, nk) = params.tiles()?;
     (nq as usize)
@@ -84,6 +87,9 @@ pub fn blk_buffer_byte_len(params: &BlkParams) -> Result<usize> {
 }
 
 /// A class buffer: `U8`, shape `[NQ, NK]`.
+///
+/// # Errors
+/// As for [`blk_buffer_byte_len`], and `BufferAllocationError` where the device has no room.
 pub fn alloc_blk_buffer(device: &MlxDevice, params: &BlkParams) -> Result<MlxBuffer> {
     let (nq, nk) = params.tiles()?;
     let shape = vec![nq as usize, nk as usize];

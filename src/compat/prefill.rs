@@ -203,7 +203,10 @@ macro_rules! dispatchers {
     )*) => {$(
         $(#[$meta])*
         #[doc = ""]
-        #[doc = concat!("Encodes `", $kernel, "`; see the [module](self) for operands and errors.")]
+        #[doc = concat!("Encodes `", $kernel, "`; see the [module](self) for operands.")]
+        #[doc = ""]
+        #[doc = "# Errors"]
+        #[doc = "As the [module](self) has them. Nothing is encoded then."]
         #[allow(clippy::too_many_arguments)]
         pub fn $name(
             encoder: &mut $crate::CommandEncoder,
@@ -239,7 +242,10 @@ macro_rules! resumed {
     ($( $(#[$meta:meta])* $name:ident($kernel:literal); )*) => {$(
         $(#[$meta])*
         #[doc = ""]
-        #[doc = concat!("Encodes `", $kernel, "`; see the [module](self) for operands and errors.")]
+        #[doc = concat!("Encodes `", $kernel, "`; see the [module](self) for operands.")]
+        #[doc = ""]
+        #[doc = "# Errors"]
+        #[doc = "As the [module](self) has them. Nothing is encoded then."]
         #[allow(clippy::too_many_arguments)]
         pub fn $name(
             encoder: &mut $crate::CommandEncoder,
@@ -266,7 +272,10 @@ macro_rules! with_sinks {
     )*) => {$(
         $(#[$meta])*
         #[doc = ""]
-        #[doc = concat!("Encodes `", $kernel, "`; see the [module](self) for operands and errors.")]
+        #[doc = concat!("Encodes `", $kernel, "`; see the [module](self) for operands.")]
+        #[doc = ""]
+        #[doc = "# Errors"]
+        #[doc = "As the [module](self) has them. Nothing is encoded then."]
         #[allow(clippy::too_many_arguments)]
         pub fn $name(
             encoder: &mut $crate::CommandEncoder,

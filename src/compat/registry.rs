@@ -179,11 +179,18 @@ impl KernelRegistry {
     }
 
     /// The pipeline of a kernel that takes no constants.
+    ///
+    /// # Errors
+    /// `KernelNotFound` for a name that is not registered, `ShaderCompilationError` where its text does not compile or
+    /// is not to run on the device.
     pub fn get_pipeline(&mut self, name: &str, device: &DeviceHandle) -> Result<&Pipeline> {
         self.get(name, device, Constants::default())
     }
 
     /// The pipeline of a kernel with bool constants; one that is left out is false.
+    ///
+    /// # Errors
+    /// As for [`Self::get_pipeline`].
     pub fn get_pipeline_with_bool_constants(
         &mut self,
         name: &str,
@@ -194,6 +201,9 @@ impl KernelRegistry {
     }
 
     /// The pipeline of a kernel with bool and int constants; one that is left out has its default.
+    ///
+    /// # Errors
+    /// As for [`Self::get_pipeline`].
     pub fn get_pipeline_with_constants(
         &mut self,
         name: &str,

@@ -92,6 +92,10 @@ pub struct MlxDevice(DeviceHandle);
 
 impl MlxDevice {
     /// The device that `MLX_FLASH_DEVICE` names, else the best of this machine: Metal, CUDA, CPU.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where the variable names no kind of device, `DeviceUnavailable` where the one that it names
+    /// does not open, `DeviceNotFound` where none does.
     pub fn new() -> Result<Self> {
         match std::env::var("MLX_FLASH_DEVICE") {
             Ok(name) if !name.is_empty() && name != "auto" => match DeviceKind::by_name(&name) {
@@ -113,16 +117,26 @@ impl MlxDevice {
     }
 
     /// Opens a device by kind; the CPU as `MLX_FLASH_CPU_ISA` and `MLX_FLASH_THREADS` say.
+    ///
+    /// # Errors
+    /// `DeviceUnavailable` with the reason where this build or this machine has no such device, `InvalidArgument`
+    /// where one of the variables makes no sense.
     pub fn open(kind: DeviceKind) -> Result<Self> {
         devices::open(kind).map(Self::from_backend)
     }
 
     /// Opens the CPU with given options.
+    ///
+    /// # Errors
+    /// `DeviceUnavailable` where the processor lacks the instruction set, or the threads cannot be started.
     pub fn cpu(options: CpuOptions) -> Result<Self> {
         Ok(Self::from_backend(Arc::new(Cpu::open(options)?)))
     }
 
     /// Opens the emulator with given options.
+    ///
+    /// # Errors
+    /// `DeviceUnavailable` where there is no clang++ that compiles the kernels.
     #[cfg(feature = "emulator")]
     pub fn emulator(options: EmulatorOptions) -> Result<Self> {
         Ok(Self::from_backend(Arc::new(Emulator::open(options)?)))
@@ -185,6 +199,10 @@ impl MlxDevice {
     }
 
     /// A zeroed buffer of `byte_len` bytes, which must hold `shape`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for 0 bytes and for a shape that needs more than `byte_len`, `BufferAllocationError` where
+    /// the device has no room.
     pub fn alloc_buffer(
         &self,
         byte_len: usize,
@@ -201,6 +219,9 @@ impl MlxDevice {
 
     /// A buffer that holds a copy of `data`, whose element size must be `dtype`'s. Without data and with
     /// a shape of no elements it is a view of no bytes, for operands of empty work.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where the element sizes differ, and as for [`Self::alloc_buffer`].
     pub fn buffer_from_slice<T: Pod>(
         &self,
         data: &[T],

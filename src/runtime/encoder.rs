@@ -64,6 +64,9 @@ impl std::fmt::Debug for CommandEncoder {
 
 impl MlxDevice {
     /// An encoder for this device's commands.
+    ///
+    /// # Errors
+    /// None today: the signature is that of `mlx-native`, whose encoders can fail to open.
     pub fn command_encoder(&self) -> Result<CommandEncoder> {
         Ok(CommandEncoder::new(self.metal_device().clone()))
     }
@@ -108,6 +111,10 @@ impl CommandEncoder {
 
     /// Encodes captured nodes, as often as wanted. Hazards with what is already recorded are found
     /// anew. A node reads what its operands hold when the commit runs it.
+    ///
+    /// # Errors
+    /// As when the nodes were recorded, for this device: `InvalidArgument` for memory of another device, and what
+    /// building a kernel for this one reports. Nothing is encoded then.
     pub fn replay(&mut self, nodes: &[CapturedNode]) -> Result<()> {
         // All checks first: an error must leave the encoder as it was.
         let mut replayed = Vec::with_capacity(nodes.len());
@@ -385,11 +392,18 @@ impl CommandEncoder {
 
     /// Blocks until the last commit has run and tells how it ended, or how an earlier one failed
     /// that was not waited for.
+    ///
+    /// # Errors
+    /// How the command failed: `InvalidArgument` where the commit was refused, `CommandBufferError` where the
+    /// device failed.
     pub fn wait_until_completed(&self) -> Result<()> {
         self.wait().map(|_| ())
     }
 
     /// Runs what was recorded and blocks until it is done.
+    ///
+    /// # Errors
+    /// As for [`Self::wait_until_completed`].
     pub fn commit_and_wait(&mut self) -> Result<()> {
         self.commit();
         self.wait_until_completed()
@@ -397,6 +411,9 @@ impl CommandEncoder {
 
     /// As [`CommandEncoder::commit_and_wait`]; gives when the device began and ended, in seconds on
     /// its own clock.
+    ///
+    /// # Errors
+    /// As for [`Self::wait_until_completed`].
     pub fn commit_wait_with_gpu_time(&mut self) -> Result<(f64, f64)> {
         self.commit();
         self.wait()

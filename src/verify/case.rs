@@ -241,6 +241,9 @@ impl Case {
     }
 
     /// The problem that the case states.
+    ///
+    /// # Errors
+    /// As for [`ProblemBuilder::build`](crate::attention::ProblemBuilder::build).
     pub fn problem(&self) -> Result<Problem> {
         let d = self.head_dim;
         let sum = |n: &[u32]| n.iter().map(|n| *n as usize).sum::<usize>();

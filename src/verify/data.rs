@@ -119,6 +119,9 @@ pub struct Data {
 
 impl Data {
     /// Draws a case's operands; the same every time.
+    ///
+    /// # Errors
+    /// Where the case states no problem.
     pub fn of(case: &Case) -> Result<Self> {
         let problem = case.problem()?;
         let mut random = Random::new(case.seed());
@@ -181,6 +184,9 @@ impl Data {
     }
 
     /// The operands as the oracle takes them.
+    ///
+    /// # Errors
+    /// Where an operand has a dtype that the oracle does not take.
     pub fn inputs(&self) -> Result<Inputs<'_>> {
         Ok(Inputs {
             mask: self.mask.as_ref().map(Host::values).transpose()?,

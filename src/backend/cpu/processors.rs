@@ -15,6 +15,9 @@ pub struct CpuOptions {
 
 impl CpuOptions {
     /// Options from `MLX_FLASH_CPU_ISA` and `MLX_FLASH_THREADS`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where a variable names no instruction set, or no number of threads.
     pub fn from_env() -> Result<Self> {
         let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let isa = var("MLX_FLASH_CPU_ISA").map(|name| {
