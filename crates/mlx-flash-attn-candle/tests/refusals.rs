@@ -36,10 +36,7 @@ fn shapes_and_dtypes() {
     let k = x(&[1, 3, 8, 64]);
     refused(run(&q, &k, &k), &["n_heads (4)", "n_kv_heads (3)"]);
     let q36 = x(&[1, 4, 8, 36]);
-    refused(
-        run(&q36, &q36, &q36),
-        &["head_dim", "[32, ", "512]", "36"],
-    );
+    refused(run(&q36, &q36, &q36), &["head_dim", "[32, ", "512]", "36"]);
     let of = |x: &Tensor, dtype| x.to_dtype(dtype).unwrap();
     for dtype in [DType::F64, DType::U32, DType::I64] {
         refused(run(&of(&q, dtype), &kv, &kv), &["q:", "bf16, f16 or f32"]);
