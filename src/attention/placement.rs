@@ -90,17 +90,15 @@ impl Placement {
             Keys::Dense => (shape.batch, shape.key_len),
             Keys::Packed(PackedRows(k)) => (1, k.total()),
             Keys::Paged(pages) => {
+                if let Some(capacity) = self.key_capacity {
+                    let why =
+                        "none beside pages, whose block table says how many keys there is room for";
+                    return Err(MlxError::expected("key_capacity", why, capacity));
+                }
                 problem.elements.block_table = pages.check(shape.batch, shape.key_len)?;
                 (pages.count, pages.page_size)
             }
         };
-        if let (Keys::Paged(_), Some(capacity)) = (&problem.keys, self.key_capacity) {
-            return Err(MlxError::expected(
-                "key_capacity",
-                "none beside pages, whose block table says how many keys there is room for",
-                capacity,
-            ));
-        }
         let capacity = self.key_capacity.unwrap_or(len);
         if capacity < len {
             return Err(MlxError::expected(

@@ -61,7 +61,7 @@ impl Abilities {
         }
     }
 
-    /// What of the problem's widths and element formats it does not take, and why.
+    /// The first width or element format of the problem that the device does not take, and the reason.
     fn elements(&self, problem: &Problem) -> Option<(String, &'static str)> {
         let Shape { qk_dim, v_dim, .. } = problem.shape();
         if !self.v_dim && qk_dim != v_dim {
@@ -102,7 +102,8 @@ impl Abilities {
         })
     }
 
-    /// What of where the problem's keys lie it does not take, and why.
+    /// The first way in which the problem's keys lie or are counted that the device does not take, and the
+    /// reason.
     fn rows(&self, problem: &Problem) -> Option<(String, &'static str)> {
         let packed_queries = problem.cu_seqlens_q().is_some();
         let packed_keys = matches!(problem.keys(), Keys::Packed(_));
@@ -128,7 +129,7 @@ impl Abilities {
         }
     }
 
-    /// What of the problem's scores it does not take, and why.
+    /// The first step of the problem's scores that the device does not take, and the reason.
     fn scores(&self, problem: &Problem) -> Option<(String, &'static str)> {
         let step = problem.score_steps().find(|s| !(self.score_step)(s))?;
         Some((

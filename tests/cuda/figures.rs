@@ -1,5 +1,8 @@
 //! Figures of start-up and dispatch. Run with `--ignored --nocapture`.
 
+use std::time::Duration;
+
+use mlx_flash_attn::CommandEncoder;
 use mlx_flash_attn::attention::{Problem, QueryOffset, Shape};
 use mlx_flash_attn::ops::{self, Operands};
 
@@ -31,24 +34,11 @@ fn host_time_of_a_dispatch() {
         let [q, k, v, out] = data.buffers(&device);
         let operands = Operands::new(&q, &k, &v, &out);
         let mut encoder = device.command_encoder().unwrap();
-        let (mut recorded, mut encoded) = (Vec::new(), Vec::new());
-        let n = 100u32;
-        for _ in 0..20 {
-            let begin = std::time::Instant::now();
-            for _ in 0..n {
-                ops::attention(&mut encoder, &problem, &operands).unwrap();
-            }
-            recorded.push(begin.elapsed() / n);
-            // SAFETY: the default stream is always there.
-            let in_flight = unsafe { encoder.encode_into_stream(std::ptr::null_mut()) }.unwrap();
-            encoded.push(begin.elapsed() / n);
-            in_flight.wait().unwrap();
-        }
-        recorded.sort();
-        encoded.sort();
+        let [recorded, launched] = host_times(&mut encoder, |encoder, _| {
+            ops::attention(encoder, &problem, &operands).unwrap();
+        });
         eprintln!(
-            "{heads} heads, {rows} x {keys}: recorded in {:?}, with the launch {:?}",
-            recorded[10], encoded[10]
+            "{heads} heads, {rows} x {keys}: recorded in {recorded:?}, with the launch {launched:?}"
         );
     }
 }
@@ -81,32 +71,40 @@ fn host_time_of_a_replay() {
         .unwrap();
     let mut encoder = device.command_encoder().unwrap();
     for anew in [true, false, true, false] {
-        let (mut recorded, mut encoded) = (Vec::new(), Vec::new());
-        let n = 100u32;
-        for round in 0..20 {
-            let begin = std::time::Instant::now();
-            for i in 0..n as usize {
-                let len = round * 100 + i + 1;
-                if anew {
-                    ops::attention(&mut encoder, &problem(len), &operands).unwrap();
-                } else {
-                    prepared.set_key_len(len).unwrap();
-                    encoder.replay_prepared(&prepared).unwrap();
-                }
+        let [recorded, launched] = host_times(&mut encoder, |encoder, i| {
+            if anew {
+                ops::attention(encoder, &problem(i + 1), &operands).unwrap();
+            } else {
+                prepared.set_key_len(i + 1).unwrap();
+                encoder.replay_prepared(&prepared).unwrap();
             }
-            recorded.push(begin.elapsed() / n);
-            // SAFETY: the default stream is always there.
-            let in_flight = unsafe { encoder.encode_into_stream(std::ptr::null_mut()) }.unwrap();
-            encoded.push(begin.elapsed() / n);
-            in_flight.wait().unwrap();
-        }
-        recorded.sort();
-        encoded.sort();
-        eprintln!(
-            "{}: recorded in {:?}, with the launch {:?}",
-            if anew { "anew" } else { "replayed" },
-            recorded[10],
-            encoded[10]
-        );
+        });
+        let what = if anew { "anew" } else { "replayed" };
+        eprintln!("{what}: recorded in {recorded:?}, with the launch {launched:?}");
     }
+}
+
+/// Host time of one of 100 dispatches, recorded and with the launch: medians of 20 commands. `encode` gets
+/// the dispatch's number among all of them.
+fn host_times(
+    encoder: &mut CommandEncoder,
+    mut encode: impl FnMut(&mut CommandEncoder, usize),
+) -> [Duration; 2] {
+    let (mut recorded, mut launched) = (Vec::new(), Vec::new());
+    let n = 100u32;
+    for round in 0..20 {
+        let begin = std::time::Instant::now();
+        for i in 0..n as usize {
+            encode(encoder, round * 100 + i);
+        }
+        recorded.push(begin.elapsed() / n);
+        // SAFETY: the default stream is always there.
+        let in_flight = unsafe { encoder.encode_into_stream(std::ptr::null_mut()) }.unwrap();
+        launched.push(begin.elapsed() / n);
+        in_flight.wait().unwrap();
+    }
+    [recorded, launched].map(|mut times| {
+        times.sort();
+        times[10]
+    })
 }

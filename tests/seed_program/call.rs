@@ -9,9 +9,9 @@ use crate::registry;
 
 pub(crate) type Encoder = mlx_native::CommandEncoder;
 
-/// A dispatcher of Q, K, V and these other arguments.
+/// A dispatcher of Q, K, V and these other arguments, the last of them after the params.
 macro_rules! dispatcher {
-    ($($arg:ty),*) => {
+    ($($arg:ty),* $(; $last:ty)?) => {
         fn(
             &mut Encoder,
             &MlxDevice,
@@ -22,20 +22,7 @@ macro_rules! dispatcher {
             $($arg,)*
             &MlxBuffer,
             &FlashAttnPrefillParams,
-        ) -> Result<()>
-    };
-    ($($arg:ty),*; $last:ty) => {
-        fn(
-            &mut Encoder,
-            &MlxDevice,
-            &mut KernelRegistry,
-            &MlxBuffer,
-            &MlxBuffer,
-            &MlxBuffer,
-            $($arg,)*
-            &MlxBuffer,
-            &FlashAttnPrefillParams,
-            $last,
+            $($last,)?
         ) -> Result<()>
     };
 }
