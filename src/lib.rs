@@ -68,6 +68,8 @@ pub mod verify;
 
 pub use backend::DeviceKind;
 pub use backend::cpu::{CpuOptions, Isa};
+#[cfg(feature = "cuda")]
+pub use backend::cuda::{CudaKernels, CudaOptions};
 #[cfg(feature = "emulator")]
 pub use backend::emulator::EmulatorOptions;
 pub use compat::registry as kernel_registry;

@@ -1,5 +1,5 @@
-// Joins the partial results of each row: the values of each split, its maximum and its sum. A warp a
-// row. Macros: D, OUT (the element type).
+// Joins partial results that decode.cu left, in f32: for each row and split its values, its maximum and its sum. A warp
+// a row. Macro: D.
 
 extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant__ Params p) {
     const i64 row = i64(blockIdx.x) * 4 + threadIdx.x / 32, rows = p.rows;
@@ -24,13 +24,7 @@ extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant_
             x += expf(split[D] - subtract) * split[D + 1] * split[d];
         }
         x *= f.factor;
-#if OUT == TYPE_F32
         ((float*)p.o)[out + d] = x;
-#elif OUT == TYPE_F16
-        ((u16*)p.o)[out + d] = f32_to_f16(x);
-#else
-        ((u16*)p.o)[out + d] = f32_to_bf16(x);
-#endif
     }
     if (p.lse && lane == 0) p.lse[p.lse_strides[0] * b + p.lse_strides[1] * h + i] = f.lse;
 }

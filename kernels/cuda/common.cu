@@ -33,6 +33,13 @@ DEV u16 f32_to_f16(float x) {
     return bits;
 }
 
+// The same number, but the compiler does not know: what is computed from it is computed anew there, and not kept in
+// registers from where it was computed before.
+DEV u32 opaque(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 DEV u32 shared_address(const void* at) { return u32(__cvta_generic_to_shared(at)); }
 
 // Copies 16 bytes, or zeros where there is nothing to copy.
@@ -45,7 +52,8 @@ DEV void copy4(u32 to, const void* from, bool there) {
 }
 
 DEV void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-DEV void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+// Waits until at most N of the groups committed last are under way.
+template <int N> DEV void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // Waits until the kernel before has ended and what it wrote can be read, and lets the one after start,
 // which waits likewise. Without programmatic dependent launches neither does anything.

@@ -48,10 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     extern __shared__ __align__(16) float shared[];
     // A run over the threadblock's rows; gives whether they are finite. The first is compiled apart from the others.
     auto rows = [&](auto, const int run) {
-        // Opaque, so that values for a later run are not kept in registers through the first.
-        u32 block = blockIdx.x;
-        asm volatile("" : "+r"(block));
-        const Tile t = tile_of(p, block);
+        const Tile t = tile_of(p, opaque(blockIdx.x));
         if (t.m0 >= t.sq) return true;
 
         float* sm_q = shared;
@@ -76,12 +73,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             end[r] = end_key(p, t, row0 + r);
         }
 
-        Walk walk(p, t);
+        Walk<1> walk(p, t, t.lo);
         if (run == PLAIN && walk.at < walk.end) load<BM>(sm_q, q, t.m0, t.sq, vector);
-        for (; walk.at < walk.end; walk.seek(p, t, walk.at + 1)) {
+        for (; walk.at < walk.end; walk.next(p, t)) {
             const int k0 = walk.at * BN;
             load<BN>(sm_kv, k, k0, t.sk, vector);
-            copies_wait();
+            copies_wait<0>();
             __syncthreads();
 
             float s[ROWS][KEYS];
@@ -151,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             __syncthreads(); // K has been read
 
             load<BN>(sm_kv, v, k0, t.sk, vector);
-            copies_wait();
+            copies_wait<0>();
             __syncthreads();
             if (run != PLAIN) {
                 for (int i = threadIdx.x; i < BN * STRIDE; i += THREADS) sm_kv[i] = cleaned(sm_kv[i], run);
@@ -194,9 +191,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             if (row >= t.sq) continue;
             const Finish f = finish(m[r], sum[r], p.sinks, t.h);
             const bool partial = p.splits > 1;
-            float* out = partial ? p.partials + (result_row(p, t, row) * p.splits + t.split) * (D + 2)
-                                 : (float*)p.o + o_offset(p, t, row);
-            const float times = !partial ? f.factor : sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
+            float* out = partial ? partial_values(p, result_row(p, t, row), t.split) : (float*)p.o + o_offset(p, t, row);
+            const float times = partial ? 1.0f : f.factor;
 #pragma unroll
             for (int i = 0; i < 4 * RUNS; i++) {
                 const int c = 32 * (i / 4) + 4 * column + i % 4;
@@ -206,15 +202,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
                 finite = finite && x * 0.0f == 0.0f;
             }
             if (column != 0 || run >= UPWARD) continue;
-            if (partial) {
-                out[D] = m[r];
-                out[D + 1] = sum[r];
-            } else {
-                store_lse(p, t, row, f.lse);
-            }
+            if (partial) *partial_stats(p, result_row(p, t, row), t.split) = make_float2(m[r], sum[r]);
+            else store_lse(p, t, row, f.lse);
         }
         return __syncthreads_and(finite) != 0;
     };
-    if (rows(Yes(), PLAIN)) return;
-    for (int run = CLEAN; run != DONE; run = run == CLEAN ? UPWARD : run + 1) rows(No(), run);
+    if (!rows(Yes(), PLAIN)) {
+        for (int run = CLEAN; run != DONE; run = run == CLEAN ? UPWARD : run + 1) rows(No(), run);
+    }
+    if (p.splits > 1) {
+        const Tile t = tile_of(p, blockIdx.x);
+        if (t.m0 < t.sq) merge<TYPE_F32>(p, t, min(t.sq - t.m0, BM));
+    }
 }

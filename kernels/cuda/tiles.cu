@@ -108,10 +108,11 @@ DEV void store_lse(const Params& p, const Tile& t, int row, float lse) {
     if (p.lse) p.lse[p.lse_strides[0] * t.b + p.lse_strides[1] * head_of(p, t, row) + t.q_start + query_of(p, row)] = lse;
 }
 
-// Walks the key tiles that are not skipped. Classes are looked up for 32 tiles at once, a tile a
+// Walks every STEP-th of the key tiles that are not skipped. Classes are looked up for 32 of them at once, a tile a
 // lane.
-struct Walk {
+template <int STEP> struct Walk {
     int at, end;
+#if GENERAL
     int group;        // first tile of the 32 whose classes are known
     u32 live, plain;  // of those: not skipped; free of the mask
 
@@ -119,9 +120,8 @@ struct Walk {
         group = from;
         live = ALL_LANES;
         plain = 0;
-#if GENERAL
         if (p.classes) {
-            const int tile = from + int(threadIdx.x % 32);
+            const int tile = from + STEP * int(threadIdx.x % 32);
             bool some = false, all_free = tile < end;
             if (tile < end) {
                 const int k0 = tile * BN, last = (t.rows - t.m0 < BM ? t.rows : t.m0 + BM) - 1;
@@ -138,29 +138,35 @@ struct Walk {
             live = __ballot_sync(ALL_LANES, some);
             plain = __ballot_sync(ALL_LANES, all_free);
         }
-#endif
     }
 
     // Moves to the first tile from `from` on that is not skipped, or to the end.
     DEV_MEMBER void seek(const Params& p, const Tile& t, int from) {
         while (from < end) {
-            if (from - group >= 32) look(p, t, from);
-            const u32 ahead = live >> (from - group);
+            if (from - group >= 32 * STEP) look(p, t, from);
+            const u32 ahead = live >> ((from - group) / STEP);
             if (ahead) {
-                at = from + __ffs(int(ahead)) - 1;
+                at = from + STEP * (__ffs(int(ahead)) - 1);
                 if (at < end) return;
                 break;
             }
-            from = group + 32;
+            from = group + 32 * STEP;
         }
         at = end;
     }
 
-    DEV_MEMBER Walk(const Params& p, const Tile& t) : at(t.lo), end(t.hi), group(t.lo) {
-        look(p, t, t.lo);
-        seek(p, t, t.lo);
+    DEV_MEMBER Walk(const Params& p, const Tile& t, int first) : at(first), end(t.hi), group(first) {
+        look(p, t, first);
+        seek(p, t, first);
     }
 
     // Whether the tile it stands at needs no mask.
-    DEV_MEMBER bool is_plain() const { return (plain >> (at - group)) & 1; }
+    DEV_MEMBER bool is_plain() const { return (plain >> ((at - group) / STEP)) & 1; }
+#else
+    DEV_MEMBER Walk(const Params& p, const Tile& t, int first) : at(first), end(t.hi) {}
+    DEV_MEMBER void seek(const Params& p, const Tile& t, int from) { at = from; }
+    DEV_MEMBER bool is_plain() const { return true; }
+#endif
+
+    DEV_MEMBER void next(const Params& p, const Tile& t) { seek(p, t, at + STEP); }
 };

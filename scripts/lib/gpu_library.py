@@ -40,7 +40,7 @@ class Library:
         for name, result, arguments in (
             ("error", ctypes.c_char_p, []), ("request_fields", ctypes.c_char_p, []),
             ("head_dims", size, [pointer, size]), ("class_tile", None, [size, pointer, pointer]),
-            ("device_open", pointer, [size]), ("call_new", pointer, [pointer, pointer]),
+            ("device_open", pointer, [size, ctypes.c_char_p]), ("call_new", pointer, [pointer, pointer]),
             ("call_launch", ctypes.c_int, [pointer, pointer]), ("call_wait", ctypes.c_int, [pointer]),
             ("call_free", None, [pointer])):
             function = getattr(self.c, "mfa_" + name)
@@ -49,7 +49,7 @@ class Library:
         kinds = dict(i64=ctypes.c_int64, u64=ctypes.c_uint64, f64=ctypes.c_double)
         fields = [line.split() for line in self.request_fields().decode().splitlines()]
         self.Request = type("Request", (ctypes.Structure,), {"_fields_": [(n, kinds[k]) for n, k in fields]})
-        self.device = None
+        self.devices = {}
 
     def dims(self):
         room = (ctypes.c_int64 * 64)()
@@ -60,10 +60,13 @@ class Library:
         self.class_tile(d, ctypes.byref(rows), ctypes.byref(keys))
         return rows.value, keys.value
 
-    def open(self):
-        self.device = self.device_open(0)
-        if not self.device:
-            raise SystemExit("gpu-bench: no CUDA device: %s" % self.error().decode())
+    def device(self, kernels="own"):
+        """The GPU with the kernels of this name, opened once."""
+        if kernels not in self.devices:
+            self.devices[kernels] = self.device_open(0, kernels.encode())
+            if not self.devices[kernels]:
+                raise SystemExit("gpu-bench: no CUDA device: %s" % self.error().decode())
+        return self.devices[kernels]
 
     def checked(self, result, failed):
         if result == failed:
@@ -73,10 +76,11 @@ class Library:
 
 class Call:
     """One prepared call. q, k, v, o: [B, H, L, D] views with any strides and contiguous rows. `classify`: each
-    launch computes the tile classes first."""
+    launch computes the tile classes first. `kernels`: as the device is opened."""
 
     def __init__(self, library, q, k, v, o, causal=False, q_off=0, window=None, window_right=None, scale=None,
-                 softcap=0.0, lse=None, mask=None, classes=None, classify=False, sinks=None, slopes=None):
+                 softcap=0.0, lse=None, mask=None, classes=None, classify=False, sinks=None, slopes=None,
+                 kernels="own"):
         import torch
 
         codes = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.bool: 4, torch.uint8: 4}
@@ -97,7 +101,7 @@ class Call:
                 setattr(r, "mask_" + axis, mask.stride(i) if mask.shape[i] > 1 else 0)
         self.library, self.stream = library, torch.cuda.current_stream().cuda_stream
         self.keep = [q, k, v, o, lse, mask, classes, sinks, slopes]
-        self.call = library.checked(library.call_new(library.device, ctypes.byref(r)), None)
+        self.call = library.checked(library.call_new(library.device(kernels), ctypes.byref(r)), None)
 
     def __call__(self):
         self.library.checked(self.library.call_launch(self.call, self.stream), -1)

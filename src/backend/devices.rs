@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Backend;
 use super::cpu::{Cpu, CpuOptions};
 #[cfg(feature = "cuda")]
-use super::cuda::Cuda;
+use super::cuda::{Cuda, CudaOptions};
 #[cfg(feature = "emulator")]
 use super::emulator::{Emulator, EmulatorOptions};
 use super::kind::DeviceKind;
@@ -24,7 +24,7 @@ pub(crate) fn open(kind: DeviceKind) -> Result<Arc<dyn Backend>> {
         #[cfg(all(feature = "metal", target_vendor = "apple"))]
         DeviceKind::Metal => Ok(Arc::new(Metal::open()?)),
         #[cfg(feature = "cuda")]
-        DeviceKind::Cuda => Ok(Arc::new(Cuda::open()?)),
+        DeviceKind::Cuda => Ok(Arc::new(Cuda::open(CudaOptions::from_env()?)?)),
         #[cfg(feature = "emulator")]
         DeviceKind::Emulator => Ok(Arc::new(Emulator::open(EmulatorOptions::default())?)),
         // On Apple systems a build with all features has every device.

@@ -20,7 +20,9 @@ use super::submit::params_are_written;
 use super::uses::Hold;
 use crate::attention::Problem;
 use crate::backend::DeviceKind;
-use crate::backend::cuda::{self, Cuda, CudaMemory, Enqueued, Images, Key, Nvrtc, Spec};
+use crate::backend::cuda::{
+    self, Cuda, CudaKernels, CudaMemory, CudaOptions, Enqueued, Images, Key, Nvrtc, Spec,
+};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
@@ -70,7 +72,16 @@ impl MlxDevice {
     /// # Errors
     /// `DeviceUnavailable` with the reason: no driver, no such GPU, one too old, no compiler.
     pub fn cuda(ordinal: usize) -> Result<Self> {
-        Ok(Self::from_backend(Arc::new(Cuda::open_ordinal(ordinal)?)))
+        let kernels = CudaKernels::Own;
+        Self::cuda_with(CudaOptions { ordinal, kernels })
+    }
+
+    /// The same with other options.
+    ///
+    /// # Errors
+    /// As for [`Self::cuda`], and `DeviceUnavailable` where the GPU cannot run the kernels that are asked for.
+    pub fn cuda_with(options: CudaOptions) -> Result<Self> {
+        Ok(Self::from_backend(Arc::new(Cuda::open(options)?)))
     }
 
     /// The NVIDIA GPU of this number, whose kernels are taken from `images` (a file of [`pack_images`],
@@ -88,7 +99,8 @@ impl MlxDevice {
         images: impl Into<Cow<'static, [u8]>>,
     ) -> Result<Self> {
         let images = Images::read(images.into())?;
-        let cuda = Cuda::open_with(ordinal, Some(Arc::new(images)))?;
+        let kernels = CudaKernels::Own;
+        let cuda = Cuda::open_with(CudaOptions { ordinal, kernels }, Some(Arc::new(images)))?;
         Ok(Self::from_backend(Arc::new(cuda)))
     }
 
@@ -208,6 +220,11 @@ impl ImageSource {
     /// The architecture that it is compiled for.
     pub fn arch(&self) -> &str {
         &self.arch
+    }
+
+    /// Whether it fills all registers by design, and spills a few rather than have smaller tiles.
+    pub fn may_spill(&self) -> bool {
+        self.spec.may_spill()
     }
 
     /// A hash of the text alone: kernels that differ by their macros share it.

@@ -1,6 +1,8 @@
 //! Values of options, parsed and checked: a wrong one is refused before anything is read.
 
-use clap::ValueEnum;
+#[cfg(feature = "cuda")]
+use anyhow::bail;
+use clap::{Args, ValueEnum};
 use mlx_flash_attn::attention::HEAD_DIMS;
 use mlx_flash_attn::attention::{Layout, QueryOffset, Shape};
 use mlx_flash_attn::{DType, DeviceKind, MlxDevice};
@@ -23,9 +25,38 @@ pub(crate) enum DeviceArg {
     Emulator,
 }
 
-impl DeviceArg {
+/// Which device, and how it is opened.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DeviceArgs {
+    /// Device to compute on
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    device: DeviceArg,
+    /// Kernels of a CUDA device: `own`, `portable`, `hopper`, or those of another GPU, such as `sm_86`
+    #[arg(long, value_name = "KERNELS")]
+    #[cfg(feature = "cuda")]
+    kernels: Option<mlx_flash_attn::CudaKernels>,
+}
+
+impl DeviceArgs {
     /// Opens the device.
-    pub(crate) fn open(self) -> anyhow::Result<MlxDevice> {
+    pub(crate) fn open(&self) -> anyhow::Result<MlxDevice> {
+        #[cfg(feature = "cuda")]
+        if let Some(kernels) = self.kernels {
+            if self.device != DeviceArg::Cuda {
+                bail!("--kernels: expected --device cuda");
+            }
+            let options = mlx_flash_attn::CudaOptions {
+                kernels,
+                ..mlx_flash_attn::CudaOptions::from_env()?
+            };
+            return Ok(MlxDevice::cuda_with(options)?);
+        }
+        self.device.open()
+    }
+}
+
+impl DeviceArg {
+    fn open(self) -> anyhow::Result<MlxDevice> {
         let kind = match self {
             Self::Auto => return Ok(MlxDevice::new()?),
             Self::Cpu => DeviceKind::Cpu,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use mlx_flash_attn::attention::{QueryOffset, Shape};
 
-use crate::args::{self, CuSeqlens, DTypeArg, DeviceArg, LayoutArg, MaskArg, MaskAxes};
+use crate::args::{self, CuSeqlens, DTypeArg, DeviceArgs, LayoutArg, MaskArg, MaskAxes};
 use crate::score::ScoreArgs;
 
 /// Exact flash attention on this machine's devices: compute it, check it, measure it.
@@ -93,9 +93,8 @@ pub(crate) struct RunArgs {
     /// Order of the axes of q, k, v and o
     #[arg(long, value_enum, default_value_t = LayoutArg::HeadMajor)]
     pub(crate) layout: LayoutArg,
-    /// Device to compute on
-    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
-    pub(crate) device: DeviceArg,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Write the log-sum-exp of each row too: `lse` F32 [B,H,qL], packed [H,rows]
     #[arg(long)]
     pub(crate) lse: bool,
@@ -115,9 +114,8 @@ pub(crate) struct RunArgs {
 /// for is counted as skipped. Exits with 1 if a case failed.
 #[derive(Debug, Args)]
 pub(crate) struct VerifyArgs {
-    /// Device to check
-    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
-    pub(crate) device: DeviceArg,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Run a sample of the matrix
     #[arg(long)]
     pub(crate) quick: bool,
@@ -221,9 +219,8 @@ pub(crate) struct BenchArgs {
         value_parser = CuSeqlens::parse
     )]
     pub(crate) cu_seqlens_k: Option<CuSeqlens>,
-    /// Device to measure
-    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
-    pub(crate) device: DeviceArg,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Print one JSON object a shape: device, dtype, shape, causal, window, ms_median, ms_min,
     /// ms_max, tflops, peak_tflops, share, and what else was asked for
     #[arg(long)]

@@ -10,6 +10,9 @@ pub(crate) struct Resources {
     pub(crate) complaints: Vec<String>,
 }
 
+/// By so many registers one text may differ from itself.
+const FEW: u64 = 8;
+
 /// Of every GPU from compute capability 8.0 to 9.0.
 const PROCESSOR_REGISTERS: u64 = 65_536;
 
@@ -26,10 +29,10 @@ impl Resources {
         Ok(resources)
     }
 
-    /// What the kernel must not be.
-    pub(crate) fn faults(&self) -> Vec<String> {
+    /// What the kernel must not be. One that may spill is none the worse for it.
+    pub(crate) fn faults(&self, may_spill: bool) -> Vec<String> {
         let mut faults = self.complaints.clone();
-        if self.stack > 0 || self.spills > 0 {
+        if !may_spill && (self.stack > 0 || self.spills > 0) {
             faults.push(format!(
                 "{} bytes of stack and {} bytes spilled: expected none",
                 self.stack, self.spills
@@ -40,11 +43,15 @@ impl Resources {
 
     /// Whether both stand for the same figures; complaints are compared by whether there are any. How many
     /// registers one text takes depends on what the compiler's process compiled before it: counts are the
-    /// same where they are a few apart, or where a processor holds as many warps with either.
+    /// same where they are a few apart, or where a processor holds as many warps with either; and so are the bytes
+    /// that a few registers take, in a kernel that may spill.
     pub(crate) fn same(&self, other: &Self) -> bool {
-        let figures = |r: &Self| (r.stack, r.spills, r.complaints.is_empty());
-        let few_apart = self.registers.abs_diff(other.registers) <= 8;
-        figures(self) == figures(other) && (few_apart || self.warps() == other.warps())
+        let registers = self.registers.abs_diff(other.registers) <= FEW;
+        let bytes = |a: u64, b: u64| a.abs_diff(b) <= 4 * FEW;
+        (registers || self.warps() == other.warps())
+            && bytes(self.stack, other.stack)
+            && bytes(self.spills, other.spills)
+            && self.complaints.is_empty() == other.complaints.is_empty()
     }
 
     /// Warps for which a processor has registers, which it gives out in eights to each of 32 threads.
@@ -99,7 +106,7 @@ mod tests {
     fn a_clean_report_has_no_fault() {
         let resources = parse(REPORT);
         assert_eq!((resources.registers, resources.stack), (213, 0));
-        assert!(resources.faults().is_empty());
+        assert!(resources.faults(false).is_empty());
     }
 
     #[test]
@@ -113,11 +120,11 @@ mod tests {
         // Eight warps fit with either; with 200 registers ten.
         assert!(same(245, 255) && same(255, 245));
         assert!(!same(200, 255) && !same(112, 128));
-        let spilled = Resources {
-            spills: 8,
+        let spilled = |spills| Resources {
+            spills,
             ..with(245)
         };
-        assert!(!spilled.same(&with(245)));
+        assert!(spilled(100).same(&spilled(120)) && !spilled(100).same(&with(245)));
     }
 
     #[test]
@@ -129,14 +136,15 @@ mod tests {
         ] {
             let log = REPORT.replace(from, to);
             assert_ne!(log, REPORT);
-            assert_eq!(parse(&log).faults().len(), 1, "{log}");
+            assert_eq!(parse(&log).faults(false).len(), 1, "{log}");
+            assert!(parse(&log).faults(true).is_empty(), "{log}");
         }
         for line in [
             "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized",
             "ptxas info    : (C7508) 'setmaxnreg' ignored to maintain minimum register requirement",
             "ptxas warning : something",
         ] {
-            assert_eq!(parse(&format!("{REPORT}\n{line}")).faults().len(), 1);
+            assert_eq!(parse(&format!("{REPORT}\n{line}")).faults(true).len(), 1);
         }
         assert!(Resources::read("").is_err());
     }

@@ -8,7 +8,7 @@ gpu_struct! {
     /// Everything that the CUDA attention kernels read besides memory. Pointers are addresses on the
     /// device; null where the problem has no such operand. Strides are in elements: batch, head, row.
     /// The Hopper kernels read the fields up to `classes_stride`.
-    CudaParams = "Params", CUDA_PARAMS_TEXT, 336 {
+    CudaParams = "Params", CUDA_PARAMS_TEXT, 344 {
         /// Batch size, or count of packed sequences.
         batch: i32 = "int batch" @ 0,
         /// Query heads.
@@ -78,23 +78,26 @@ gpu_struct! {
         k_strides: [i64; 3] = "int64_t k_strides[3]" @ 248,
         /// Strides of V.
         v_strides: [i64; 3] = "int64_t v_strides[3]" @ 272,
-        /// Partial results, written and joined where the keys are split: for each row and split D
-        /// values, a maximum, a sum.
+        /// Partial results, written and merged where the keys are split: for each row and split D values; then for
+        /// each a maximum and a sum. D values, a maximum and a sum where they are joined apart.
         partials: u64 = "float* partials" @ 296,
+        /// Where the keys are split: how many threadblocks of each tile, and of each group of its splits, are done. All
+        /// are 0 before and after.
+        counters: u64 = "u32* counters" @ 304,
         /// Query rows of a head: the query length, or all packed rows.
-        rows: i64 = "int64_t rows" @ 304,
+        rows: i64 = "int64_t rows" @ 312,
         /// Splits of the keys.
-        splits: i32 = "int splits" @ 312,
+        splits: i32 = "int splits" @ 320,
         /// Element type of the mask: 1 f32, 2 f16, 3 bf16, 4 bool.
-        mask_type: i32 = "int mask_type" @ 316,
+        mask_type: i32 = "int mask_type" @ 324,
         /// Bit 0: rows of Q, K and V lie on 16 bytes; bit 1: rows of O on 4.
-        vector: i32 = "int vector" @ 320,
+        vector: i32 = "int vector" @ 328,
         /// Batches that results are laid out in: 1 where sequences are packed.
-        result_batch: i32 = "int result_batch" @ 324,
+        result_batch: i32 = "int result_batch" @ 332,
         /// Query heads of one key/value head that share a tile's rows, or 1.
-        pack: i32 = "int pack" @ 328,
+        pack: i32 = "int pack" @ 336,
         /// Keeps the size on 8 bytes.
-        _pad: i32 = "int pad" @ 332,
+        _pad: i32 = "int pad" @ 340,
     }
 }
 
@@ -138,7 +141,7 @@ mod tests {
     fn hopper_kernels_read_the_first_fields() {
         let ours = fields(CUDA_PARAMS_TEXT);
         let theirs = fields(include_str!("../../../kernels/cuda/hopper_tiles.cu"));
-        assert_eq!(ours.iter().map(|(_, size)| size).sum::<usize>(), 336);
+        assert_eq!(ours.iter().map(|(_, size)| size).sum::<usize>(), 344);
         assert!(theirs.len() > 25);
         assert_eq!(ours[..theirs.len()], theirs);
     }

@@ -6,10 +6,11 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::compile::in_parallel;
-use super::driver::{Stream, unavailable};
+use super::driver::Stream;
 use super::gpu::Gpu;
 use super::images::{self, Images};
 use super::memory::CudaMemory;
+use super::options::CudaOptions;
 use super::prepared::{Attention, Prefill, Prepared};
 use super::submit::{self, Enqueued};
 use super::table::Needs;
@@ -19,9 +20,6 @@ use crate::backend::command::{Planned, Work};
 use crate::backend::{Backend, DeviceKind, Kernel, Memory, Pending, Step};
 use crate::error::{Result, Unsupported};
 
-/// The variable that names the GPU, a number from 0.
-const VARIABLE: &str = "MLX_FLASH_CUDA_DEVICE";
-
 /// One NVIDIA GPU.
 pub(crate) struct Cuda {
     gpu: Arc<Gpu>,
@@ -30,27 +28,14 @@ pub(crate) struct Cuda {
 }
 
 impl Cuda {
-    /// The GPU that the environment names, else the first.
-    pub(crate) fn open() -> Result<Self> {
-        match std::env::var(VARIABLE) {
-            Ok(n) if !n.is_empty() => match n.parse() {
-                Ok(ordinal) => Self::open_ordinal(ordinal),
-                Err(_) => Err(unavailable(format!(
-                    "{VARIABLE}: expected the number of a GPU, got {n}"
-                ))),
-            },
-            _ => Self::open_ordinal(0),
-        }
+    /// Opens a GPU, with the images that the program trusts, if there are any.
+    pub(crate) fn open(options: CudaOptions) -> Result<Self> {
+        Self::open_with(options, images::trusted())
     }
 
-    /// A GPU by its number, with the images that the program trusts, if there are any.
-    pub(crate) fn open_ordinal(ordinal: usize) -> Result<Self> {
-        Self::open_with(ordinal, images::trusted())
-    }
-
-    /// A GPU by its number, with images compiled ahead.
-    pub(crate) fn open_with(ordinal: usize, images: Option<Arc<Images>>) -> Result<Self> {
-        let gpu = Gpu::open(ordinal, images)?;
+    /// Opens a GPU, with images compiled ahead.
+    pub(crate) fn open_with(options: CudaOptions, images: Option<Arc<Images>>) -> Result<Self> {
+        let gpu = Gpu::open(options, images)?;
         // With images, a compiler is needed where one is missing, and looked for then.
         if gpu.modules.images.is_none() {
             gpu.modules.nvrtc(&gpu.context)?;

@@ -122,11 +122,31 @@ fn parts(problem: &Problem, row: &Row, tiles: usize, machine: Machine) -> usize 
     };
     let key_tiles = seen.div_ceil(row.bn);
     let busy = machine.processors * row.blocks;
-    if tiles == 0 || tiles.saturating_mul(2) > busy || key_tiles < 8 {
+    let (fewest, start) = row.part();
+    let most = (key_tiles / fewest).min(MOST_PARTS);
+    if tiles == 0 || key_tiles < 8 || most < 2 || tiles.saturating_mul(2) > ROUNDS * busy {
         return 1;
     }
-    (busy / tiles).clamp(1, key_tiles / 4).min(128)
+    // The time of a processor in key tiles: its rounds of threadblocks, each with a part and what comes besides.
+    let time = |parts: usize| {
+        let rounds = (tiles * parts).div_ceil(busy);
+        rounds * (key_tiles.div_ceil(parts) + start) + if parts > 1 { start } else { 0 }
+    };
+    let full = (1..=ROUNDS).map(|rounds| (rounds * busy / tiles).clamp(1, most));
+    full.fold(1, |best, parts| {
+        if time(parts) < time(best) {
+            parts
+        } else {
+            best
+        }
+    })
 }
+
+/// Most parts of the keys: as many as two rounds of merges take.
+const MOST_PARTS: usize = 256;
+
+/// Most rounds of threadblocks among which the best cut is looked for.
+const ROUNDS: usize = 3;
 
 #[cfg(test)]
 mod tests {

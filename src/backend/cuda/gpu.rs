@@ -6,8 +6,10 @@ use super::driver::{Context, Event, Stream};
 use super::fit::Machine;
 use super::images::Images;
 use super::modules::{Function, Modules};
+use super::options::CudaOptions;
 use super::scratch::Pool;
 use super::spec::Spec;
+use super::table::Capability;
 use crate::error::Result;
 
 /// What everything of one GPU shares.
@@ -24,13 +26,16 @@ pub(crate) struct Gpu {
     /// When the clock that timings are read from began.
     pub(super) epoch: Event,
     pub(super) stream: Stream,
+    /// The capability whose rows of the table it takes.
+    pub(super) rows: Capability,
     pub(super) context: Arc<Context>,
 }
 
 impl Gpu {
-    /// Opens a GPU by its number.
-    pub(super) fn open(ordinal: usize, images: Option<Arc<Images>>) -> Result<Self> {
-        let context = Context::open(ordinal)?;
+    /// Opens a GPU.
+    pub(super) fn open(options: CudaOptions, images: Option<Arc<Images>>) -> Result<Self> {
+        let context = Context::open(options.ordinal)?;
+        let rows = options.kernels.rows(context.capability)?;
         let stream = Stream::create(&context)?;
         let epoch = Event::create(&context)?;
         epoch.record(&stream)?;
@@ -41,6 +46,7 @@ impl Gpu {
             submitting: Mutex::default(),
             epoch,
             stream,
+            rows,
             context,
         })
     }

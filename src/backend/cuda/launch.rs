@@ -23,6 +23,9 @@ use crate::error::{MlxError, Result};
 /// What a command needs until it has run.
 pub(crate) type Temporary = Scratch;
 
+/// Parts that one threadblock merges at once (kernels/cuda/merge.cu).
+const MERGED: usize = 16;
+
 /// Puts the steps on a stream. What lands in `temporaries` is kept until they have run, also where
 /// this fails: dispatches before the one that failed are on the stream. Dispatches of one stream run
 /// one after another, so barriers hold by themselves.
@@ -153,15 +156,18 @@ impl Launch<'_> {
         self.bring()?;
         let needs = attention.needs;
         let splits = p.splits.unsigned_abs() as usize;
-        let rows = p.rows.unsigned_abs() as usize
-            * p.heads.unsigned_abs() as usize
-            * p.result_batch.unsigned_abs() as usize;
+        let tiles = p.tiles.unsigned_abs() as usize;
         if splits > 1 {
-            let bytes = (needs.head_dim + 2)
-                .checked_mul(4 * splits)
-                .and_then(|n| n.checked_mul(rows))
+            let rows = p.rows.unsigned_abs() as usize
+                * p.heads.unsigned_abs() as usize
+                * p.result_batch.unsigned_abs() as usize;
+            let groups = splits.div_ceil(MERGED);
+            let bytes = (4 * (needs.head_dim + 2))
+                .checked_mul(splits)
+                .and_then(|n| n.checked_add(8 * groups)?.checked_mul(rows))
                 .ok_or_else(|| self.fail("the partial results overflow"))?;
-            p.partials = self.reused(bytes)?;
+            p.partials = self.reused(bytes, false)?;
+            p.counters = self.reused(4 * tiles * (1 + groups), true)?;
         }
         if let Some((q, k)) = problem.cu_seqlens() {
             let cu = [q, k].concat();
@@ -170,7 +176,7 @@ impl Launch<'_> {
             p.cu_k = p.cu_q + size_of_val(q) as u64;
             self.temporaries.push(copy);
         }
-        let mut blocks = p.tiles.unsigned_abs() as u64 * splits as u64 * row.ctas() as u64;
+        let mut blocks = tiles as u64 * splits as u64 * row.ctas() as u64;
         if row.shares(needs, problem.shape().query_len) {
             blocks = blocks.min(self.gpu.machine().processors as u64);
         }
@@ -178,29 +184,24 @@ impl Launch<'_> {
         args.push(arg(&mut p));
         // SAFETY: the kernel takes these maps and parameters, whose pointers and strides were checked
         // against the problem; the scratch memory is as large as it takes it to be and kept.
-        unsafe { function.launch(self.stream, blocks, &mut args)? };
-        if splits > 1 {
-            self.combine(attention.combine.function(self.gpu)?, p, rows)?;
-        }
-        Ok(())
+        unsafe { function.launch(self.stream, blocks, &mut args) }
     }
 
-    /// The address of at least `bytes` bytes: an earlier dispatch's of this command where those are
-    /// enough, for on one stream it has run by then. Asked for before this dispatch has other memory.
-    fn reused(&mut self, bytes: usize) -> Result<u64> {
-        if let Some(kept) = self.temporaries.iter().find(|kept| kept.len() >= bytes) {
+    /// The address of at least `bytes` bytes, all zeros or of any content: an earlier dispatch's of this command where
+    /// those are enough, for on one stream it has run by then. Asked for before this dispatch has other memory.
+    fn reused(&mut self, bytes: usize, zeros: bool) -> Result<u64> {
+        let fits = |kept: &&Temporary| kept.is_zeros() == zeros && kept.len() >= bytes;
+        if let Some(kept) = self.temporaries.iter().find(fits) {
             return Ok(kept.at());
         }
-        let taken = Scratch::take(self.gpu, bytes)?;
+        let taken = if zeros {
+            Scratch::zeros(self.gpu, bytes)?
+        } else {
+            Scratch::take(self.gpu, bytes)?
+        };
         let at = taken.at();
         self.temporaries.push(taken);
         Ok(at)
-    }
-
-    fn combine(&self, function: &Function, mut p: CudaParams, rows: usize) -> Result<()> {
-        let blocks = rows.div_ceil(4) as u64;
-        // SAFETY: as for the launch that wrote the partial results.
-        unsafe { function.launch(self.stream, blocks, &mut [arg(&mut p)]) }
     }
 
     fn fill(&self, fill: &FillMask, function: &Function) -> Result<()> {
@@ -281,7 +282,7 @@ impl Launch<'_> {
         let function = kept.function(self.gpu)?;
         self.bring()?;
         let size = |n: u32| i32::try_from(n).map_err(|_| self.fail("a size too large"));
-        let p = CudaParams {
+        let mut p = CudaParams {
             batch: 1,
             heads: size(join.heads)?,
             o: self.pointer(Slot::Operand(Role::Output))?,
@@ -292,6 +293,8 @@ impl Launch<'_> {
             result_batch: 1,
             ..bytemuck::Zeroable::zeroed()
         };
-        self.combine(function, p, join.heads as usize)
+        let blocks = u64::from(join.heads).div_ceil(4);
+        // SAFETY: the kernel's parameters, and partial results and an output of as many heads as they say.
+        unsafe { function.launch(self.stream, blocks, &mut [arg(&mut p)]) }
     }
 }

@@ -13,7 +13,6 @@ use super::table::{self, Needs, Row};
 use crate::attention::{HEAD_DIMS, Problem};
 use crate::backend::DeviceKind;
 use crate::backend::command::{Pointers, Work};
-use crate::dtype::DType;
 use crate::error::{MlxError, Result, Unsupported};
 
 /// What serves some work.
@@ -61,8 +60,6 @@ pub(super) struct Attention {
     pub(super) needs: Needs,
     /// Those that may serve it, best first.
     pub(super) forms: Vec<(&'static Row, Kept)>,
-    /// Joins partial results.
-    pub(super) combine: Kept,
 }
 
 /// What a launch hands to its kernel, but for memory. It is kept for the next launch of the same work.
@@ -94,10 +91,10 @@ impl Attention {
 
     /// The kernels for what a problem needs; an error where there is none.
     pub(super) fn new(needs: Needs, gpu: &Gpu) -> std::result::Result<Self, Unsupported> {
-        let rows = table::attention(needs, gpu.context.capability);
+        let rows = table::attention(needs, gpu.rows);
         let forms: Vec<_> = rows.map(|row| (row, Kept::new(row.spec(needs)))).collect();
         if forms.is_empty() {
-            let capability = gpu.context.capability;
+            let capability = gpu.rows;
             return Err(Unsupported::new(
                 DeviceKind::Cuda.name(),
                 format!(
@@ -110,11 +107,7 @@ impl Attention {
                 ),
             ));
         }
-        Ok(Self {
-            needs,
-            forms,
-            combine: Kept::new(spec::combine(needs.head_dim, needs.dtype)),
-        })
+        Ok(Self { needs, forms })
     }
 }
 
@@ -198,7 +191,7 @@ impl Prepared {
             }
             Work::JoinPartials(join) => {
                 let dim = served(join.head_dim as usize)?;
-                Self::Join(Kept::new(spec::combine(dim, DType::F32)))
+                Self::Join(Kept::new(spec::combine(dim)))
             }
         })
     }

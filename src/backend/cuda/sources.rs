@@ -11,6 +11,9 @@ const ELEMENTS: &str = include_str!("../../../kernels/cuda/elements.cu");
 const CAREFUL: &str = include_str!("../../../kernels/cuda/careful.cu");
 const TILES: &str = include_str!("../../../kernels/cuda/tiles.cu");
 const SCORES: &str = include_str!("../../../kernels/cuda/scores.cu");
+const MERGE: &str = include_str!("../../../kernels/cuda/merge.cu");
+const MMA: &str = include_str!("../../../kernels/cuda/mma.cu");
+const SOFTMAX: &str = include_str!("../../../kernels/cuda/mma_softmax.cu");
 
 /// What both Hopper kernels share, and the texts of one.
 macro_rules! hopper {
@@ -40,7 +43,26 @@ pub(super) static PORTABLE: &[&str] = &[
     abi::CUDA_PARAMS_TEXT,
     TILES,
     SCORES,
+    MERGE,
+    MMA,
+    SOFTMAX,
     include_str!("../../../kernels/cuda/portable.cu"),
+];
+
+/// The same for few queries over many keys.
+pub(super) static FEW: &[&str] = &[
+    COMMON,
+    SCORE_PRELUDE,
+    SCORE_TEXT,
+    ELEMENTS,
+    CAREFUL,
+    abi::CUDA_PARAMS_TEXT,
+    TILES,
+    SCORES,
+    MERGE,
+    MMA,
+    SOFTMAX,
+    include_str!("../../../kernels/cuda/few.cu"),
 ];
 
 /// Attention in 16 bits for Hopper, with its own primitives.
@@ -65,6 +87,7 @@ pub(super) static FMA: &[&str] = &[
     abi::CUDA_PARAMS_TEXT,
     TILES,
     SCORES,
+    MERGE,
     include_str!("../../../kernels/cuda/fma.cu"),
 ];
 

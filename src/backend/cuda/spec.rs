@@ -19,11 +19,17 @@ pub(crate) struct Spec {
     pub(super) flush: bool,
     /// Waits by itself for the kernel before it, on GPUs that can tell it to.
     pub(super) waits: bool,
+    /// Has tiles for which the registers are hardly enough: measured faster than smaller ones, though it may spill.
+    pub(super) crowded: bool,
 }
 
 impl Spec {
     fn key(&self) -> (*const &'static str, &[(&'static str, i64)], &'static str) {
         (self.parts.as_ptr(), &self.macros, self.entry)
+    }
+
+    pub(crate) fn may_spill(&self) -> bool {
+        self.crowded
     }
 
     /// Text, macros and entry point, for messages.
@@ -75,16 +81,13 @@ fn spec(
         shared: 0,
         flush: false,
         waits: false,
+        crowded: false,
     }
 }
 
-/// The join of partial results.
-pub(super) fn combine(head_dim: usize, out: DType) -> Spec {
-    let macros = vec![
-        ("D", head_dim as i64),
-        ("OUT", type_code(out).into()),
-        ("GENERAL", 0),
-    ];
+/// The join of decode's partial results.
+pub(super) fn combine(head_dim: usize) -> Spec {
+    let macros = vec![("D", head_dim as i64), ("GENERAL", 0)];
     spec(sources::COMBINE, macros, "combine", 128)
 }
 
@@ -128,7 +131,7 @@ pub(super) fn others() -> Vec<Spec> {
         all.extend([fill(dtype), classify(dtype, true), classify(dtype, false)]);
     }
     for head_dim in HEAD_DIMS {
-        all.extend([DType::BF16, DType::F16, DType::F32].map(|out| combine(head_dim, out)));
+        all.push(combine(head_dim));
         all.extend([DType::F16, DType::F32].map(|kv| decode(head_dim, kv)));
     }
     all

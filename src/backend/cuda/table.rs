@@ -15,8 +15,19 @@ pub(crate) struct Capability(pub(crate) u32, pub(crate) u32);
 impl Capability {
     /// The oldest that is served.
     pub(super) const OLDEST: Self = Self(8, 0);
-    const HOPPER: Self = Self(9, 0);
+    pub(super) const HOPPER: Self = Self(9, 0);
     const NEWEST: Self = Self(u32::MAX, 0);
+
+    /// Shared memory that a threadblock may ask for, and that a processor has for all of its threadblocks
+    /// (CUDA programming guide, compute capabilities).
+    pub(super) fn shared_bytes(self) -> (usize, usize) {
+        let (block, processor) = match (self.0, self.1) {
+            (8, 0 | 7) => (163, 164),
+            (9..=11, _) => (227, 228),
+            _ => (99, 100),
+        };
+        (block << 10, processor << 10)
+    }
 
     /// The compiler's name for it. Hopper's own instructions need the suffix, and images with it run
     /// nowhere else.
@@ -87,9 +98,16 @@ impl Needs {
 /// Which of the texts a row compiles, and what is its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Text {
-    /// `bm / 16` warps down the rows of a tile, and so many across.
+    /// Warps of `16 * high` rows down a tile, and so many across.
     Portable {
+        high: usize,
         across: usize,
+    },
+    /// So many warps, of which `across` walk the keys together, with `stages` key tiles on the way.
+    Few {
+        warps: usize,
+        across: usize,
+        stages: usize,
     },
     Fma,
     /// A warpgroup for each 64 rows of a tile. Registers of the producer's threads and of the others'.
@@ -119,16 +137,16 @@ pub(super) struct Row {
     pub(super) bm: usize,
     /// Keys of a tile.
     pub(super) bn: usize,
-    /// Threadblocks that keep a processor busy.
+    /// Threadblocks of a processor at once. A GPU whose shared memory does not hold them has no such row.
     pub(super) blocks: usize,
 }
 
 const HALVES: &[DType] = &[DType::BF16, DType::F16];
 const ANY: u8 = RIGHT | LEFT | MASK | CLASSES | SCORES | PACKED;
 
-const fn portable(dims: &'static [usize], bm: usize, bn: usize, across: usize) -> Row {
+const fn portable(dims: &'static [usize], bm: usize, bn: usize, text: Text, blocks: usize) -> Row {
     Row {
-        text: Text::Portable { across },
+        text,
         gpus: (Capability::OLDEST, Capability::NEWEST),
         dtypes: HALVES,
         dims,
@@ -137,25 +155,50 @@ const fn portable(dims: &'static [usize], bm: usize, bn: usize, across: usize) -
         keys: usize::MAX,
         bm,
         bn,
-        blocks: 1,
+        blocks,
     }
 }
 
-/// For decode: a tile is one warp's rows, and warps share its keys.
-const fn short(dims: &'static [usize], bn: usize, across: usize) -> Row {
+/// For as many query rows of all heads of a key/value head as one tile has.
+const fn few(dims: &'static [usize], bm: usize, bn: usize, text: Text, blocks: usize) -> Row {
     Row {
-        rows: 16,
-        blocks: 4,
-        ..portable(dims, 16, bn, across)
+        rows: bm,
+        ..portable(dims, bm, bn, text, blocks)
     }
+}
+
+/// Warps with a tile of keys each.
+const fn alone(warps: usize, stages: usize) -> Text {
+    Text::Few {
+        warps,
+        across: 1,
+        stages,
+    }
+}
+
+/// Warps in pairs, which share key tiles.
+const fn pairs(warps: usize, stages: usize) -> Text {
+    Text::Few {
+        warps,
+        across: 2,
+        stages,
+    }
+}
+
+/// Warps with 16 times as many rows each.
+const fn high(high: usize) -> Text {
+    Text::Portable { high, across: 1 }
+}
+
+/// Four warps for the same rows.
+const fn shared_rows(high: usize) -> Text {
+    Text::Portable { high, across: 4 }
 }
 
 const fn fma(dims: &'static [usize], bm: usize, bn: usize) -> Row {
     Row {
-        text: Text::Fma,
         dtypes: &[DType::F32],
-        blocks: 2,
-        ..portable(dims, bm, bn, 1)
+        ..portable(dims, bm, bn, Text::Fma, 2)
     }
 }
 
@@ -167,10 +210,9 @@ const fn hopper(
     features: &'static [u8],
 ) -> Row {
     Row {
-        text: Text::Hopper { registers },
         gpus: (Capability::HOPPER, Capability::HOPPER),
         features,
-        ..portable(dims, bm, bn, 1)
+        ..portable(dims, bm, bn, Text::Hopper { registers }, 1)
     }
 }
 
@@ -180,12 +222,29 @@ const BOUNDS: u8 = RIGHT | LEFT;
 const NO_MASK: u8 = BOUNDS | SCORES | PACKED;
 const CLASSED: u8 = BOUNDS | SCORES | MASK | CLASSES;
 
+/// Head dims up to 64, and up to 128.
+const NARROW: &[usize] = &[32, 40, 48, 64];
+const MIDDLE: &[usize] = &[72, 80, 96, 112, 128];
+
 /// Every attention kernel; of those that fit, the first is taken. The last that serves a dtype and
 /// head dim serves it whatever the shape.
 const ATTENTION: &[Row] = &[
-    short(&[32, 96], 64, 2),
-    short(&[64, 128, 192], 64, 4),
-    short(&[256, 512], 32, 4),
+    few(NARROW, 16, 32, alone(8, 3), 1),
+    few(NARROW, 16, 32, alone(4, 2), 1),
+    few(MIDDLE, 16, 16, alone(8, 3), 1),
+    few(MIDDLE, 16, 16, alone(4, 2), 1),
+    few(&[192], 16, 16, alone(4, 3), 1),
+    few(&[192], 16, 16, alone(2, 3), 1),
+    few(&[256], 16, 16, pairs(8, 3), 1),
+    few(&[256], 16, 16, pairs(8, 2), 1),
+    few(&[256], 16, 16, pairs(4, 2), 1),
+    few(&[512], 16, 16, pairs(4, 3), 1),
+    few(&[512], 16, 16, pairs(4, 2), 1),
+    few(&[512], 16, 16, pairs(2, 2), 1),
+    few(NARROW, 32, 32, alone(8, 3), 1),
+    few(NARROW, 32, 32, alone(4, 2), 1),
+    few(MIDDLE, 32, 16, alone(8, 3), 1),
+    few(MIDDLE, 32, 16, alone(4, 2), 1),
     Row {
         keys: 2048,
         ..hopper(&[32, 64], 256, 64, (32, 112), &[0])
@@ -236,10 +295,16 @@ const ATTENTION: &[Row] = &[
         text: Text::HopperWide,
         ..hopper(&[512], 128, 64, (40, 232), &[NO_MASK, CLASSED])
     },
-    portable(&[32, 40, 48, 64, 72, 80, 96, 112, 128], 128, 64, 1),
-    portable(&[192], 64, 32, 1),
-    portable(&[256], 64, 32, 2),
-    portable(&[512], 32, 32, 4),
+    portable(NARROW, 128, 128, high(2), 2),
+    portable(MIDDLE, 128, 64, high(2), 2),
+    portable(MIDDLE, 256, 64, high(2), 1),
+    portable(&[192], 96, 64, high(1), 2),
+    portable(&[192], 64, 64, high(1), 1),
+    portable(&[256], 64, 64, high(1), 2),
+    portable(&[256], 64, 64, high(1), 1),
+    portable(&[512], 32, 64, shared_rows(2), 1),
+    portable(&[512], 32, 32, shared_rows(2), 1),
+    portable(&[512], 16, 32, shared_rows(1), 1),
     fma(&[32, 40, 48, 64, 72, 80, 96, 112, 128, 192, 256], 32, 32),
     fma(&[512], 16, 16),
 ];
@@ -252,15 +317,43 @@ pub(super) fn attention(needs: Needs, gpu: Capability) -> impl Iterator<Item = &
         row.dtypes.contains(&needs.dtype)
             && row.dims.contains(&needs.head_dim)
             && (row.gpus.0..=row.gpus.1).contains(&gpu)
+            && row.holds(needs, gpu)
             && row.features.iter().any(|set| needs.features & !set == 0)
             && claims.insert((row.maps(), row.rows, row.keys))
     })
 }
 
 impl Row {
+    /// Whether a processor's shared memory holds its threadblocks, each with what the driver adds.
+    fn holds(&self, needs: Needs, gpu: Capability) -> bool {
+        if !self.packs() {
+            return true;
+        }
+        let (block, processor) = gpu.shared_bytes();
+        let bytes = self.shared_bytes(needs) + self.fixed_bytes();
+        bytes <= block && self.blocks * (bytes + 1024) <= processor
+    }
+
+    /// Shared memory of fixed size, which the kernel's text declares.
+    fn fixed_bytes(&self) -> usize {
+        match self.text {
+            // A maximum and a sum of each row for all warps that walk together.
+            Text::Few { warps, across, .. } => warps / across * self.bm * 8 + 128,
+            _ => 128,
+        }
+    }
+
     /// Whether the heads of one key/value head can share a tile.
     pub(super) fn packs(&self) -> bool {
-        matches!(self.text, Text::Portable { .. })
+        matches!(self.text, Text::Portable { .. } | Text::Few { .. })
+    }
+
+    /// The fewest key tiles that are worth a part of their own, and those whose time a part takes besides.
+    pub(super) fn part(&self) -> (usize, usize) {
+        match self.text {
+            Text::Few { warps, across, .. } => (2 * warps / across, 2 * warps / across),
+            _ => (4, 1),
+        }
     }
 
     /// Whether it reads and writes through tensor maps.
@@ -281,12 +374,29 @@ impl Row {
     pub(super) fn spec(&self, needs: Needs) -> Spec {
         let mut macros = vec![("D", needs.head_dim as i64), ("BN", self.bn as i64)];
         let (parts, threads) = match self.text {
-            Text::Portable { across } => {
+            Text::Portable { high, across } => {
                 macros.extend(self.general(needs));
-                macros.push(("WM", self.bm as i64 / 16));
+                macros.push(("WM", (self.bm / 16 / high) as i64));
                 macros.push(("WN", across as i64));
+                macros.push(("MT", high as i64));
+                macros.push(("KEYS", (self.bn / across) as i64));
+                macros.push(("BLOCKS", self.blocks as i64));
                 macros.push(("BF16", i64::from(needs.dtype == DType::BF16)));
-                (sources::PORTABLE, 2 * self.bm * across)
+                (sources::PORTABLE, 2 * self.bm / high * across)
+            }
+            Text::Few {
+                warps,
+                across,
+                stages,
+            } => {
+                macros.extend(self.general(needs));
+                macros.push(("WARPS", warps as i64));
+                macros.push(("WN", across as i64));
+                macros.push(("KEYS", self.bn as i64));
+                macros.push(("STAGES", stages as i64));
+                macros.push(("BLOCKS", self.blocks as i64));
+                macros.push(("BF16", i64::from(needs.dtype == DType::BF16)));
+                (sources::FEW, 32 * warps)
             }
             Text::Fma => {
                 macros.extend(self.general(needs));
@@ -313,7 +423,8 @@ impl Row {
             threads: threads as u32,
             shared: self.shared_bytes(needs) as u32,
             flush: self.maps(),
-            waits: self.maps(),
+            waits: self.text != Text::Fma,
+            crowded: matches!(self.text, Text::Portable { .. }),
         }
     }
 
@@ -351,18 +462,19 @@ impl Row {
     fn shared_bytes(&self, needs: Needs) -> usize {
         let (d, bm, bn) = (needs.head_dim, self.bm, self.bn);
         match self.text {
-            Text::Portable { across } => {
-                // Columns come in steps of 16.
-                let columns = d.next_multiple_of(16);
-                let swizzled = columns.is_multiple_of(64);
-                let row = 2 * columns + if swizzled { 0 } else { 16 };
+            Text::Portable { across, .. } => {
                 let shares = if across > 1 {
                     bm * (2 * bn + 16) + across * bm * 4
                 } else {
                     0
                 };
-                (bm + 2 * bn) * row + shares
+                (bm + 2 * bn) * row_bytes(d) + shares
             }
+            Text::Few {
+                warps,
+                across,
+                stages,
+            } => (bm + warps / across * stages * 2 * bn) * row_bytes(d),
             Text::Fma => 4 * ((bm + bn) * (d + 4) + bm * (bn + 4)),
             Text::Hopper { .. } => self.hopper_bytes(needs, self.buffers(needs)),
             Text::HopperWide => 208 * 1024 + 1200 + 4096 + self.list_bytes(needs) + 8,
@@ -410,14 +522,25 @@ fn stages(needs: Needs) -> usize {
     if needs.head_dim <= 64 { 4 } else { 2 }
 }
 
+/// A row of Q, K or V in the shared memory of the portable kernels: columns in steps of 16, and a chunk of padding
+/// where that keeps rows apart.
+fn row_bytes(head_dim: usize) -> usize {
+    let chunks = head_dim.next_multiple_of(16) / 8;
+    16 * if chunks.is_multiple_of(8) {
+        chunks
+    } else {
+        chunks + (chunks + 1) % 2
+    }
+}
+
 /// What Hopper gives a threadblock.
 const HOPPER_SHARED_BYTES: usize = 227 * 1024;
 
 /// Key tiles that a Hopper kernel can list where there are tile classes.
 pub(super) const MOST_LISTED: usize = 1024;
 
-/// Everything that a GPU may be asked to run.
-pub(crate) fn every_spec(gpu: Capability) -> Vec<Spec> {
+/// Everything that problems may need.
+fn every_needs() -> Vec<Needs> {
     let dtypes = [
         (DType::BF16, DType::BF16),
         (DType::F16, DType::F16),
@@ -425,7 +548,7 @@ pub(crate) fn every_spec(gpu: Capability) -> Vec<Spec> {
         (DType::F32, DType::F16),
     ];
     let masks = [DType::BF16, DType::F16, DType::F32, DType::U8].map(Some);
-    let mut all = super::spec::others();
+    let mut all = Vec::new();
     for (head_dim, (dtype, kv_dtype)) in HEAD_DIMS
         .into_iter()
         .flat_map(|d| dtypes.map(|pair| (d, pair)))
@@ -438,28 +561,38 @@ pub(crate) fn every_spec(gpu: Capability) -> Vec<Spec> {
                 (false, true) => continue,
                 (false, false) => &[None],
             };
-            for mask in masks {
-                let needs = Needs {
-                    dtype,
-                    kv_dtype,
-                    head_dim,
-                    mask: *mask,
-                    features,
-                };
-                all.extend(attention(needs, gpu).map(|row| row.spec(needs)));
-            }
+            all.extend(masks.iter().map(|mask| Needs {
+                dtype,
+                kv_dtype,
+                head_dim,
+                mask: *mask,
+                features,
+            }));
         }
+    }
+    all
+}
+
+/// Everything that a GPU may be asked to run.
+pub(crate) fn every_spec(gpu: Capability) -> Vec<Spec> {
+    let mut all = super::spec::others();
+    for needs in every_needs() {
+        all.extend(attention(needs, gpu).map(|row| row.spec(needs)));
     }
     let mut seen = HashSet::new();
     all.retain(|spec| seen.insert(spec.clone()));
     all
 }
 
-/// The rows for a GPU.
+/// The rows that a GPU takes for some problem.
 #[cfg(test)]
 pub(super) fn every_row(gpu: Capability) -> impl Iterator<Item = &'static Row> {
-    let serves = move |row: &&Row| (row.gpus.0..=row.gpus.1).contains(&gpu);
-    ATTENTION.iter().filter(serves)
+    let taken = move |row: &&Row| {
+        let needs = every_needs();
+        let mut rows = needs.iter().flat_map(|needs| attention(*needs, gpu));
+        rows.any(|taken| std::ptr::eq(taken, *row))
+    };
+    ATTENTION.iter().filter(taken)
 }
 
 #[cfg(test)]

@@ -6,13 +6,13 @@
 mod request;
 
 use std::cell::RefCell;
-use std::ffi::{CString, c_char, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
 
 use mlx_flash_attn::attention::{HEAD_DIMS, Problem, Role, class_tile};
 use mlx_flash_attn::cuda::InFlight;
 use mlx_flash_attn::ops::flash_attn_prefill_blk::{BlkParams, dispatch_flash_attn_prefill_blk};
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{KernelRegistry, MlxBuffer, MlxDevice, MlxError};
+use mlx_flash_attn::{CudaOptions, KernelRegistry, MlxBuffer, MlxDevice, MlxError};
 use request::Request;
 
 thread_local! {
@@ -157,11 +157,16 @@ pub unsafe extern "C" fn mfa_class_tile(head_dim: usize, rows: *mut i64, keys: *
     }
 }
 
-/// Opens the GPU of this number.
+/// Opens the GPU of this number with the kernels that a C string names, as `CudaKernels` parses it.
+///
+/// # Safety
+/// `kernels` is a C string.
 #[unsafe(no_mangle)]
-pub extern "C" fn mfa_device_open(ordinal: usize) -> *mut MlxDevice {
-    let device = keep(MlxDevice::cuda(ordinal));
-    device.map_or(std::ptr::null_mut(), |device| {
+pub unsafe extern "C" fn mfa_device_open(ordinal: usize, kernels: *const c_char) -> *mut MlxDevice {
+    // SAFETY: promised by the caller.
+    let kernels = unsafe { CStr::from_ptr(kernels) }.to_string_lossy().parse();
+    let device = kernels.and_then(|kernels| MlxDevice::cuda_with(CudaOptions { ordinal, kernels }));
+    keep(device).map_or(std::ptr::null_mut(), |device| {
         Box::into_raw(Box::new(device))
     })
 }
