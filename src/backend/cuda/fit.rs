@@ -124,7 +124,9 @@ fn parts(problem: &Problem, row: &Row, tiles: usize, machine: Machine) -> usize 
     let busy = machine.processors * row.blocks;
     let (fewest, start) = row.part();
     let most = (key_tiles / fewest).min(MOST_PARTS);
-    if tiles == 0 || key_tiles < 8 || most < 2 || tiles.saturating_mul(2) > ROUNDS * busy {
+    // A kernel that cannot cut the keys is given up for a slower one only where its tiles leave most processors idle.
+    let rounds = if row.maps() { 1 } else { ROUNDS };
+    if tiles == 0 || key_tiles < 8 || most < 2 || tiles.saturating_mul(2) > rounds * busy {
         return 1;
     }
     // The time of a processor in key tiles: its rounds of threadblocks, each with a part and what comes besides.
@@ -132,7 +134,7 @@ fn parts(problem: &Problem, row: &Row, tiles: usize, machine: Machine) -> usize 
         let rounds = (tiles * parts).div_ceil(busy);
         rounds * (key_tiles.div_ceil(parts) + start) + if parts > 1 { start } else { 0 }
     };
-    let full = (1..=ROUNDS).map(|rounds| (rounds * busy / tiles).clamp(1, most));
+    let full = (1..=rounds).map(|rounds| (rounds * busy / tiles).clamp(1, most));
     full.fold(1, |best, parts| {
         if time(parts) < time(best) {
             parts
@@ -142,8 +144,11 @@ fn parts(problem: &Problem, row: &Row, tiles: usize, machine: Machine) -> usize 
     })
 }
 
+/// Parts that one threadblock merges at once, as kernels/cuda/merge.cu defines it.
+pub(super) const MERGED: usize = 16;
+
 /// Most parts of the keys: as many as two rounds of merges take.
-const MOST_PARTS: usize = 256;
+const MOST_PARTS: usize = MERGED * MERGED;
 
 /// Most rounds of threadblocks among which the best cut is looked for.
 const ROUNDS: usize = 3;
@@ -183,6 +188,12 @@ mod tests {
     }
 
     #[test]
+    fn the_kernels_merge_as_many_parts_as_the_host_counts_on() {
+        let text = include_str!("../../../kernels/cuda/merge.cu");
+        assert!(text.contains(&format!("#define MERGED {MERGED}\n")));
+    }
+
+    #[test]
     fn the_matrix_reaches_every_kernel() {
         let cpu = MlxDevice::cpu(CpuOptions::default()).unwrap();
         for gpu in [Capability::OLDEST, Capability(9, 0)] {
@@ -200,6 +211,7 @@ mod tests {
         let gpu = Capability(9, 0);
         assert!(chosen(&dense([32, 32], 4096, 4096), gpu).maps());
         assert!(chosen(&dense([8, 8], 100, 300), gpu).maps());
+        assert!(chosen(&dense([35, 35], 256, 30_000), gpu).maps());
         for few in [
             dense([32, 8], 1, 4096),
             dense([32, 8], 16, 4096),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::abi::CudaParams;
 use super::driver::Stream;
+use super::fit::MERGED;
 use super::gpu::Gpu;
 use super::maps;
 use super::memory::CudaMemory;
@@ -22,9 +23,6 @@ use crate::error::{MlxError, Result};
 
 /// What a command needs until it has run.
 pub(crate) type Temporary = Scratch;
-
-/// Parts that one threadblock merges at once (kernels/cuda/merge.cu).
-const MERGED: usize = 16;
 
 /// Puts the steps on a stream. What lands in `temporaries` is kept until they have run, also where
 /// this fails: dispatches before the one that failed are on the stream. Dispatches of one stream run
