@@ -33,37 +33,33 @@ macro_rules! hopper {
     };
 }
 
+/// What the kernels over tiles for every GPU share, and the texts of one.
+macro_rules! tiled {
+    ($($part:expr),+) => {
+        &[
+            COMMON,
+            SCORE_PRELUDE,
+            SCORE_TEXT,
+            ELEMENTS,
+            CAREFUL,
+            abi::CUDA_PARAMS_TEXT,
+            TILES,
+            SCORES,
+            MERGE,
+            $($part,)+
+        ]
+    };
+}
+
 /// Attention in 16 bits, for compute capability 8.0 and later.
-pub(super) static PORTABLE: &[&str] = &[
-    COMMON,
-    SCORE_PRELUDE,
-    SCORE_TEXT,
-    ELEMENTS,
-    CAREFUL,
-    abi::CUDA_PARAMS_TEXT,
-    TILES,
-    SCORES,
-    MERGE,
+pub(super) static PORTABLE: &[&str] = tiled!(
     MMA,
     SOFTMAX,
-    include_str!("../../../kernels/cuda/portable.cu"),
-];
+    include_str!("../../../kernels/cuda/portable.cu")
+);
 
 /// The same for few queries over many keys.
-pub(super) static FEW: &[&str] = &[
-    COMMON,
-    SCORE_PRELUDE,
-    SCORE_TEXT,
-    ELEMENTS,
-    CAREFUL,
-    abi::CUDA_PARAMS_TEXT,
-    TILES,
-    SCORES,
-    MERGE,
-    MMA,
-    SOFTMAX,
-    include_str!("../../../kernels/cuda/few.cu"),
-];
+pub(super) static FEW: &[&str] = tiled!(MMA, SOFTMAX, include_str!("../../../kernels/cuda/few.cu"));
 
 /// Attention in 16 bits for Hopper, with its own primitives.
 pub(super) static HOPPER: &[&str] = hopper!(
@@ -78,18 +74,7 @@ pub(super) static HOPPER: &[&str] = hopper!(
 pub(super) static HOPPER_WIDE: &[&str] = hopper!("../../../kernels/cuda/hopper512.cu");
 
 /// Attention in f32.
-pub(super) static FMA: &[&str] = &[
-    COMMON,
-    SCORE_PRELUDE,
-    SCORE_TEXT,
-    ELEMENTS,
-    CAREFUL,
-    abi::CUDA_PARAMS_TEXT,
-    TILES,
-    SCORES,
-    MERGE,
-    include_str!("../../../kernels/cuda/fma.cu"),
-];
+pub(super) static FMA: &[&str] = tiled!(include_str!("../../../kernels/cuda/fma.cu"));
 
 /// The join of partial results.
 pub(super) static COMBINE: &[&str] = &[
