@@ -3,7 +3,8 @@
 // another warp. The rows of all heads of a group are in one tile, so that K and V are read once.
 //
 // Macros: D, BM = 16 * MT rows and BN keys a tile, WARPS, WN (warps that walk together, score the same keys and have
-// D / WN columns of V each), KEYS = BN, STAGES, BLOCKS (threadblocks a processor), BF16, GENERAL, PACK = 1.
+// D / WN columns of V each), KEYS = BN, STAGES, BLOCKS (threadblocks a processor), BF16, PACK = 1, and those of
+// mma_softmax.cu.
 
 #define THREADS (32 * WARPS)
 #define MT (BM / 16)
@@ -133,12 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
             for (int c = 0; c < BN / 16; c++) {
                 u32 a[MT][4];
 #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    a[m][0] = pack(s[m][2 * c][0], s[m][2 * c][1]);
-                    a[m][1] = pack(s[m][2 * c][2], s[m][2 * c][3]);
-                    a[m][2] = pack(s[m][2 * c + 1][0], s[m][2 * c + 1][1]);
-                    a[m][3] = pack(s[m][2 * c + 1][2], s[m][2 * c + 1][3]);
-                }
+                for (int m = 0; m < MT; m++) pack_weights(a[m], s[m], c);
 #pragma unroll
                 for (int n = 0; n < COLUMNS / 16; n++) {
                     u32 b[4];
@@ -189,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
                 o.w += weighted(x.w, factor);
             }
             finite = finite && o.x * 0.0f + o.y * 0.0f + o.z * 0.0f + o.w * 0.0f == 0.0f && !lost(p, t, row, m, !p.mask, run);
-            const float natural = m == NEG_INF ? m : m * natural_unit(p);
+            const float in_natural = m == NEG_INF ? m : natural(p, m);
             float* partial = partial_values(p, result_row(p, t, row), t.split) + column;
             u16* out = (u16*)p.o + o_offset(p, t, row) + column;
             if (run >= UPWARD) {
@@ -200,9 +196,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
                 }
             } else if (p.splits > 1) {
                 *(float4*)partial = o;
-                if (column == 0) *partial_stats(p, result_row(p, t, row), t.split) = make_float2(natural, sum);
+                if (column == 0) *partial_stats(p, result_row(p, t, row), t.split) = make_float2(in_natural, sum);
             } else {
-                const Finish f = finish(natural, sum, p.sinks, head_of(p, t, row));
+                const Finish f = finish(in_natural, sum, p.sinks, head_of(p, t, row));
                 o = make_float4(o.x * f.factor, o.y * f.factor, o.z * f.factor, o.w * f.factor);
                 store4<ELEMENT>(out, 0, o, p.vector & 2);
                 if (column == 0) store_lse(p, t, row, f.lse);

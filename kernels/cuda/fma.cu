@@ -2,7 +2,7 @@
 // BM / 16 rows, every 8th key in Q K^T, and 4 of every 32 columns in P V. Products are summed in runs
 // of at most 32, runs one after another.
 //
-// Macros: D, BM and BN (multiples of 16), KV_F16, GENERAL, PACK = 0.
+// Macros: D, BM and BN (multiples of 16), KV_F16, PACK = 0, and MASK, SOFTCAP and ALIBI: all 1, or all 0.
 
 #define THREADS 128
 #define STRIDE (D + 4) // of a row in shared memory, so that the 8 columns' reads meet no bank twice
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
                 for (int i = 0; i < ROWS * KEYS; i++) s[i / KEYS][i % KEYS] += part[i / KEYS][i % KEYS];
             }
 
-#if GENERAL
+#if MASK || SOFTCAP || ALIBI
             const bool masked = p.mask && !walk.is_plain();
 #endif
             float factor[ROWS];
@@ -116,14 +116,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
                 float highest = m[r];
 #pragma unroll
                 for (int j = 0; j < KEYS; j++) s[r][j] = score_scaled(s[r][j], p.scale);
-#if GENERAL
+#if MASK || SOFTCAP || ALIBI
                 int rows[KEYS], keys[KEYS];
 #pragma unroll
                 for (int j = 0; j < KEYS; j++) {
                     rows[j] = row0 + r;
                     keys[j] = k0 + column + 8 * j;
                 }
-                bias<false>(s[r], p, t, masked, rows, keys);
+                bias(s[r], p, t, masked, rows, keys);
 #endif
 #pragma unroll
                 for (int j = 0; j < KEYS; j++) {

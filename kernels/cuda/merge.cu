@@ -63,21 +63,21 @@ enum Merge {
 
 // Merges `count` parts of every row of a tile from part `first` on. A warp has 128 columns of a row, and all that it reads
 // is on the way at once.
-template <int OUT, Merge WHAT> DEV void merge_parts(const Params& p, const Tile& t, int rows, int first, int count) {
-    constexpr int STEP = WHAT == OF_GROUPS ? MERGED : 1;
+template <int OUT> DEV void merge_parts(const Params& p, const Tile& t, int rows, Merge what, int first, int count) {
+    const int step = what == OF_GROUPS ? MERGED : 1;
     constexpr int ACROSS = (D + 127) / 128;
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int item = threadIdx.x / 32; item < rows * ACROSS; item += blockDim.x / 32) {
         const int r = t.m0 + item / ACROSS, c = item % ACROSS * 128 + 4 * lane;
         const i64 row = result_row(p, t, r);
-        const float2* from = WHAT == OF_GROUPS ? merged_stats(p, row, lane) : partial_stats(p, row, first + lane);
+        const float2* from = what == OF_GROUPS ? merged_stats(p, row, lane) : partial_stats(p, row, first + lane);
         const float2 stats = lane < count ? __ldcg(from) : make_float2(NEG_INF, 0.0f);
         float4 x[MERGED];
 #pragma unroll
         for (int i = 0; i < MERGED; i++) {
             x[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (i < count && c < D) x[i] = __ldcg((const float4*)(partial_values(p, row, first + i * STEP) + c));
+            if (i < count && c < D) x[i] = __ldcg((const float4*)(partial_values(p, row, first + i * step) + c));
         }
         float m = stats.x;
 #pragma unroll
@@ -98,7 +98,7 @@ template <int OUT, Merge WHAT> DEV void merge_parts(const Params& p, const Tile&
             o.z += weighted(x[i].z, by);
             o.w += weighted(x[i].w, by);
         }
-        if constexpr (WHAT != SOME) {
+        if (what != SOME) {
             const Finish f = finish(m, sum, p.sinks, head_of(p, t, r));
             o = make_float4(o.x * f.factor, o.y * f.factor, o.z * f.factor, o.w * f.factor);
             if (c < D) store4<OUT>(p.o, o_offset(p, t, r) + c, o, p.vector & 2);
@@ -114,13 +114,13 @@ template <int OUT, Merge WHAT> DEV void merge_parts(const Params& p, const Tile&
 template <int OUT> DEV void merge(const Params& p, const Tile& t, int rows) {
     const int groups = (p.splits + MERGED - 1) / MERGED;
     u32* counters = p.counters + i64(blockIdx.x / u32(p.splits)) * (groups + 1);
-    if (groups > 1) {
-        const int first = t.split / MERGED * MERGED;
-        const int count = min(MERGED, p.splits - first);
-        if (!is_last(counters + 1 + t.split / MERGED, count)) return;
-        merge_parts<OUT, SOME>(p, t, rows, first, count);
-        if (is_last(counters, groups)) merge_parts<OUT, OF_GROUPS>(p, t, rows, 0, groups);
-    } else if (is_last(counters, p.splits)) {
-        merge_parts<OUT, ALL>(p, t, rows, 0, p.splits);
+    Merge what = groups > 1 ? SOME : ALL;
+#pragma unroll 1
+    for (;; what = OF_GROUPS) {
+        const int first = what == SOME ? t.split / MERGED * MERGED : 0;
+        const int count = what == SOME ? min(MERGED, p.splits - first) : what == ALL ? p.splits : groups;
+        if (!is_last(counters + (what == SOME ? 1 + t.split / MERGED : 0), count)) return;
+        merge_parts<OUT>(p, t, rows, what, first, count);
+        if (what != SOME) return;
     }
 }

@@ -36,11 +36,13 @@ DEV void ldmatrix4_trans(u32 (&r)[4], u32 at) {
 #define MMA_TYPES "bf16.bf16"
 #define ELEMENT TYPE_BF16
 #define ROUND f32_to_bf16
+#define WIDEN bf16_to_f32
 #define CVT_PAIR "cvt.rn.bf16x2.f32"
 #else
 #define MMA_TYPES "f16.f16"
 #define ELEMENT TYPE_F16
 #define ROUND f32_to_f16
+#define WIDEN f16_to_f32
 #define CVT_PAIR "cvt.rn.f16x2.f32"
 #endif
 

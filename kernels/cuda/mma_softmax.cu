@@ -1,7 +1,11 @@
 // The online softmax of a warp's 16 rows, in the layout of mma.sync's results: a thread has `row` and `row + 8`, and of
-// each 8 columns two. Macros: KEYS (that a warp scores at once), WN (warps that share the columns of O), GENERAL.
+// each 8 columns two.
+//
+// Macros: KEYS (that a warp scores at once), WN (warps that share the columns of O), and which steps of a score there may
+// be: MASK, SOFTCAP, ALIBI. A kernel of one step always takes it; one of several takes those that Params names.
 
 #define COLUMNS (WIDTH / WN) // of a warp
+#define MASK_OF_ANY_TYPE 2   // as MASK; 1: of the type of Q
 
 // The weight of a score s is exp2((s - m) * score_unit()). The reference `m` stands in for the running maximum: it follows
 // where that leads by more than LEAD log2 units, so that most tiles leave O as it is.
@@ -11,15 +15,18 @@ struct State {
 };
 #define LEAD 8.0f
 
-#if GENERAL
-// Scores are in natural units: biases are.
-DEV float score_unit(const Params& p) { return LOG2E; }
-DEV float natural_unit(const Params& p) { return 1.0f; }
-#else
-// Scores are products of Q and K, and the scale, which is positive, comes with the exponential.
-DEV float score_unit(const Params& p) { return p.scale_log2; }
-DEV float natural_unit(const Params& p) { return p.scale; }
-#endif
+// The unit of scores.
+#define IN_PRODUCTS (!MASK && !SOFTCAP)           // products of Q and K: the scale, which is positive, comes with the exponential
+#define IN_CAPS (SOFTCAP && !MASK && !ALIBI)      // -1 to 0, where the score is -cap to cap
+#define IN_NATURAL (!IN_PRODUCTS && !IN_CAPS)     // natural logarithms
+
+DEV float score_unit(const Params& p) {
+    return IN_PRODUCTS ? p.scale_log2 : IN_CAPS ? 2.0f * LOG2E * p.softcap : LOG2E;
+}
+// A score in natural-log units.
+DEV float natural(const Params& p, float score) {
+    return IN_PRODUCTS ? score * p.scale : IN_CAPS ? p.softcap * (1.0f + 2.0f * score) : score;
+}
 
 DEV void start(State& state) {
 #pragma unroll
@@ -29,7 +36,7 @@ DEV void start(State& state) {
     state.sum[0] = state.sum[1] = 0.0f;
 }
 
-#if GENERAL
+#if IN_NATURAL
 // The largest softcap whose tanh comes from an exponential alone: its error, a part of the cap, stays below that of a
 // weight in 16 bits.
 #define LARGEST_FAST_CAP 256.0f
@@ -44,19 +51,43 @@ DEV float tanh_half(float x, bool near) {
     return fabsf(h) < 0.25f ? series : far_form;
 }
 
+#if MASK
+// The least number that a score which is not hidden has; NaN stays.
+DEV float at_least_finite(float x) {
+    float y;
+    asm("max.NaN.f32 %0, %1, 0fff7fffff;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#if MASK == MASK_OF_ANY_TYPE
 // A mask's cell, whatever its type is: one load for each size of element.
-DEV float any_element(const void* base, i64 at, int type) {
+DEV float cell_at(const Params& p, i64 at) {
     u32 bits;
-    if (type == TYPE_F32) bits = ((const u32*)base)[at];
-    else if (type == TYPE_BOOL) bits = ((const u8*)base)[at] ? 0 : 0xff800000u;
-    else bits = ((const u16*)base)[at];
-    return type == TYPE_F16 ? f16_to_f32(u16(bits)) : __uint_as_float(type == TYPE_BF16 ? bits << 16 : bits);
+    if (p.mask_type == TYPE_F32) bits = ((const u32*)p.mask)[at];
+    else if (p.mask_type == TYPE_BOOL) bits = ((const u8*)p.mask)[at] ? 0 : 0xff800000u;
+    else bits = ((const u16*)p.mask)[at];
+    return p.mask_type == TYPE_F16 ? f16_to_f32(u16(bits)) : __uint_as_float(p.mask_type == TYPE_BF16 ? bits << 16 : bits);
+}
+#endif
+
+// The cells of keys `j` and `j + 1` in the row at `cells`. `pairs`: there are both, and they lie on 4 bytes.
+DEV float2 two_cells(const Params& p, const Tile& t, i64 cells, int j, bool pairs) {
+    const int first = min(j, t.sk - 1), second = min(j + 1, t.sk - 1);
+#if MASK == MASK_OF_ANY_TYPE
+    return make_float2(cell_at(p, cells + first), cell_at(p, cells + second));
+#else
+    const u16* row = (const u16*)p.mask + cells;
+    const u32 pair = pairs ? *(const u32*)(row + j) : row[first] | u32(row[second]) << 16;
+    return make_float2(WIDEN(u16(pair)), WIDEN(u16(pair >> 16)));
+#endif
 }
 
 // Adds the mask's cells to the scores of a tile that the mask is not known to leave as they are. A class of CLASS_SKIP
 // hides whatever the mask holds, and CLASS_FREE adds nothing. Cells past the last row or key are not read: nobody reads
-// the score either.
-DEV void mask_scores(float (&s)[KEYS / 8][4], const Params& p, const Tile& t, int row, int key) {
+// the score either. Scores that overflow are limited upward where `limit` says so, and downward always, so that a row that
+// the mask hides is told from one whose scores overflowed.
+DEV void mask_scores(float (&s)[KEYS / 8][4], const Params& p, const Tile& t, bool limit, int row, int key) {
+    const bool pairs = (p.vector & 4) && key + (KEYS - 6) <= t.sk;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int seen = min(row + 8 * r, t.rows - 1), query = query_of(p, seen);
@@ -64,16 +95,22 @@ DEV void mask_scores(float (&s)[KEYS / 8][4], const Params& p, const Tile& t, in
         const u8* classes = p.classes ? p.classes + i64(query / CLASS_ROWS) * p.classes_stride : nullptr;
         u8 tile_class = CLASS_MIXED;
 #pragma unroll
-        for (int i = 0; i < KEYS / 4; i++) {
-            const int j = min(key + 8 * (i / 2) + i % 2, t.sk - 1);
-            if (classes && i % 4 == 0) tile_class = classes[j / CLASS_KEYS];
-            float cell = any_element(p.mask, cells + j, p.mask_type);
-            cell = tile_class == CLASS_SKIP ? NEG_INF : tile_class == CLASS_FREE ? 0.0f : cell;
-            float& x = s[i / 2][2 * r + i % 2];
-            x = score_if_seen(clamped(score_masked(x, cell, 1.0f)), !score_cell_hides(cell));
+        for (int n = 0; n < KEYS / 8; n++) {
+            const int j = key + 8 * n;
+            if (classes && n % 2 == 0) tile_class = classes[min(j, t.sk - 1) / CLASS_KEYS];
+            const float2 two = two_cells(p, t, cells, j, pairs);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float of_mask = i == 0 ? two.x : two.y;
+                const float cell = tile_class == CLASS_SKIP ? NEG_INF : tile_class == CLASS_FREE ? 0.0f : of_mask;
+                float& x = s[n][2 * r + i];
+                const float y = score_masked(x, cell, 1.0f);
+                x = score_if_seen(limit ? clamped(y) : at_least_finite(y), !score_cell_hides(cell));
+            }
         }
     }
 }
+#endif
 
 // The steps of score.h up to the biases. `row` and `key` are the thread's first; `limit`: scores that overflow are limited.
 DEV void modify(float (&s)[KEYS / 8][4], const Params& p, const Tile& t, bool masked, bool limit, int row, int key) {
@@ -84,13 +121,18 @@ DEV void modify(float (&s)[KEYS / 8][4], const Params& p, const Tile& t, bool ma
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) s[i / 4][i % 4] *= p.scale;
     }
+#if SOFTCAP
     if (p.softcap != 0.0f) {
         const float in = 2.0f / p.softcap;
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i++)
             s[i / 4][i % 4] = p.softcap * tanh_half(s[i / 4][i % 4] * in, p.softcap > LARGEST_FAST_CAP);
     }
-    if (masked) mask_scores(s, p, t, row, key);
+#endif
+#if MASK
+    if (masked) mask_scores(s, p, t, limit, row, key);
+#endif
+#if ALIBI
     if (p.slopes) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -105,6 +147,28 @@ DEV void modify(float (&s)[KEYS / 8][4], const Params& p, const Tile& t, bool ma
             }
         }
     }
+#endif
+}
+#elif SOFTCAP
+// tanh(x / 2) = 1 - 2 / (exp(x) + 1), whose last term is the score.
+DEV void cap_scores(float (&s)[KEYS / 8][4], const Params& p) {
+    const float in = p.scale * (2.0f * LOG2E / p.softcap);
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++) s[i / 4][i % 4] = -reciprocal_fast(exp2_fast(s[i / 4][i % 4] * in) + 1.0f);
+}
+#elif ALIBI
+DEV void slope_scores(float (&s)[KEYS / 8][4], const Params& p, const Tile& t, int row, int key) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float slope = p.slopes[head_of(p, t, row + 8 * r)] * p.inv_scale;
+        // Exact up to 2^24, and as close as a float is beyond.
+        const float ahead = float(query_of(p, row + 8 * r) + t.q_off - key);
+#pragma unroll
+        for (int i = 0; i < KEYS / 4; i++) {
+            float& x = s[i / 2][2 * r + i % 2];
+            x = __fmaf_rn(-slope, fabsf(ahead - float(8 * (i / 2) + i % 2)), x);
+        }
+    }
 }
 #endif
 
@@ -112,12 +176,17 @@ DEV void modify(float (&s)[KEYS / 8][4], const Params& p, const Tile& t, bool ma
 // some row. Scores that overflowed are limited where `limit` says so, as under a mask, and in the runs after the first:
 // where one is seen elsewhere, O is not finite or the row is lost().
 DEV void to_scores(float (&s)[KEYS / 8][4], float (&highest)[2], const Params& p, const Tile& t, bool masked, bool limit, bool edge, int row, int key, int run) {
-#if GENERAL
+#if IN_NATURAL
     modify(s, p, t, masked, limit || run != PLAIN, row, key);
+#elif IN_CAPS
+    cap_scores(s, p);
 #else
+#if ALIBI
+    slope_scores(s, p, t, row, key);
+#endif
     if (run != PLAIN) {
-        // So that the product with the scale is finite too.
-        const float most = 3.4028235e38f / fmaxf(1.0f, 2.0f * p.scale_log2);
+        // So that differences, and their products with the scale, are finite too.
+        const float most = 0.5f * (3.4028235e38f / fmaxf(1.0f, p.scale_log2));
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) {
             float& x = s[i / 4][i % 4];
@@ -160,8 +229,8 @@ DEV float quad_sum(float x) {
 }
 
 // From this distance of the reference from 0 on, in log2 units, it is subtracted before the unit's product: rounding
-// that product would move weights by more than scores differ. Without a mask, whose finite numbers may be huge, such
-// references are left to the runs after the first.
+// that product would move weights by more than scores differ. Scores in products, which are seldom so large, leave such
+// references to the runs after the first.
 #define FAR 4096.0f
 
 // Turns scores into weights, in place, given the highest score of each row. Each row decides for itself, so that its bits
@@ -191,7 +260,7 @@ DEV void to_weights(float (&s)[KEYS / 8][4], State& state, const float (&highest
             }
         }
     }
-    if ((GENERAL || run != PLAIN) && __any_sync(ALL_LANES, far)) {
+    if ((IN_NATURAL || IN_PRODUCTS && run != PLAIN) && __any_sync(ALL_LANES, far)) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const bool apart = !(fabsf(off[r]) <= FAR);
@@ -221,6 +290,12 @@ DEV void to_weights(float (&s)[KEYS / 8][4], State& state, const float (&highest
     }
 }
 
+// The weights of 16 keys as the product with V takes them.
+DEV void pack_weights(u32 (&a)[4], const float (&s)[KEYS / 8][4], int block) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = pack(s[2 * block + i / 2][2 * (i % 2)], s[2 * block + i / 2][2 * (i % 2) + 1]);
+}
+
 // The weights of a run that counts.
 DEV void to_presence(float (&s)[KEYS / 8][4]) {
 #pragma unroll
@@ -232,6 +307,6 @@ DEV void to_presence(float (&s)[KEYS / 8][4]) {
 // whether they `met_unmasked` tiles.
 DEV bool lost(const Params& p, const Tile& t, int row, float m, bool met_unmasked, int run) {
     if (run != PLAIN) return false;
-    if (m != NEG_INF) return !GENERAL && !(fabsf(m * score_unit(p)) <= FAR);
+    if (m != NEG_INF) return IN_PRODUCTS && !(fabsf(m * score_unit(p)) <= FAR);
     return met_unmasked && max(first_key(p, t, row), t.lo * BN) < min(i64(end_key(p, t, row)), i64(t.hi) * BN);
 }

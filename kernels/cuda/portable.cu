@@ -3,19 +3,19 @@
 // memory serves MT products. With WN > 1 the warps of one row share its keys in Q K^T and its columns in P V.
 //
 // Macros: D, BM = 16 * MT * WM rows and BN keys a tile, WM, WN, MT, KEYS = BN / WN, BLOCKS (threadblocks a processor),
-// BF16, GENERAL, PACK = 1.
+// BF16, PACK = 1, and those of mma_softmax.cu.
 
 #define THREADS (32 * WM * WN)
 #define P_ROW_BYTES (2 * BN + 16)
 
 // s = Q K^T, for the rows of Q at `at_q` and the keys at `at_k`. What is read from shared memory is on its way while the
 // product before it runs.
-DEV void products(float (&s)[MT][KEYS / 8][4], u32 at_q, u32 at_k) {
+template <int HIGH> DEV void products(float (&s)[HIGH][KEYS / 8][4], u32 at_q, u32 at_k) {
     constexpr int BLOCKS_OF_KEYS = (KEYS + 15) / 16, DEPTH = WIDTH / 16;
-    u32 a[2][MT][4], b[2][4];
+    u32 a[2][HIGH][4], b[2][4];
     const auto read_q = [&](int d) {
 #pragma unroll
-        for (int m = 0; m < MT; m++) ldmatrix4(a[d % 2][m], further(at_q, 16 * m, d));
+        for (int m = 0; m < HIGH; m++) ldmatrix4(a[d % 2][m], further(at_q, 16 * m, d));
     };
     const auto read_k = [&](int d, int n) {
         u32 (&to)[4] = b[(d * BLOCKS_OF_KEYS + n) % 2];
@@ -23,7 +23,7 @@ DEV void products(float (&s)[MT][KEYS / 8][4], u32 at_q, u32 at_k) {
         else ldmatrix4(to, further(at_k, 16 * n, d));
     };
 #pragma unroll
-    for (int m = 0; m < MT; m++)
+    for (int m = 0; m < HIGH; m++)
         for (int i = 0; i < KEYS / 2; i++) s[m][i / 4][i % 4] = 0.0f;
     read_q(0);
     read_k(0, 0);
@@ -39,10 +39,10 @@ DEV void products(float (&s)[MT][KEYS / 8][4], u32 at_q, u32 at_k) {
             }
             const u32 (&keys)[4] = b[(d * BLOCKS_OF_KEYS + n) % 2];
 #pragma unroll
-            for (int m = 0; m < MT; m++) mma(s[m][2 * n], a[d % 2][m], keys[0], keys[1]);
+            for (int m = 0; m < HIGH; m++) mma(s[m][2 * n], a[d % 2][m], keys[0], keys[1]);
             if constexpr (KEYS > 8) {
 #pragma unroll
-                for (int m = MT - 1; m >= 0; m--) mma(s[m][2 * n + 1], a[d % 2][m], keys[2], keys[3]);
+                for (int m = HIGH - 1; m >= 0; m--) mma(s[m][2 * n + 1], a[d % 2][m], keys[2], keys[3]);
             }
         }
     }
@@ -58,22 +58,19 @@ DEV void store_weights(const float (&s)[KEYS / 8][4], u32 at_p) {
 }
 
 // O += P V, for the weights in `s`, or with WN > 1 in shared memory, and the values at `at_v`.
-DEV void add_values(State (&state)[MT], const float (&s)[MT][KEYS / 8][4], u32 at_v, u32 weights) {
+template <int HIGH> DEV void add_values(State (&state)[HIGH], const float (&s)[HIGH][KEYS / 8][4], u32 at_v, u32 weights) {
     constexpr int ACROSS = COLUMNS / 16, DOWN = BN / 16;
-    u32 a[MT][4], b[2][4];
+    u32 a[HIGH][4], b[2][4];
     ldmatrix4_trans(b[0], at_v);
 #pragma unroll
     for (int c = 0; c < DOWN; c++) {
 #pragma unroll
-        for (int m = 0; m < MT; m++) {
+        for (int m = 0; m < HIGH; m++) {
 #if WN > 1
             const int lane = threadIdx.x % 32;
             ldmatrix4(a[m], weights + u32((16 * m + lane % 16) * P_ROW_BYTES + 32 * c + 16 * (lane / 16)));
 #else
-            a[m][0] = pack(s[m][2 * c][0], s[m][2 * c][1]);
-            a[m][1] = pack(s[m][2 * c][2], s[m][2 * c][3]);
-            a[m][2] = pack(s[m][2 * c + 1][0], s[m][2 * c + 1][1]);
-            a[m][3] = pack(s[m][2 * c + 1][2], s[m][2 * c + 1][3]);
+            pack_weights(a[m], s[m], c);
 #endif
         }
 #pragma unroll
@@ -82,7 +79,7 @@ DEV void add_values(State (&state)[MT], const float (&s)[MT][KEYS / 8][4], u32 a
             if (n + 1 < ACROSS) ldmatrix4_trans(b[(i + 1) % 2], further(at_v, 16 * c, n + 1));
             else if (c + 1 < DOWN) ldmatrix4_trans(b[(i + 1) % 2], further(at_v, 16 * c + 16, 0));
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
+            for (int m = 0; m < HIGH; m++) {
                 mma(state[m].o[2 * n], a[m], b[i % 2][0], b[i % 2][1]);
                 mma(state[m].o[2 * n + 1], a[m], b[i % 2][2], b[i % 2][3]);
             }
@@ -111,7 +108,7 @@ template <bool SUM> DEV void across(float (&x)[2], float* shares, int local) {
 }
 
 DEV void store_row(const Params& p, const Tile& t, const State& state, int r, int row, int column, float sum) {
-    const float natural = state.m[r] == NEG_INF ? NEG_INF : state.m[r] * natural_unit(p);
+    const float m = state.m[r] == NEG_INF ? NEG_INF : natural(p, state.m[r]);
     if (p.splits > 1) {
         float* out = partial_values(p, result_row(p, t, row), t.split);
 #pragma unroll
@@ -119,10 +116,10 @@ DEV void store_row(const Params& p, const Tile& t, const State& state, int r, in
             if (PADDED && column + 8 * n >= D) continue;
             *(float2*)(out + column + 8 * n) = make_float2(state.o[n][2 * r], state.o[n][2 * r + 1]);
         }
-        if (column == 0) *partial_stats(p, result_row(p, t, row), t.split) = make_float2(natural, sum);
+        if (column == 0) *partial_stats(p, result_row(p, t, row), t.split) = make_float2(m, sum);
         return;
     }
-    const Finish f = finish(natural, sum, p.sinks, head_of(p, t, row));
+    const Finish f = finish(m, sum, p.sinks, head_of(p, t, row));
     u16* out = (u16*)p.o + o_offset(p, t, row);
     if (p.vector & 2) {
 #pragma unroll
@@ -149,7 +146,7 @@ DEV void count_row(const Params& p, const Tile& t, const State& state, int r, in
     for (int i = 0; i < COLUMNS / 4; i++) {
         const int c = column + 8 * (i / 2) + i % 2;
         const float count = state.o[i / 2][2 * r + i % 2];
-        if (!(count > 0.0f) || (PADDED && c >= D)) continue;
+        if (PADDED && c >= D) continue;
         if (p.splits > 1) partial[c] = counted(partial[c], count, run);
         else out[c] = ROUND(counted(element<ELEMENT>(out, c), count, run));
     }
@@ -162,12 +159,12 @@ DEV bool is_finite(const State& state, int r) {
     return zero == 0.0f;
 }
 
-// Stores a warp's rows, or counts them; gives whether all are as they should be.
-DEV bool finish_rows(const Params& p, const Tile& t, const State (&state)[MT], float* shares, bool met_unmasked, int run) {
-    const int lane = threadIdx.x % 32, wn = threadIdx.x / 32 / WM, local0 = 16 * MT * (threadIdx.x / 32 % WM);
+// Stores a warp's rows, from `local0` of the tile on, or counts them; gives whether all are as they should be.
+template <int HIGH> DEV bool finish_rows(const Params& p, const Tile& t, const State (&state)[HIGH], int local0, float* shares, bool met_unmasked, int run) {
+    const int lane = threadIdx.x % 32, wn = threadIdx.x / 32 / WM;
     bool finite = true;
 #pragma unroll
-    for (int m = 0; m < MT; m++) {
+    for (int m = 0; m < HIGH; m++) {
         const int local = local0 + 16 * m + lane / 4;
         float sum[2] = {quad_sum(state[m].sum[0]), quad_sum(state[m].sum[1])};
         if (run < UPWARD) across<true>(sum, shares, local);
@@ -189,7 +186,8 @@ DEV bool finish_rows(const Params& p, const Tile& t, const State (&state)[MT], f
 
 // A run over the tile's rows; gives whether they are finite. FIRST: the run PLAIN. The later ones are compiled apart, as a
 // function of their own, since what they need in registers would make the first a fifth slower.
-template <bool FIRST> DEV bool tile_run(const Params& p, u8* raw, const int later) {
+template <bool FIRST> DEV bool tile_run(const Params& p, u8* raw, const int later, const int first_row) {
+    constexpr int HIGH = FIRST ? MT : 1;
     const int run = FIRST ? PLAIN : later;
     const Tile t = tile_of(p, opaque(blockIdx.x));
     if (t.m0 >= t.rows) return true;
@@ -203,16 +201,16 @@ template <bool FIRST> DEV bool tile_run(const Params& p, u8* raw, const int late
     const float unit = score_unit(p);
 
     const int lane = threadIdx.x % 32, wm = threadIdx.x / 32 % WM, wn = threadIdx.x / 32 / WM;
-    const int local0 = 16 * MT * wm, row0 = t.m0 + local0;
+    const int local0 = 16 * MT * wm + first_row, row0 = t.m0 + local0;
     const u32 at_q = a_at(sm_q, local0, 0), at_v = a_at(sm_v, 0, wn * COLUMNS);
     const u32 at_k = b_at(sm_k, wn * KEYS, 0);
     [[maybe_unused]] const u32 at_p = sm_p + u32((local0 + lane / 4) * P_ROW_BYTES + 2 * (wn * KEYS + 2 * (lane % 4)));
     // Rows past the last are not worked on where a whole warp has them alone.
     const bool active = row0 < t.rows;
 
-    State state[MT];
+    State state[HIGH];
 #pragma unroll
-    for (int m = 0; m < MT; m++) start(state[m]);
+    for (int m = 0; m < HIGH; m++) start(state[m]);
 
     bool met_unmasked = false;
     Walk<1> walk(p, t, t.lo);
@@ -223,23 +221,23 @@ template <bool FIRST> DEV bool tile_run(const Params& p, u8* raw, const int late
     }
     while (walk.at < walk.end) {
         const int k0 = walk.at * BN;
-        const bool masked = p.mask && !walk.is_plain();
+        const bool masked = MASK && p.mask && !walk.is_plain();
         copies_wait<0>();
         __syncthreads(); // K is there, and the last tile's V has been read
         load<BN, THREADS>(sm_v, v, k0, t.sk, vector, threadIdx.x);
         copies_commit();
         walk.next(p, t);
 
-        float s[MT][KEYS / 8][4];
+        float s[HIGH][KEYS / 8][4];
         if (active || WN > 1) {
             products(s, at_q, at_k);
             met_unmasked |= !masked;
             const bool edge = k0 < t.free_lo || t.free_hi - k0 < BN;
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
+            for (int m = 0; m < HIGH; m++) {
                 const int row = row0 + 16 * m + lane / 4, key = k0 + wn * KEYS + 2 * (lane % 4);
                 float highest[2];
-                to_scores(s[m], highest, p, t, masked, masked, edge, row, key, run);
+                to_scores(s[m], highest, p, t, masked, false, edge, row, key, run);
                 if (run >= UPWARD) {
                     to_presence(s[m]);
                 } else {
@@ -262,17 +260,18 @@ template <bool FIRST> DEV bool tile_run(const Params& p, u8* raw, const int late
         if (active || WN > 1) add_values(state, s, at_v, sm_p + u32(local0 * P_ROW_BYTES));
     }
 
-    return finish_rows(p, t, state, shares, !GENERAL || met_unmasked, run);
+    return finish_rows(p, t, state, local0, shares, !MASK || met_unmasked, run);
 }
 
 __device__ __noinline__ void later_runs(const Params& p, u8* raw) {
-    for (int run = CLEAN; run != DONE; run = run == CLEAN ? UPWARD : run + 1) tile_run<false>(p, raw, run);
+    for (int run = CLEAN; run != DONE; run = run == CLEAN ? UPWARD : run + 1)
+        for (int row = 0; row < 16 * MT; row += 16) tile_run<false>(p, raw, run, row);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) u8 raw[];
     wait_for_kernel_before();
-    if (!tile_run<true>(p, raw, PLAIN)) later_runs(p, raw);
+    if (!tile_run<true>(p, raw, PLAIN, 0)) later_runs(p, raw);
     if (p.splits > 1) {
         const Tile t = tile_of(p, blockIdx.x);
         if (t.m0 < t.rows) merge<ELEMENT>(p, t, min(t.rows - t.m0, BM));

@@ -1,18 +1,16 @@
 // The steps of score.h from the softcap to the biases, for the scores of a thread. The scale comes before them,
 // and the bounds after.
 
-#if GENERAL
+#if MASK || SOFTCAP || ALIBI
 // Adds the mask's cell to each score, as the class of its class tile says: CLASS_SKIP hides whatever the mask
-// holds, CLASS_FREE adds nothing. A row past the last or a key past the last has no cell. With PAIRS, an odd
-// score has the class of the one before it.
-template <int TYPE, bool PAIRS, int N> DEV void add_mask(float (&s)[N], const Params& p, const Tile& t, const int (&rows)[N], const int (&keys)[N]) {
+// holds, CLASS_FREE adds nothing. A row past the last or a key past the last has no cell.
+template <int TYPE, int N> DEV void add_mask(float (&s)[N], const Params& p, const Tile& t, const int (&rows)[N], const int (&keys)[N]) {
     u8 tile_class = CLASS_MIXED;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (rows[i] >= t.rows || keys[i] >= t.sk) continue;
         const int query = query_of(p, rows[i]);
-        if (p.classes && !(PAIRS && i % 2))
-            tile_class = p.classes[i64(query / CLASS_ROWS) * p.classes_stride + keys[i] / CLASS_KEYS];
+        if (p.classes) tile_class = p.classes[i64(query / CLASS_ROWS) * p.classes_stride + keys[i] / CLASS_KEYS];
         if (tile_class == CLASS_FREE) continue;
         float cell = NEG_INF;
         if (tile_class != CLASS_SKIP) {
@@ -24,17 +22,17 @@ template <int TYPE, bool PAIRS, int N> DEV void add_mask(float (&s)[N], const Pa
 }
 
 // Softcap, mask and ALiBi, in natural-log units; hidden scores stay hidden.
-template <bool PAIRS, int N> DEV void bias(float (&s)[N], const Params& p, const Tile& t, bool masked, const int (&rows)[N], const int (&keys)[N]) {
+template <int N> DEV void bias(float (&s)[N], const Params& p, const Tile& t, bool masked, const int (&rows)[N], const int (&keys)[N]) {
     if (p.softcap != 0.0f) {
 #pragma unroll
         for (int i = 0; i < N; i++) s[i] = score_softcapped(s[i] / p.softcap, p.softcap);
     }
     if (masked) {
         switch (p.mask_type) {
-        case TYPE_F32: add_mask<TYPE_F32, PAIRS>(s, p, t, rows, keys); break;
-        case TYPE_F16: add_mask<TYPE_F16, PAIRS>(s, p, t, rows, keys); break;
-        case TYPE_BF16: add_mask<TYPE_BF16, PAIRS>(s, p, t, rows, keys); break;
-        case TYPE_BOOL: add_mask<TYPE_BOOL, PAIRS>(s, p, t, rows, keys); break;
+        case TYPE_F32: add_mask<TYPE_F32>(s, p, t, rows, keys); break;
+        case TYPE_F16: add_mask<TYPE_F16>(s, p, t, rows, keys); break;
+        case TYPE_BF16: add_mask<TYPE_BF16>(s, p, t, rows, keys); break;
+        case TYPE_BOOL: add_mask<TYPE_BOOL>(s, p, t, rows, keys); break;
         }
     }
     if (p.slopes) {

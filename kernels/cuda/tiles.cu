@@ -1,4 +1,4 @@
-// The query tile of a threadblock and the key tiles that it visits. The kernel defines BM, BN, D and PACK: whether the
+// The query tile of a threadblock and the key tiles that it visits. The kernel defines BM, BN, D, MASK and PACK: whether the
 // query heads of one key/value head may share a tile, row r of it being query r / pack of head r % pack.
 
 #define CLASS_ROWS CLASS_ROWS_AT(D)
@@ -112,7 +112,7 @@ DEV void store_lse(const Params& p, const Tile& t, int row, float lse) {
 // lane.
 template <int STEP> struct Walk {
     int at, end;
-#if GENERAL
+#if MASK
     int group;        // first tile of the 32 whose classes are known
     u32 live, plain;  // of those: not skipped; free of the mask
 
@@ -124,14 +124,15 @@ template <int STEP> struct Walk {
             const int tile = from + STEP * int(threadIdx.x % 32);
             bool some = false, all_free = tile < end;
             if (tile < end) {
-                const int k0 = tile * BN, last = (t.rows - t.m0 < BM ? t.rows : t.m0 + BM) - 1;
-                const int key_end = t.sk - k0 < BN ? t.sk : k0 + BN;
+                const int last = (t.rows - t.m0 < BM ? t.rows : t.m0 + BM) - 1, last_key = (t.sk - 1) / CLASS_KEYS;
+#pragma unroll 4
                 for (int row = query_of(p, t.m0) / CLASS_ROWS; row <= query_of(p, last) / CLASS_ROWS; row++) {
                     const u8* classes = p.classes + i64(row) * p.classes_stride;
-                    for (int key = k0 / CLASS_KEYS; key * CLASS_KEYS < key_end; key++) {
-                        const u8 c = classes[key];
-                        some = some || c != CLASS_SKIP;
-                        all_free = all_free && c == CLASS_FREE;
+#pragma unroll
+                    for (int key = 0; key < BN; key += CLASS_KEYS) {
+                        const u8 c = classes[min((tile * BN + key) / CLASS_KEYS, last_key)];
+                        some |= c != CLASS_SKIP;
+                        all_free &= c == CLASS_FREE;
                     }
                 }
             }

@@ -12,6 +12,7 @@ mod device;
 mod extremes;
 mod figures;
 mod large;
+mod others;
 mod poison;
 mod splits;
 mod streams;

@@ -90,7 +90,7 @@ gpu_struct! {
         splits: i32 = "int splits" @ 320,
         /// Element type of the mask: 1 f32, 2 f16, 3 bf16, 4 bool.
         mask_type: i32 = "int mask_type" @ 324,
-        /// Bit 0: rows of Q, K and V lie on 16 bytes; bit 1: rows of O on 4.
+        /// Bit 0: rows of Q, K and V lie on 16 bytes; bit 1: rows of O on 4; bit 2: rows of the mask on 4.
         vector: i32 = "int vector" @ 328,
         /// Batches that results are laid out in: 1 where sequences are packed.
         result_batch: i32 = "int result_batch" @ 332,

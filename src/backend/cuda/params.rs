@@ -19,9 +19,9 @@ fn strides(strides: Option<Strides>) -> [i64; 3] {
     strides.map_or([0; 3], |s| [s.batch, s.head, s.seq].map(|n| n as i64))
 }
 
-/// [`CudaParams::vector`]: Q, K and V are read by 16 bytes, O is written by 4.
-fn vector(reads: bool, writes: bool) -> i32 {
-    i32::from(reads) | i32::from(writes) << 1
+/// [`CudaParams::vector`]: Q, K and V are read by 16 bytes, O is written by 4, the mask is read by 4.
+fn vector(reads: bool, writes: bool, mask: bool) -> i32 {
+    i32::from(reads) | i32::from(writes) << 1 | i32::from(mask) << 2
 }
 
 /// Whether all steps of an operand are multiples of `bytes` bytes.
@@ -39,7 +39,7 @@ fn steps_by(bytes: usize, size: usize, strides: Option<Strides>) -> bool {
 pub(super) fn point(p: &mut CudaParams, at: &Pointers) {
     let on = |bytes: usize, at: *const u8| at.addr().is_multiple_of(bytes);
     let reads = [at.q, at.k, at.v].into_iter().all(|at| on(16, at));
-    p.vector &= vector(reads, on(4, at.o));
+    p.vector &= vector(reads, on(4, at.o), on(4, at.mask));
     p.sinks = at.sinks.addr() as u64;
     p.slopes = at.alibi_slopes.addr() as u64;
     p.lse = at.lse.addr() as u64;
@@ -106,6 +106,12 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
     let writes = steps_by(4, size, of(Role::Output));
     let rows = problem.query_rows() as i64;
     let mask = problem.mask();
+    let mask_pairs = mask.is_some_and(|m| {
+        let steps = [m.batch_stride, m.head_stride, m.row_stride];
+        steps
+            .iter()
+            .all(|n| n.wrapping_mul(m.dtype.size_of()).is_multiple_of(4))
+    });
     Ok(CudaParams {
         batch: int(shape.batch),
         heads: int(shape.heads),
@@ -120,7 +126,7 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
         section: int(section),
         bottom_right: i32::from(packed && problem.query_offset() == QueryOffset::BottomRight),
         scale: problem.scale(),
-        scale_log2: problem.scale() * std::f32::consts::LOG2_E,
+        scale_log2: (problem.scale() * std::f32::consts::LOG2_E).min(f32::MAX),
         softcap: problem.softcap().unwrap_or(0.0),
         inv_scale: 1.0 / problem.scale(),
         o_strides: strides(of(Role::Output)),
@@ -137,7 +143,7 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
             .1 as i64,
         splits: int(splits),
         mask_type: mask.map_or(0, |m| type_code(m.dtype)),
-        vector: vector(reads, writes),
+        vector: vector(reads, writes, mask_pairs),
         result_batch: if packed { 1 } else { int(shape.batch) },
         pack: int(pack),
         ..bytemuck::Zeroable::zeroed()

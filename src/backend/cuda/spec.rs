@@ -87,7 +87,8 @@ fn spec(
 
 /// The join of decode's partial results.
 pub(super) fn combine(head_dim: usize) -> Spec {
-    let macros = vec![("D", head_dim as i64), ("GENERAL", 0)];
+    let steps = ["MASK", "SOFTCAP", "ALIBI"].map(|step| (step, 0));
+    let macros = [&[("D", head_dim as i64)][..], &steps].concat();
     spec(sources::COMBINE, macros, "combine", 128)
 }
 

@@ -52,11 +52,13 @@ pub(super) mod feature {
     pub(crate) const LEFT: u8 = 2;
     pub(crate) const MASK: u8 = 4;
     pub(crate) const CLASSES: u8 = 8;
-    /// Softcap or ALiBi.
-    pub(crate) const SCORES: u8 = 16;
+    pub(crate) const SOFTCAP: u8 = 16;
     pub(crate) const PACKED: u8 = 32;
+    pub(crate) const ALIBI: u8 = 64;
+    /// One of the two, or both.
+    pub(crate) const SCORES: u8 = SOFTCAP | ALIBI;
 }
-use feature::{CLASSES, LEFT, MASK, PACKED, RIGHT, SCORES};
+use feature::{ALIBI, CLASSES, LEFT, MASK, PACKED, RIGHT, SCORES, SOFTCAP};
 
 /// What a problem needs of an attention kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -85,13 +87,47 @@ impl Needs {
                 | on(windowed, LEFT | RIGHT)
                 | on(problem.mask().is_some(), MASK)
                 | on(problem.has_tile_classes(), CLASSES)
-                | on(problem.softcap().is_some() || problem.has_alibi(), SCORES)
+                | scores(problem)
                 | on(problem.cu_seqlens().is_some(), PACKED),
         }
     }
 
     fn has(&self, features: u8) -> bool {
         self.features & features != 0
+    }
+
+    /// The macros `MASK`, `SOFTCAP` and `ALIBI` of a text that has a kernel for each step of a score, where `one`, and
+    /// one for any steps together.
+    fn steps(&self, one: bool) -> [(&'static str, i64); 3] {
+        const ANY_TYPE: i64 = 2;
+        let alone = match self.features & (MASK | SCORES) {
+            0 => Some([0, 0, 0]),
+            _ if !one => None,
+            MASK if self.mask == Some(self.dtype) => Some([1, 0, 0]),
+            SOFTCAP => Some([0, 1, 0]),
+            ALIBI => Some([0, 0, 1]),
+            _ => None,
+        };
+        let [mask, softcap, alibi] = alone.unwrap_or([ANY_TYPE, 1, 1]);
+        [("MASK", mask), ("SOFTCAP", softcap), ("ALIBI", alibi)]
+    }
+}
+
+/// The features that a problem's softcap and ALiBi slopes ask for. Kernels of one of them alone keep scores in a unit of
+/// theirs, which is exact enough up to a cap of 256 and overflows for scales that are out of all proportion: the other
+/// problems ask for both.
+fn scores(problem: &Problem) -> u8 {
+    let ordinary = |x: f32, most: f32| (1.0e-18..=most).contains(&x);
+    let features = match (problem.softcap(), problem.has_alibi()) {
+        (None, false) => return 0,
+        (Some(cap), false) if ordinary(cap, 256.0) => SOFTCAP,
+        (None, true) => ALIBI,
+        _ => SCORES,
+    };
+    if ordinary(problem.scale(), 1.0e18) {
+        features
+    } else {
+        SCORES
     }
 }
 
@@ -189,6 +225,9 @@ const fn pairs(warps: usize, stages: usize) -> Text {
 const fn high(high: usize) -> Text {
     Text::Portable { high, across: 1 }
 }
+
+/// Sets of features without a mask and with one step of a score at most.
+const ONE_STEP: &[u8] = &[BOUNDS | PACKED | SOFTCAP, BOUNDS | PACKED | ALIBI];
 
 /// Four warps for the same rows.
 const fn shared_rows(high: usize) -> Text {
@@ -295,7 +334,11 @@ const ATTENTION: &[Row] = &[
         text: Text::HopperWide,
         ..hopper(&[512], 128, 64, (40, 232), &[NO_MASK, CLASSED])
     },
-    portable(NARROW, 128, 128, high(2), 2),
+    Row {
+        features: ONE_STEP,
+        ..portable(NARROW, 128, 128, high(2), 2)
+    },
+    portable(NARROW, 128, 96, high(2), 2),
     portable(MIDDLE, 128, 64, high(2), 2),
     portable(MIDDLE, 256, 64, high(2), 1),
     portable(&[192], 96, 64, high(1), 2),
@@ -375,7 +418,7 @@ impl Row {
         let mut macros = vec![("D", needs.head_dim as i64), ("BN", self.bn as i64)];
         let (parts, threads) = match self.text {
             Text::Portable { high, across } => {
-                macros.extend(self.general(needs));
+                macros.extend(self.general(needs, true));
                 macros.push(("WM", (self.bm / 16 / high) as i64));
                 macros.push(("WN", across as i64));
                 macros.push(("MT", high as i64));
@@ -389,7 +432,7 @@ impl Row {
                 across,
                 stages,
             } => {
-                macros.extend(self.general(needs));
+                macros.extend(self.general(needs, false));
                 macros.push(("WARPS", warps as i64));
                 macros.push(("WN", across as i64));
                 macros.push(("KEYS", self.bn as i64));
@@ -399,7 +442,7 @@ impl Row {
                 (sources::FEW, 32 * warps)
             }
             Text::Fma => {
-                macros.extend(self.general(needs));
+                macros.extend(self.general(needs, false));
                 macros.push(("KV_F16", i64::from(needs.kv_dtype == DType::F16)));
                 (sources::FMA, 128)
             }
@@ -428,12 +471,9 @@ impl Row {
         }
     }
 
-    fn general(&self, needs: Needs) -> [(&'static str, i64); 3] {
-        [
-            ("BM", self.bm as i64),
-            ("GENERAL", i64::from(needs.has(MASK | SCORES))),
-            ("PACK", i64::from(self.packs())),
-        ]
+    fn general(&self, needs: Needs, one_step: bool) -> Vec<(&'static str, i64)> {
+        let tile = [("BM", self.bm as i64), ("PACK", i64::from(self.packs()))];
+        [&tile[..], &needs.steps(one_step)].concat()
     }
 
     /// Bounds that are not there cost little where there is much else, so fewer kernels are built.
@@ -474,7 +514,11 @@ impl Row {
                 warps,
                 across,
                 stages,
-            } => (bm + warps / across * stages * 2 * bn) * row_bytes(d),
+            } => {
+                let ring = stages * 2 * bn * row_bytes(d);
+                let results = bm * (d.next_multiple_of(16) + 8) * 4;
+                bm * row_bytes(d) + warps / across * ring.max(results)
+            }
             Text::Fma => 4 * ((bm + bn) * (d + 4) + bm * (bn + 4)),
             Text::Hopper { .. } => self.hopper_bytes(needs, self.buffers(needs)),
             Text::HopperWide => 208 * 1024 + 1200 + 4096 + self.list_bytes(needs) + 8,
