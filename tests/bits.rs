@@ -285,6 +285,16 @@ fn a_bool_mask_and_its_additive_twin_give_the_same_bits() {
     });
 }
 
+/// Whether the device's kernels with a mask and those without keep scores in different units: CUDA's for other GPUs than
+/// Hopper.
+fn another_unit(device: &MlxDevice) -> bool {
+    let details = device.details();
+    let kernels = details
+        .iter()
+        .find(|(name, _)| name.starts_with("kernels for"));
+    kernels.is_some_and(|(_, capability)| capability != "9.0")
+}
+
 #[test]
 fn a_mask_of_zeros_changes_no_bit() {
     each(|device, what, dtype, dim| {
@@ -297,7 +307,13 @@ fn a_mask_of_zeros_changes_no_bit() {
             .mask(MaskSpec::plane(dtype, 50))
             .build()
             .unwrap();
-        assert!(none == data.run_masked(device, &problem, &mask).0, "{what}");
+        let (zeros, values) = data.run_masked(device, &problem, &mask);
+        if another_unit(device) {
+            let want = data.plain(&Plain::new(&|_, _, _| seen(true)));
+            assert_close(what, &values, &want, dtype);
+        } else {
+            assert!(none == zeros, "{what}");
+        }
     });
 }
 

@@ -51,13 +51,14 @@ DEV float tanh_half(float x, bool near) {
     return fabsf(h) < 0.25f ? series : far_form;
 }
 
-#if MASK
+#if IN_NATURAL
 // The least number that a score which is not hidden has; NaN stays.
 DEV float at_least_finite(float x) {
     float y;
     asm("max.NaN.f32 %0, %1, 0fff7fffff;" : "=f"(y) : "f"(x));
     return y;
 }
+#endif
 
 #if MASK == MASK_OF_ANY_TYPE
 // A mask's cell, whatever its type is: one load for each size of element.
@@ -70,6 +71,7 @@ DEV float cell_at(const Params& p, i64 at) {
 }
 #endif
 
+#if MASK
 // The cells of keys `j` and `j + 1` in the row at `cells`. `pairs`: there are both, and they lie on 4 bytes.
 DEV float2 two_cells(const Params& p, const Tile& t, i64 cells, int j, bool pairs) {
     const int first = min(j, t.sk - 1), second = min(j + 1, t.sk - 1);
@@ -112,21 +114,22 @@ DEV void mask_scores(float (&s)[KEYS / 8][4], const Params& p, const Tile& t, bo
 }
 #endif
 
-// The steps of score.h up to the biases. `row` and `key` are the thread's first; `limit`: scores that overflow are limited.
+// The steps of score.h up to the biases. Each product and sum is rounded by itself or fused by name: left to the compiler,
+// that could differ between the runs, and so would their bits. `row` and `key` are the thread's first; `limit`: scores that overflow are limited.
 DEV void modify(float (&s)[KEYS / 8][4], const Params& p, const Tile& t, bool masked, bool limit, int row, int key) {
     if (limit) {
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) s[i / 4][i % 4] = score_scaled(s[i / 4][i % 4], p.scale);
     } else {
 #pragma unroll
-        for (int i = 0; i < KEYS / 2; i++) s[i / 4][i % 4] *= p.scale;
+        for (int i = 0; i < KEYS / 2; i++) s[i / 4][i % 4] = SCORE_PRODUCT(s[i / 4][i % 4], p.scale);
     }
 #if SOFTCAP
     if (p.softcap != 0.0f) {
         const float in = 2.0f / p.softcap;
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i++)
-            s[i / 4][i % 4] = p.softcap * tanh_half(s[i / 4][i % 4] * in, p.softcap > LARGEST_FAST_CAP);
+            s[i / 4][i % 4] = SCORE_PRODUCT(p.softcap, tanh_half(s[i / 4][i % 4] * in, p.softcap > LARGEST_FAST_CAP));
     }
 #endif
 #if MASK
@@ -142,8 +145,8 @@ DEV void modify(float (&s)[KEYS / 8][4], const Params& p, const Tile& t, bool ma
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++) {
                 float& x = s[i / 2][2 * r + i % 2];
-                const float y = score_alibi(x, slope, fabsf(ahead - float(8 * (i / 2) + i % 2)));
-                x = limit ? score_if_seen(clamped(y), x != NEG_INF) : y;
+                const float y = __fmaf_rn(-slope, fabsf(ahead - float(8 * (i / 2) + i % 2)), x);
+                x = score_if_seen(limit ? clamped(y) : at_least_finite(y), x != NEG_INF);
             }
         }
     }

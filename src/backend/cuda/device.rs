@@ -114,6 +114,10 @@ impl Backend for Cuda {
                 "compute capability",
                 format!("{}.{}", c.capability.0, c.capability.1),
             ),
+            (
+                "kernels for compute capability",
+                format!("{}.{}", self.gpu.rows.0, self.gpu.rows.1),
+            ),
             ("multiprocessors", c.processors.to_string()),
             ("memory", format!("{} bytes", c.memory_bytes)),
             ("second-level cache", format!("{} bytes", c.l2_bytes)),
