@@ -10,7 +10,7 @@ use mlx_flash_attn::attention::{
     Format, KeyLengths, Layout, Pages, Problem, ProblemBuilder, QueryOffset, Role, Shape,
 };
 use mlx_flash_attn::ops::{self, Operands};
-use mlx_flash_attn::{DType, MlxBuffer, MlxDevice, MlxError};
+use mlx_flash_attn::{DType, DeviceKind, MlxBuffer, MlxDevice, MlxError};
 
 const DIM: usize = 32;
 
@@ -48,7 +48,11 @@ fn refused(problem: &Problem, words: &str) {
         })
     };
     for device in devices() {
-        let refusal = device.supports(problem).unwrap_err();
+        let Err(refusal) = device.supports(problem) else {
+            // The CPU serves some; tests/serving.rs looks at what they give.
+            assert!(device.kind() == DeviceKind::Cpu, "{words}");
+            continue;
+        };
         assert_eq!(refusal.device, device.kind().name());
         assert!(refusal.what.contains(words), "{refusal}");
         let made = Role::ALL.map(|role| buffer(&device, role));

@@ -37,7 +37,7 @@ pub struct Sequence {
     /// more.
     pub visibility: Visibility,
     /// Its index.
-    pub(super) index: usize,
+    pub(crate) index: usize,
     /// Batch index that strides of Q, O, mask and log-sum-exp apply to (0 when packed).
     pub(crate) batch: usize,
     /// First row among the packed queries (0 when not packed).
@@ -271,6 +271,20 @@ impl Problem {
     #[inline]
     pub fn q_at(&self, s: &Sequence, h: usize, i: usize) -> usize {
         self.q.at(s.batch, h, s.q_start + i)
+    }
+
+    /// Where the rows of a sequence's keys begin; for pages, the first slot of the first page of the pool.
+    pub(crate) fn first_key_row(&self, s: &Sequence) -> KeyRow {
+        match &self.keys {
+            Keys::Paged(_) => KeyRow {
+                batch: 0,
+                position: 0,
+            },
+            Keys::Dense | Keys::Packed(_) => KeyRow {
+                batch: s.key_batch,
+                position: s.k_start,
+            },
+        }
     }
 
     /// Where key `j` lies; `block_table` is that of paged keys, and `None` is given where it names no page.

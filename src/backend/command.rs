@@ -276,6 +276,8 @@ impl Task<Span> {
             sinks: at(Role::Sinks)?.cast(),
             alibi_slopes: at(Role::AlibiSlopes)?.cast(),
             lse: at(Role::Lse)?.cast(),
+            block_table: at(Role::BlockTable)?.cast(),
+            key_lengths: at(Role::KeyLengths)?.cast(),
         })
     }
 }
@@ -299,6 +301,10 @@ pub(crate) struct Pointers {
     pub(crate) alibi_slopes: *const f32,
     /// Null without a log-sum-exp output.
     pub(crate) lse: *mut f32,
+    /// Null without pages.
+    pub(crate) block_table: *const i32,
+    /// Null where the host knows them.
+    pub(crate) key_lengths: *const u32,
 }
 
 // SAFETY: the pointers are only addresses; the promise above makes their use from several threads

@@ -73,6 +73,10 @@ impl Backend for Cpu {
     fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
         let abilities = Abilities {
             kv_dtype: true,
+            pages: true,
+            queries_packed_alone: true,
+            host_lengths: true,
+            device_lengths: true,
             ..Abilities::ALIKE
         };
         abilities.check(self.kind(), problem)

@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 
-use crate::attention::Sequence;
-use crate::attention::{MaskSpec, Problem, Role};
+use crate::attention::{MaskSpec, Problem, Role, Sequence};
 use crate::attention::{Tile as ClassTile, class_tile};
 use crate::backend::cpu::job::{Job, Pointers};
 use crate::error::{MlxError, Result};
@@ -11,6 +10,7 @@ use crate::error::{MlxError, Result};
 use super::buffer::room;
 use super::kv_rows::{KvRows, StripRows};
 use super::mask_map::{MaskMap, Panels};
+use super::sequences::Sequences;
 use super::types::{Cells, Float};
 
 /// Most query rows of a head task whose K and V are read where they lie: packing would not pay for itself.
@@ -76,10 +76,7 @@ pub(super) struct Call<'a> {
     pub(super) map: Option<MaskMap>,
     /// Elements from one row of Q to the next.
     pub(super) query_stride: usize,
-    /// Bytes from one row of K to the next.
-    key_stride: usize,
-    /// Bytes from one row of V to the next.
-    value_stride: usize,
+    pub(super) sequences: Sequences<'a>,
     /// Where a test breaks K and V into runs.
     #[cfg(test)]
     pub(super) breaks: Option<super::kv_rows::Breaks>,
@@ -117,9 +114,6 @@ impl<'a> Call<'a> {
         }
         let dim_words = dim / kernel.pair;
         let depth = dim_words.next_multiple_of(kernel.side);
-        let seq_stride = |role| problem.strides(role).map_or(0, |s| s.seq);
-        // A stride over a single row is never used, and may be any number.
-        let kv_stride = |role| seq_stride(role).wrapping_mul(kv_float.size_of());
         Ok(Self {
             problem,
             at: job.at,
@@ -140,9 +134,8 @@ impl<'a> Call<'a> {
             cells: problem.mask().map(|m| Cells::of(m.dtype)).transpose()?,
             class_tile: class_tile(dim),
             map: None,
-            query_stride: seq_stride(Role::Query),
-            key_stride: kv_stride(Role::Key),
-            value_stride: kv_stride(Role::Value),
+            query_stride: problem.strides(Role::Query).map_or(0, |s| s.seq),
+            sequences: Sequences::new(problem, job.at)?,
             #[cfg(test)]
             breaks: None,
         })
@@ -154,7 +147,7 @@ impl<'a> Call<'a> {
         let sequences = (0..shape.batch).filter(|b| self.problem.sequence(*b).query_len > 0);
         let mut tasks = room(sequences.count().saturating_mul(shape.kv_heads))?;
         for b in 0..shape.batch {
-            let sequence = self.problem.sequence(b);
+            let sequence = self.sequences.get(b);
             if sequence.query_len == 0 {
                 continue;
             }
@@ -217,21 +210,25 @@ impl HeadTask {
 
     /// K and V of a strip, where the caller has them.
     pub(super) fn strip_rows(&self, call: &Call<'_>, strip: usize) -> StripRows {
-        let (problem, sequence, head) = (call.problem, &self.sequence, self.kv_head);
-        let size = call.kv_float.size_of();
-        let rows = |first: *const u8, at: usize, stride: usize| {
-            let rows = KvRows::strided(first.wrapping_add(at * size), stride, sequence.key_len);
+        let (problem, sequence) = (call.problem, &self.sequence);
+        let (size, pages) = (call.kv_float.size_of(), call.sequences.pages(sequence));
+        let first = problem.first_key_row(sequence);
+        let rows = |role, operand: *const u8, at: usize| {
+            // A stride over a single row or page is never used, and may be any number.
+            let strides = problem.strides(role).unwrap_or_default();
+            let first = operand.wrapping_add(at.wrapping_mul(size));
+            let rows = KvRows::strided(first, strides.seq.wrapping_mul(size), sequence.key_len);
+            let rows = match pages {
+                Some(table) => rows.in_pages(table, strides.batch.wrapping_mul(size)),
+                None => rows,
+            };
             #[cfg(test)]
             let rows = rows.with_breaks(call.breaks);
             rows.of(self.strip_keys(call, strip))
         };
         StripRows {
-            k: rows(call.at.k, problem.k_at(sequence, head, 0), call.key_stride),
-            v: rows(
-                call.at.v,
-                problem.v_at(sequence, head, 0),
-                call.value_stride,
-            ),
+            k: rows(Role::Key, call.at.k, problem.k_of(first, self.kv_head)),
+            v: rows(Role::Value, call.at.v, problem.v_of(first, self.kv_head)),
         }
     }
 

@@ -13,12 +13,32 @@ pub(super) struct StripRows {
 /// Rows of K, or of V, one for each of some keys.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct KvRows {
+    /// The first row, or, of pages, the row in the first slot of the first page.
     first: *const u8,
     /// Bytes from one row to the next.
     stride: usize,
     count: usize,
+    pages: Option<InPages>,
     #[cfg(test)]
     breaks: Option<Breaks>,
+}
+
+/// The pages of a sequence: each entry names one, and there is an entry for each key.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Table {
+    entries: *const i32,
+    /// Keys of a page are two to this power.
+    log2_size: u32,
+}
+
+/// Rows in pages.
+#[derive(Debug, Clone, Copy)]
+struct InPages {
+    table: Table,
+    /// Bytes from one page to the next.
+    stride: usize,
+    /// Keys of the sequence before the first row.
+    skipped: usize,
 }
 
 /// Rows that lie one stride apart.
@@ -36,17 +56,36 @@ impl KvRows {
             first,
             stride,
             count,
+            pages: None,
             #[cfg(test)]
             breaks: None,
         }
+    }
+
+    /// The same rows in the pages of a table, which lie `stride` bytes apart; each has its first row where that of page 0
+    /// is the first row.
+    pub(super) fn in_pages(self, table: Table, stride: usize) -> Self {
+        let pages = Some(InPages {
+            table,
+            stride,
+            skipped: 0,
+        });
+        Self { pages, ..self }
     }
 
     /// The rows of `keys`, counted from 0 again.
     pub(super) fn of(self, keys: Range<usize>) -> Self {
         debug_assert!(keys.start <= keys.end && keys.end <= self.count);
         Self {
-            first: self.address(keys.start),
+            first: match self.pages {
+                None => self.address(keys.start),
+                Some(_) => self.first,
+            },
             count: keys.len(),
+            pages: self.pages.map(|pages| InPages {
+                skipped: pages.skipped + keys.start,
+                ..pages
+            }),
             #[cfg(test)]
             breaks: self.breaks.map(|b| b.after(keys.start)),
             ..self
@@ -63,6 +102,7 @@ impl KvRows {
     #[inline(always)]
     pub(super) fn run(self, key: usize) -> Run {
         let count = self.count.saturating_sub(key);
+        let count = self.pages.map_or(count, |p| count.min(p.left_at(key)));
         #[cfg(test)]
         let count = self.breaks.map_or(count, |b| count.min(b.left_at(key)));
         Run {
@@ -106,10 +146,50 @@ impl KvRows {
 
     #[inline(always)]
     fn address(self, key: usize) -> *const u8 {
+        if let Some(pages) = self.pages {
+            // There may be no page for a key past the last.
+            let key = if key < self.count { key } else { 0 };
+            return if self.count == 0 {
+                self.first
+            } else {
+                self.first.wrapping_add(pages.offset(key, self.stride))
+            };
+        }
         let offset = key.wrapping_mul(self.stride);
         #[cfg(test)]
         let offset = offset + self.breaks.map_or(0, |b| b.bytes_before(key));
         self.first.wrapping_add(offset)
+    }
+}
+
+impl Table {
+    /// `page_size` is a power of two.
+    pub(super) fn new(entries: *const i32, page_size: usize) -> Self {
+        Self {
+            entries,
+            log2_size: page_size.trailing_zeros(),
+        }
+    }
+}
+
+impl InPages {
+    /// Rows from that of `key` to the end of its page.
+    #[inline(always)]
+    fn left_at(self, key: usize) -> usize {
+        let size = 1usize << self.table.log2_size;
+        size - (self.skipped + key) % size
+    }
+
+    /// Bytes from the first row of page 0 to the row of a key that is there.
+    #[inline(always)]
+    fn offset(self, key: usize, stride: usize) -> usize {
+        let (key, size) = (self.skipped + key, 1usize << self.table.log2_size);
+        // SAFETY: the table has an entry for each key.
+        let page = unsafe { *self.table.entries.add(key >> self.table.log2_size) };
+        let in_page = (key % size).wrapping_mul(stride);
+        (page as usize)
+            .wrapping_mul(self.stride)
+            .wrapping_add(in_page)
     }
 }
 

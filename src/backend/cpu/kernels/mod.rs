@@ -38,6 +38,7 @@ mod query_row;
 mod running;
 mod schedule;
 mod scratch;
+mod sequences;
 mod simd;
 mod softmax;
 mod span;

@@ -397,6 +397,8 @@ impl Data {
             } else {
                 std::ptr::null_mut()
             },
+            block_table: null(),
+            key_lengths: null(),
         };
         Job {
             problem: &self.problem,
