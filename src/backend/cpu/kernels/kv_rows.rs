@@ -146,16 +146,12 @@ impl KvRows {
 
     #[inline(always)]
     fn address(self, key: usize) -> *const u8 {
-        if let Some(pages) = self.pages {
+        let offset = match self.pages {
+            None => key.wrapping_mul(self.stride),
+            Some(pages) if key < self.count => pages.offset(key, self.stride),
             // There may be no page for a key past the last.
-            let key = if key < self.count { key } else { 0 };
-            return if self.count == 0 {
-                self.first
-            } else {
-                self.first.wrapping_add(pages.offset(key, self.stride))
-            };
-        }
-        let offset = key.wrapping_mul(self.stride);
+            Some(_) => 0,
+        };
         #[cfg(test)]
         let offset = offset + self.breaks.map_or(0, |b| b.bytes_before(key));
         self.first.wrapping_add(offset)
