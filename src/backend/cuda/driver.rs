@@ -201,6 +201,16 @@ impl Stream {
         unsafe { result::stream::synchronize(self.raw) }.map_err(failed("waiting for a stream"))
     }
 
+    /// A number that no other stream has or had.
+    pub(super) fn id(&self) -> Result<u64> {
+        let mut id = 0;
+        // SAFETY: the stream lives, and the driver writes one number.
+        unsafe { sys::cuStreamGetId(self.raw, &raw mut id) }
+            .result()
+            .map_err(failed("asking for a stream's id"))?;
+        Ok(id)
+    }
+
     /// Makes what follows on this stream wait for the event.
     pub(super) fn wait(&self, event: &Event) -> Result<()> {
         use sys::CUevent_wait_flags_enum::CU_EVENT_WAIT_DEFAULT;
@@ -234,10 +244,19 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
+    /// One that knows when it happened.
     pub(super) fn create(context: &Arc<Context>) -> Result<Self> {
+        Self::with(context, sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    /// One that streams and the host wait for: the GPU notes no time.
+    pub(super) fn without_time(context: &Arc<Context>) -> Result<Self> {
+        Self::with(context, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    fn with(context: &Arc<Context>, flags: sys::CUevent_flags) -> Result<Self> {
         context.enter()?;
-        let raw = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)
-            .map_err(failed("making an event"))?;
+        let raw = result::event::create(flags).map_err(failed("making an event"))?;
         Ok(Self {
             raw,
             context: Arc::clone(context),

@@ -7,6 +7,7 @@ use super::fit::Machine;
 use super::images::Images;
 use super::modules::{Function, Modules};
 use super::options::CudaOptions;
+use super::order::Order;
 use super::scratch::Pool;
 use super::spec::Spec;
 use super::table::Capability;
@@ -19,10 +20,9 @@ pub(crate) struct Gpu {
     pub(super) pool: Pool,
     /// Events to use again.
     events: Mutex<Vec<Event>>,
-    /// Held while a command is put on a stream and that stream is ordered with [`Self::stream`], so
-    /// that commands follow each other whole, and what a command uploads on a caller's stream counts
-    /// as uploaded only where others wait for it.
-    submitting: Mutex<()>,
+    /// Held while a command is put on a stream, so that commands follow each other whole, and what a command
+    /// uploads on a caller's stream counts as uploaded only where others wait for it.
+    order: Mutex<Order>,
     /// When the clock that timings are read from began.
     pub(super) epoch: Event,
     pub(super) stream: Stream,
@@ -43,7 +43,7 @@ impl Gpu {
             modules: Modules::new(images),
             pool: Pool::default(),
             events: Mutex::default(),
-            submitting: Mutex::default(),
+            order: Mutex::new(Order::new()),
             epoch,
             stream,
             rows,
@@ -68,10 +68,22 @@ impl Gpu {
     }
 
     /// The right to put a command on a stream of this GPU.
-    pub(super) fn submitting(&self) -> MutexGuard<'_, ()> {
-        self.submitting
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn submitting(&self) -> MutexGuard<'_, Order> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The right to put work on the device's own stream, which waits for all that was submitted before.
+    pub(super) fn submitting_own(&self) -> Result<MutexGuard<'_, Order>> {
+        let mut order = self.submitting();
+        self.context.enter()?;
+        order.before_own(&self.stream)?;
+        Ok(order)
+    }
+
+    /// Makes the device's own stream wait for all that was submitted on callers'.
+    pub(super) fn join(&self) -> Result<()> {
+        self.context.enter()?;
+        self.submitting().join(&self.stream)
     }
 
     pub(super) fn machine(&self) -> Machine {

@@ -65,6 +65,7 @@ impl CudaMemory {
                 newer: Newer::Same,
             }),
         };
+        let _submitting = gpu.submitting_own()?;
         // SAFETY: the memory has these bytes, and all its uses come after this on the same stream or
         // on one that waits for it.
         unsafe { result::memset_d8_async(memory.device, 0, bytes, gpu.stream.raw()) }
@@ -134,8 +135,8 @@ impl CudaMemory {
     }
 
     /// Uploads the mirror on `stream` where the host's side is newer, before a kernel on `stream` uses the memory.
-    /// From here on the upload counts as done for every command, so the caller holds [`Gpu::submitting`] until the
-    /// device's own stream, which orders the commands of all streams, waits for `stream`.
+    /// From here on the upload counts as done for every command, so the caller holds [`Gpu::submitting`] until later
+    /// commands are known to come after what `stream` has.
     pub(super) fn prepare(&self, stream: &Stream, access: Access) -> Result<()> {
         let mut mirror = self.mirror();
         if mirror.newer == Newer::Host {
@@ -164,6 +165,8 @@ impl Memory for CudaMemory {
     }
 
     fn host(&self, access: Access) -> Result<*mut u8> {
+        // Before the mirror is locked, which a command that is submitted does later.
+        self.gpu.join()?;
         let mut mirror = self.mirror();
         if self.foreign && mirror.newer == Newer::Same {
             mirror.newer = Newer::Device;
@@ -203,7 +206,7 @@ impl Memory for CudaMemory {
     unsafe fn upload(&self, at: usize, bytes: &[u8]) -> Result<()> {
         // Taken before the mirror is locked: `prepare` on a caller's stream marks the mirror as uploaded before the
         // device's own stream waits for that upload. Without this lock the copy below could run before the upload.
-        let _submitting = self.gpu.submitting();
+        let _submitting = self.gpu.submitting_own()?;
         let mut mirror = self.mirror();
         if mirror.newer != Newer::Host {
             // Some of the bytes may have gone before one failed: the host's side is no longer the same.
@@ -226,6 +229,7 @@ impl Memory for CudaMemory {
 
     /// Brings the bytes alone to the host, where its side is not as new as the GPU's.
     unsafe fn download(&self, at: usize, into: &mut [u8]) -> Result<()> {
+        self.gpu.join()?;
         let mirror = self.mirror();
         let current = match mirror.newer {
             Newer::Host => true,
@@ -254,7 +258,7 @@ impl Memory for CudaMemory {
         let source = Self::of(source, &self.gpu)
             .ok_or_else(|| MlxError::expected("copy_from", "memory of this GPU", "another's"))?;
         {
-            let _submitting = self.gpu.submitting();
+            let _submitting = self.gpu.submitting_own()?;
             // The mirrors are locked one after the other: `self` and `source` may be the same memory. Neither mirror
             // becomes newer than its GPU bytes meanwhile, since no guard is given out during a copy.
             let on_host = |memory: &Self| memory.mirror().newer == Newer::Host;

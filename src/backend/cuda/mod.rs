@@ -16,6 +16,7 @@ mod memory;
 mod modules;
 mod nvrtc;
 mod options;
+mod order;
 mod params;
 mod prepared;
 mod scratch;

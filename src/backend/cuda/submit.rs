@@ -73,8 +73,7 @@ fn held(steps: Vec<Step>) -> Held {
 
 fn commit(gpu: &Arc<Gpu>, steps: Vec<Step>) -> Result<Running> {
     compile_first(gpu, &steps);
-    let _submitting = gpu.submitting();
-    gpu.context.enter()?;
+    let _submitting = gpu.submitting_own()?;
     let (start, end) = (gpu.event()?, gpu.event()?);
     let encode = |held: &mut Held| {
         start.record(&gpu.stream)?;
@@ -154,35 +153,39 @@ impl Drop for Committed {
 
 /// A command on a stream of the caller's, with what it touches. Dropping it waits.
 pub(crate) struct Enqueued {
-    end: Event,
+    gpu: Arc<Gpu>,
+    end: Option<Arc<Event>>,
     held: Held,
 }
 
-/// Puts steps on a stream of the caller's: after what our own stream has, and before what it gets.
+/// Puts steps on a stream of the caller's: after all that was submitted before, and before what comes later.
 pub(super) fn enqueue(gpu: &Arc<Gpu>, steps: Vec<Step>, stream: &Stream) -> Result<Enqueued> {
     compile_first(gpu, &steps);
-    let _submitting = gpu.submitting();
+    let mut order = gpu.submitting();
     gpu.context.enter()?;
-    let (before, end) = (gpu.event()?, gpu.event()?);
-    before.record(&gpu.stream)?;
-    stream.wait(&before)?;
+    order.before_callers(&gpu.context, &gpu.stream, stream)?;
+    let end = Arc::new(order.event(&gpu.context)?);
     let encode = |held: &mut Held| {
         encode(gpu, &held.steps, stream, &mut held.temporaries)?;
         end.record(stream)?;
-        gpu.stream.wait(&end)
+        order.after_callers(stream, &end)
     };
     let held = encode_or_wait(held(steps), encode, || stream.synchronize())?;
-    gpu.give_back(before);
-    Ok(Enqueued { end, held })
+    drop(order);
+    Ok(Enqueued {
+        gpu: Arc::clone(gpu),
+        end: Some(end),
+        held,
+    })
 }
 
 impl Enqueued {
     pub(crate) fn wait(&self) -> Result<()> {
-        self.end.synchronize()
+        self.end.as_ref().map_or(Ok(()), |end| end.synchronize())
     }
 
     pub(crate) fn is_done(&self) -> bool {
-        self.end.has_happened()
+        self.end.as_ref().is_none_or(|end| end.has_happened())
     }
 }
 
@@ -190,6 +193,9 @@ impl Drop for Enqueued {
     fn drop(&mut self) {
         let waited = self.wait();
         release(std::mem::take(&mut self.held), &waited);
+        if let Some(end) = self.end.take() {
+            self.gpu.submitting().give_back(end);
+        }
     }
 }
 
