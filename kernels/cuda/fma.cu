@@ -1,6 +1,6 @@
-// Attention in f32 without tensor cores. 128 threads: 16 groups of rows by 8 of columns; a thread has
-// BM / 16 rows, every 8th key in Q K^T, and 4 of every 32 columns in P V. Products are summed in runs
-// of at most 32, runs one after another.
+// Attention in f32 without tensor cores, for head dims for which those of tf32.cu would not have the registers. 128
+// threads: 16 groups of rows by 8 of columns; a thread has BM / 16 rows, every 8th key in Q K^T, and 4 of every 32 columns
+// in P V. Products are summed in runs of at most 32, runs one after another.
 //
 // Macros: D, BM and BN (multiples of 16), KV_F16, PACK = 0, and MASK, SOFTCAP and ALIBI: all 1, or all 0.
 

@@ -46,6 +46,12 @@ template <int N> DEV void bias(float (&s)[N], const Params& p, const Tile& t, bo
 }
 #endif
 
+DEV float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // A maximum to subtract: a row that has seen nothing yet subtracts 0, so that -inf - -inf never is.
 DEV float finite_max(float m) { return m == NEG_INF ? 0.0f : m; }
 

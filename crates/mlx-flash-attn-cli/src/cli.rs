@@ -126,6 +126,9 @@ pub(crate) struct VerifyArgs {
     /// Run every Nth case, from the Kth on, so that N runs cover all
     #[arg(long, value_name = "K/N", default_value = "1/1", value_parser = args::part)]
     pub(crate) part: (usize, usize),
+    /// Run the cases whose name has this text, such as `f32-d` or `d128-`: the matrix and `--digests` name them
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) only: Option<String>,
     /// Write a hash of each case's results and its name to this file, a line each: two builds that give the
     /// same bits write the same file
     #[arg(long, value_name = "FILE")]

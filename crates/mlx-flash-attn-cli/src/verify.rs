@@ -23,17 +23,21 @@ pub(crate) fn execute(args: &VerifyArgs, results: &mut Results) -> Result<Status
         Scope::Full
     };
     let (part, parts) = args.part;
-    let cases: Vec<_> = verify::cases(scope, &device)
-        .into_iter()
-        .skip(part - 1)
-        .step_by(parts)
-        .collect();
+    let only = args.only.as_deref().unwrap_or_default();
+    let asked = |device: &MlxDevice| {
+        let cases = verify::cases(scope, device).into_iter();
+        cases.filter(|case| case.name().contains(only))
+    };
+    let cases: Vec<_> = asked(&device).skip(part - 1).step_by(parts).collect();
+    if cases.is_empty() && parts == 1 {
+        anyhow::bail!("--only: no case's name has `{only}`");
+    }
     let mut report = Report::default();
     // The CPU serves everything, so what its matrix has more of is what this device lacks. Parts of
     // two matrices do not compare.
     if device.kind() != DeviceKind::Cpu && parts == 1 {
         let forms = 1 + i64::from(args.poison);
-        for case in verify::cases(scope, &MlxDevice::open(DeviceKind::Cpu)?) {
+        for case in asked(&MlxDevice::open(DeviceKind::Cpu)?) {
             report.expect(&case, forms);
         }
         for case in &cases {

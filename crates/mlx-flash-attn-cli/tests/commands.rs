@@ -70,6 +70,17 @@ fn verify_as_json_and_for_people() {
 }
 
 #[test]
+fn verify_only_some_cases() {
+    let counted = |only: &str| {
+        let ran = words(&format!("verify --quick --device cpu --json --only {only}"));
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        json_lines(&ran.stdout)[0]["cases"].as_u64().unwrap()
+    };
+    let [f16, narrow] = ["f16-d", "f16-d32-"].map(counted);
+    assert!(0 < narrow && narrow < f16, "{narrow} of {f16}");
+}
+
+#[test]
 fn bench_as_json() {
     let ran = words(
         "bench --shape 1,2,1,16,24,32 --shape 2,1,1,1,8,64 --dtype f16 --causal --window 7 \

@@ -57,6 +57,7 @@ fn wrong_command_lines() {
         ("run -i x -o y --device tpu", "--device"),
         ("run -i x -o y --unknown", "--unknown"),
         ("verify --device abacus", "--device"),
+        ("verify --quick --device cpu --only d65-", "--only"),
         ("bench", "--shape"),
         ("bench --shape 1,8,2,128,64", "got 5"),
         ("bench --shape 1,8,2,128,128,64,1", "got 7"),

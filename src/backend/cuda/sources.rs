@@ -73,7 +73,10 @@ pub(super) static HOPPER: &[&str] = hopper!(
 /// The same at head dim 512.
 pub(super) static HOPPER_WIDE: &[&str] = hopper!("../../../kernels/cuda/hopper512.cu");
 
-/// Attention in f32.
+/// Attention in f32 on tensor cores.
+pub(super) static TF32: &[&str] = tiled!(include_str!("../../../kernels/cuda/tf32.cu"));
+
+/// The same without them.
 pub(super) static FMA: &[&str] = tiled!(include_str!("../../../kernels/cuda/fma.cu"));
 
 /// The join of partial results.

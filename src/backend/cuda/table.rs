@@ -145,6 +145,11 @@ enum Text {
         across: usize,
         stages: usize,
     },
+    /// Warps of `16 * high` rows. `packs`: the heads of one key/value head can share a tile.
+    Tf32 {
+        high: usize,
+        packs: bool,
+    },
     Fma,
     /// A warpgroup for each 64 rows of a tile. Registers of the producer's threads and of the others'.
     Hopper {
@@ -232,6 +237,26 @@ const ONE_STEP: &[u8] = &[BOUNDS | PACKED | SOFTCAP, BOUNDS | PACKED | ALIBI];
 /// Four warps for the same rows.
 const fn shared_rows(high: usize) -> Text {
     Text::Portable { high, across: 4 }
+}
+
+const fn tf32(dims: &'static [usize], bm: usize, bn: usize, high: usize, blocks: usize) -> Row {
+    Row {
+        dtypes: &[DType::F32],
+        ..portable(dims, bm, bn, Text::Tf32 { high, packs: false }, blocks)
+    }
+}
+
+/// For so few query rows of all heads of a key/value head that what tiles share counts for more than the row's division.
+const fn few_tf32(dims: &'static [usize], bm: usize, bn: usize, blocks: usize) -> Row {
+    let text = Text::Tf32 {
+        high: 1,
+        packs: true,
+    };
+    Row {
+        text,
+        rows: 512,
+        ..tf32(dims, bm, bn, 1, blocks)
+    }
 }
 
 const fn fma(dims: &'static [usize], bm: usize, bn: usize) -> Row {
@@ -348,7 +373,22 @@ const ATTENTION: &[Row] = &[
     portable(&[512], 32, 64, shared_rows(2), 1),
     portable(&[512], 32, 32, shared_rows(2), 1),
     portable(&[512], 16, 32, shared_rows(1), 1),
-    fma(&[32, 40, 48, 64, 72, 80, 96, 112, 128, 192, 256], 32, 32),
+    few_tf32(NARROW, 64, 32, 2),
+    few_tf32(MIDDLE, 64, 32, 2),
+    few_tf32(MIDDLE, 64, 32, 1),
+    few_tf32(&[192], 64, 32, 2),
+    few_tf32(&[192], 64, 32, 1),
+    few_tf32(&[256], 64, 16, 2),
+    few_tf32(&[256], 64, 16, 1),
+    tf32(NARROW, 128, 32, 2, 2),
+    tf32(NARROW, 64, 32, 1, 2),
+    tf32(MIDDLE, 64, 32, 1, 2),
+    tf32(MIDDLE, 64, 32, 1, 1),
+    tf32(&[192], 64, 32, 1, 2),
+    tf32(&[192], 64, 32, 1, 1),
+    tf32(&[256], 128, 32, 1, 1),
+    tf32(&[256], 128, 16, 1, 1),
+    tf32(&[256], 64, 16, 1, 1),
     fma(&[512], 16, 16),
 ];
 
@@ -369,7 +409,7 @@ pub(super) fn attention(needs: Needs, gpu: Capability) -> impl Iterator<Item = &
 impl Row {
     /// Whether a processor's shared memory holds its threadblocks, each with what the driver adds.
     fn holds(&self, needs: Needs, gpu: Capability) -> bool {
-        if !self.packs() {
+        if self.maps() || self.text == Text::Fma {
             return true;
         }
         let (block, processor) = gpu.shared_bytes();
@@ -388,7 +428,11 @@ impl Row {
 
     /// Whether the heads of one key/value head can share a tile.
     pub(super) fn packs(&self) -> bool {
-        matches!(self.text, Text::Portable { .. } | Text::Few { .. })
+        match self.text {
+            Text::Portable { .. } | Text::Few { .. } => true,
+            Text::Tf32 { packs, .. } => packs,
+            _ => false,
+        }
     }
 
     /// The fewest key tiles that are worth a part of their own, and those whose time a part takes besides.
@@ -441,6 +485,15 @@ impl Row {
                 macros.push(("BF16", i64::from(needs.dtype == DType::BF16)));
                 (sources::FEW, 32 * warps)
             }
+            Text::Tf32 { high, .. } => {
+                let warps = self.bm / 16 / high;
+                macros.extend(self.general(needs, false));
+                macros.push(("MT", high as i64));
+                macros.push(("WARPS", warps as i64));
+                macros.push(("BLOCKS", self.blocks as i64));
+                macros.push(("KV_F16", i64::from(needs.kv_dtype == DType::F16)));
+                (sources::TF32, 32 * warps)
+            }
             Text::Fma => {
                 macros.extend(self.general(needs, false));
                 macros.push(("KV_F16", i64::from(needs.kv_dtype == DType::F16)));
@@ -467,7 +520,7 @@ impl Row {
             shared: self.shared_bytes(needs) as u32,
             flush: self.maps(),
             waits: self.text != Text::Fma,
-            crowded: matches!(self.text, Text::Portable { .. }),
+            crowded: matches!(self.text, Text::Portable { .. } | Text::Tf32 { .. }),
         }
     }
 
@@ -519,6 +572,7 @@ impl Row {
                 let results = bm * (d.next_multiple_of(16) + 8) * 4;
                 bm * row_bytes(d) + warps / across * ring.max(results)
             }
+            Text::Tf32 { .. } => 4 * (bm + 2 * bn) * (d + 4),
             Text::Fma => 4 * ((bm + bn) * (d + 4) + bm * (bn + 4)),
             Text::Hopper { .. } => self.hopper_bytes(needs, self.buffers(needs)),
             Text::HopperWide => 208 * 1024 + 1200 + 4096 + self.list_bytes(needs) + 8,
