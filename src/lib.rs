@@ -49,7 +49,7 @@ pub mod abi {
     /// The structs that the kernels read.
     pub mod params {
         pub use crate::backend::metal::params::{
-            AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu,
+            AttnExtraParamsGpu, AttnMaskParamsGpu, AttnPagesParamsGpu, AttnParamsGpu,
         };
         pub use crate::backend::shared_params::{
             BlkParamsGpu, BlockFillParamsGpu, MaskFillParamsGpu, VecParamsGpu,

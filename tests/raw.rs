@@ -5,13 +5,15 @@
 mod common;
 
 use bytemuck::Zeroable;
-use common::{Qkv, commit, devices, output, shape};
+use common::{Qkv, attend, commit, devices, normal, output, shape};
 use mlx_flash_attn::abi::bindings::names;
 use mlx_flash_attn::abi::params::{
-    AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu, BlkParamsGpu, BlockFillParamsGpu,
-    MaskFillParamsGpu,
+    AttnExtraParamsGpu, AttnMaskParamsGpu, AttnPagesParamsGpu, AttnParamsGpu, BlkParamsGpu,
+    BlockFillParamsGpu, MaskFillParamsGpu,
 };
+use mlx_flash_attn::attention::{KeyLengths, Pages, QueryOffset};
 use mlx_flash_attn::encoder::{KernelArg, MTLSize, as_bytes};
+use mlx_flash_attn::ops::Operands;
 use mlx_flash_attn::ops::flash_attn_prefill_mask::{
     SdpaMaskParams, build_block_diagonal_sdpa_mask_bf16, build_sdpa_mask_f16,
 };
@@ -114,7 +116,7 @@ fn dispatches_in_the_named_kernels_own_geometry_give_what_the_problem_gives() {
         ] {
             let data = Qkv::new(31, DType::BF16, shape([1, HEADS, 1], (ROWS, KEYS), dim));
             let builder = data.builder().causal(true);
-            let builder = builder.query_offset(mlx_flash_attn::attention::QueryOffset::At(0));
+            let builder = builder.query_offset(QueryOffset::At(0));
             let (_, want) = data.run(&device, &builder.build().unwrap());
             for in_buffers in [false, true] {
                 let raw = Raw {
@@ -127,6 +129,82 @@ fn dispatches_in_the_named_kernels_own_geometry_give_what_the_problem_gives() {
                 assert_eq!(run(&device, &data, &raw), want, "{what}");
             }
         }
+    }
+}
+
+/// The last 41 of 50 keys in 5 of 7 pages, with the length in a buffer.
+#[test]
+fn pages_and_lengths_by_constants_give_what_the_problem_gives() {
+    let (dim, pages, page_size, length) = (64, 7, 16, 41u32);
+    let mut data = Qkv::new(33, DType::BF16, shape([1, HEADS, 1], (ROWS, KEYS), dim));
+    let pool = pages * page_size * dim;
+    (data.k, data.v) = (normal(1, pool, data.dtype), normal(2, pool, data.dtype));
+    let problem = data
+        .builder()
+        .causal(true)
+        .query_offset(QueryOffset::BottomRight)
+        .pages(Pages {
+            count: pages,
+            page_size,
+            per_sequence: 5,
+        })
+        .key_lengths(KeyLengths::Device);
+    let problem = problem.build().unwrap();
+    for device in devices() {
+        if device.supports(&problem).is_err() {
+            continue;
+        }
+        let [q, k, v, out] = data.buffers(&device);
+        let table = device.buffer_from_slice(&[6i32, 0, 3, 2, -1], DType::I32, vec![5]);
+        let lengths = device.buffer_from_slice(&[length], DType::U32, vec![1]);
+        let (table, lengths) = (table.unwrap(), lengths.unwrap());
+        let operands = Operands {
+            block_table: Some(&table),
+            key_lengths: Some(&lengths),
+            ..Operands::new(&q, &k, &v, &out)
+        };
+        attend(&device, &problem, &operands);
+        let want = common::bytes(&out);
+
+        let strides = [page_size * dim, page_size * dim, dim].map(|n| n as i64);
+        let params = AttnParamsGpu {
+            k_strides: strides,
+            v_strides: strides,
+            ..params(dim, 32)
+        };
+        let extra = AttnExtraParamsGpu {
+            window: -1,
+            window_right: -1,
+            bottom_right: 1,
+            ..Zeroable::zeroed()
+        };
+        let in_pages = AttnPagesParamsGpu {
+            count: 7,
+            shift: 4,
+            per_sequence: 5,
+        };
+        let (mut registry, handle) = (KernelRegistry::new(), device.metal_device());
+        let bools = [(301, true), (313, true), (314, true)];
+        let kernel = "flash_attn_prefill_bf16_d64";
+        let pipeline = registry.get_pipeline_with_bool_constants(kernel, handle, &bools);
+        let out = output(&device, data.q.len(), data.dtype);
+        let args = [
+            (0, KernelArg::Buffer(&q)),
+            (1, KernelArg::Buffer(&k)),
+            (2, KernelArg::Buffer(&v)),
+            (3, KernelArg::Buffer(&out)),
+            (4, KernelArg::Bytes(as_bytes(&params))),
+            (8, KernelArg::Bytes(as_bytes(&extra))),
+            (14, KernelArg::Buffer(&table)),
+            (15, KernelArg::Buffer(&lengths)),
+            (16, KernelArg::Bytes(as_bytes(&in_pages))),
+        ];
+        let grid = MTLSize::new(ROWS.div_ceil(32) as u64, HEADS as u64, 1);
+        commit(&device, |e| {
+            e.encode_threadgroups_with_args(pipeline.unwrap(), &args, grid, MTLSize::new(32, 4, 1));
+            Ok(())
+        });
+        assert_eq!(common::bytes(&out), want, "{}", device.kind());
     }
 }
 

@@ -34,8 +34,8 @@ template <typename KV>
     const int dim = int(p.head_dim);
     const long split = group.x, head = group.y;
     const long kv_head = head / (p.num_heads / p.num_kv_heads);
-    device const KV* keys = k + kv_head * long(p.kv_capacity) * dim;
-    device const KV* values = v + kv_head * long(p.kv_capacity) * dim;
+    const long first = kv_head * long(p.kv_capacity) * dim;
+    const KvRows<KV> keys{k + first, dim}, values{v + first, dim};
 
     float query[MAX_PER_LANE], o[MAX_PER_LANE];
     UNROLL for (int i = 0; i < MAX_PER_LANE; ++i) {
@@ -53,7 +53,7 @@ template <typename KV>
         float step_max = running_max;
         UNROLL for (int j = 0; j < KEYS_A_STEP; ++j) {
             if (j >= there) { continue; }
-            device const KV* key = kv_row(keys, dim, k0 + j);
+            device const KV* key = kv_row(keys, k0 + j);
             float dot = 0.0f;
             UNROLL for (int i = 0; i < MAX_PER_LANE; ++i) {
                 const int d = i * 32 + lane;
@@ -74,7 +74,7 @@ template <typename KV>
             if (j >= there) { continue; }
             const float weight = weight_at(x[j] - step_max);
             running_sum += weight;
-            device const KV* value = kv_row(values, dim, k0 + j);
+            device const KV* value = kv_row(values, k0 + j);
             UNROLL for (int i = 0; i < MAX_PER_LANE; ++i) {
                 const int d = i * 32 + lane;
                 if (d < dim) { o[i] += weight * float(value[d]); }

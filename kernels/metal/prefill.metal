@@ -17,8 +17,7 @@ METAL_FUNC bool tile(
     ushort sg, ushort lane, bool careful) {
     threadgroup T* q_tile = reinterpret_cast<threadgroup T*>(q_words);
     const Cell cell = lane_cell(lane);
-    const long q_stride = p.Q_strides[2], k_stride = p.K_strides[2];
-    const long v_stride = p.V_strides[2], o_stride = p.O_strides[2];
+    const long q_stride = p.Q_strides[2], o_stride = p.O_strides[2];
     const float softcap = p.softcapping;
 
     // Q, with zeros past the last row.
@@ -66,7 +65,7 @@ METAL_FUNC bool tile(
     NO_UNROLL for (int k0 = any.x / G::C * G::C; k0 < any.y; k0 += G::C) {
         bool masked = has_mask, hides = false;
         if (has_blk) {
-            const int classes = chunk_classes<G>(at.blk, q0, k0, bounds.keys);
+            const int classes = chunk_classes<G>(at.blk, at.blk_across, q0, k0);
             if (classes == 0) { continue; }
             const int kind = (classes >> (cells / G::CLASS_BK * 2)) & 3;
             masked = kind == CLASS_MIXED;
@@ -98,8 +97,7 @@ METAL_FUNC bool tile(
                     const int there = bounds.keys - key;
                     if (there <= 0) { continue; }
                     simdgroup_matrix<T, 8, 8> k_block;
-                    load_block<T, true>(
-                        k_block, kv_row(at.k, k_stride, key) + d, k_stride, align_k ? 8 : there, cell);
+                    load_block<T, true>(k_block, at.k, key, d, align_k ? 8 : there, cell);
                     UNROLL for (int rb = 0; rb < G::ROW_BLOCKS; ++rb) {
                         simdgroup_multiply_accumulate(part[kb][rb], q_block[rb], k_block, part[kb][rb]);
                     }
@@ -134,7 +132,7 @@ METAL_FUNC bool tile(
             NO_UNROLL for (int c = 0; c < G::CELLS; ++c) {
                 const int key = k0 + cells + c;
                 if (!sees_cell<T, G, is_bool>(at, bounds, q0, row, key)) { continue; }
-                device const T* k_row = kv_row(at.k, k_stride, key);
+                device const T* k_row = kv_row(at.k, key);
                 s_row[c] = finite_score<T>(s_row[c], limit, q_tile + row * G::LDQ, k_row, G::D);
             }
         }
@@ -178,9 +176,9 @@ METAL_FUNC bool tile(
             }
         }
         if (careful) {
-            add_values<true, T, G>(o, at, v_stride, k0, bounds.keys, p_tile, cell, sg);
+            add_values<true, T, G>(o, at, k0, bounds.keys, p_tile, cell, sg);
         } else {
-            add_values<false, T, G>(o, at, v_stride, k0, bounds.keys, p_tile, cell, sg);
+            add_values<false, T, G>(o, at, k0, bounds.keys, p_tile, cell, sg);
         }
     }
 
@@ -215,7 +213,7 @@ METAL_FUNC bool tile(
                 return false;
             }
         } else {
-            add_infinite_values<T, G, is_bool>(o, at, bounds, v_stride, any, q0, rows, cell, sg);
+            add_infinite_values<T, G, is_bool>(o, at, bounds, any, q0, rows, cell, sg);
         }
     }
 
@@ -254,8 +252,11 @@ template <typename T, int D, int BQ, int C, int NSG, bool is_bool, int ALIAS>
     device const float* sinks [[buffer(9), function_constant(has_sinks)]],
     device const float* slopes [[buffer(10), function_constant(has_alibi)]],
     device float* lse [[buffer(11), function_constant(has_lse)]],
-    constant uint* cu_seqlens_q [[buffer(12), function_constant(is_varlen)]],
+    constant uint* cu_seqlens_q [[buffer(12), function_constant(has_cu_q)]],
     constant uint* cu_seqlens_k [[buffer(13), function_constant(is_varlen)]],
+    device const int* block_table [[buffer(14), function_constant(is_paged)]],
+    device const uint* key_lengths [[buffer(15), function_constant(has_key_lengths)]],
+    constant AttnPagesParams& pages [[buffer(16), function_constant(is_paged)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort sg [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -268,17 +269,23 @@ template <typename T, int D, int BQ, int C, int NSG, bool is_bool, int ALIAS>
     // The last tiles see the most keys under causal visibility, so they go first.
     const int q0 = (p.NQ - 1 - int(group.x)) * BQ;
     const long head = group.y, kv_head = head / p.gqa_factor;
-    long batch = group.z, q_start = 0, k_start = 0;
+    const long sequence = group.z;
+    long batch = sequence, k_batch = sequence, q_start = 0, k_start = 0;
     int queries = p.qL;
     Bounds bounds{p.qL_off, -1, -1, p.kL};
-    if (is_varlen) {
-        q_start = cu_seqlens_q[batch];
-        k_start = cu_seqlens_k[batch];
-        queries = int(cu_seqlens_q[batch + 1] - cu_seqlens_q[batch]);
-        bounds.keys = int(cu_seqlens_k[batch + 1] - cu_seqlens_k[batch]);
-        if (extra.bottom_right != 0) { bounds.offset = bounds.keys - queries; }
+    if (has_cu_q) {
+        q_start = cu_seqlens_q[sequence];
+        queries = int(cu_seqlens_q[sequence + 1] - cu_seqlens_q[sequence]);
         batch = 0;
     }
+    if (is_varlen) {
+        k_start = cu_seqlens_k[sequence];
+        bounds.keys = int(cu_seqlens_k[sequence + 1] - cu_seqlens_k[sequence]);
+        k_batch = 0;
+    }
+    if (has_key_lengths) { bounds.keys = int(min(key_lengths[sequence], uint(p.kL))); }
+    if ((has_cu_q || has_key_lengths) && extra.bottom_right != 0) { bounds.offset = bounds.keys - queries; }
+    if (is_paged) { k_batch = 0; }
     if (has_window) {
         bounds.window = extra.window;
         bounds.window_right = extra.window_right;
@@ -288,8 +295,17 @@ template <typename T, int D, int BQ, int C, int NSG, bool is_bool, int ALIAS>
 
     Operands<T> at;
     at.q = q + batch * p.Q_strides[0] + head * p.Q_strides[1] + q_start * p.Q_strides[2];
-    at.k = k + batch * p.K_strides[0] + kv_head * p.K_strides[1] + k_start * p.K_strides[2];
-    at.v = v + batch * p.V_strides[0] + kv_head * p.V_strides[1] + k_start * p.V_strides[2];
+    at.k.first = k + k_batch * p.K_strides[0] + kv_head * p.K_strides[1] + k_start * p.K_strides[2];
+    at.v.first = v + k_batch * p.V_strides[0] + kv_head * p.V_strides[1] + k_start * p.V_strides[2];
+    at.k.stride = p.K_strides[2];
+    at.v.stride = p.V_strides[2];
+    if (is_paged) {
+        at.k.page_stride = p.K_strides[0];
+        at.v.page_stride = p.V_strides[0];
+        at.k.table = at.v.table = block_table + sequence * pages.per_sequence;
+        at.k.shift = at.v.shift = pages.shift;
+        at.k.pages = at.v.pages = uint(pages.count);
+    }
     at.o = o + batch * p.O_strides[0] + head * p.O_strides[1] + q_start * p.O_strides[2];
     if (has_mask) {
         at.mask = mask;
@@ -297,7 +313,10 @@ template <typename T, int D, int BQ, int C, int NSG, bool is_bool, int ALIAS>
         at.mask_base = batch * mask_params.M_strides[0] + head * mask_params.M_strides[1]
             + (q_start + q0) * at.mask_stride;
     }
-    if (has_blk) { at.blk = blk; }
+    if (has_blk) {
+        at.blk = blk;
+        at.blk_across = (p.kL + G::CLASS_BK - 1) / G::CLASS_BK;
+    }
     if (has_lse) { at.lse = lse + batch * extra.L_strides[0] + head * extra.L_strides[1] + q_start; }
     at.sink = has_sinks ? sinks[head] : 0.0f;
     at.slope = has_alibi ? slopes[head] : 0.0f;

@@ -75,11 +75,13 @@ METAL_FUNC float mask_cell(device const uchar* mask, long index) {
 template <typename T>
 struct Operands {
     device const T* q;
-    device const T* k;
-    device const T* v;
+    KvRows<T> k;
+    KvRows<T> v;
     device T* o;
     device const uchar* mask;
     device const uchar* blk;
+    // Class tiles of a row of them.
+    long blk_across;
     device float* lse;
     long mask_base;
     long mask_stride;
@@ -95,8 +97,7 @@ METAL_FUNC int class_of(device const uchar* blk, long first, long t) {
 
 // Classes of the class tiles of the chunk at k0, two bits each; 0 where all of them are skipped.
 template <typename G>
-METAL_FUNC int chunk_classes(device const uchar* blk, int q0, int k0, int keys) {
-    const long across = (keys + G::CLASS_BK - 1) / G::CLASS_BK;
+METAL_FUNC int chunk_classes(device const uchar* blk, long across, int q0, int k0) {
     const long first = long(q0 / G::CLASS_BQ) * across;
     int classes = 0;
     UNROLL for (int t = 0; t < G::C / G::CLASS_BK; ++t) {
@@ -112,8 +113,7 @@ METAL_FUNC bool sees_cell(
     thread const Operands<T>& at, thread const Bounds& bounds, int q0, int row, int key) {
     if (key >= bounds.keys || !sees(bounds, q0 + row, key)) { return false; }
     if (has_blk) {
-        const long across = (bounds.keys + G::CLASS_BK - 1) / G::CLASS_BK;
-        const int kind = class_of(at.blk, long(q0 / G::CLASS_BQ) * across, key / G::CLASS_BK);
+        const int kind = class_of(at.blk, long(q0 / G::CLASS_BQ) * at.blk_across, key / G::CLASS_BK);
         if (kind != CLASS_MIXED) { return kind == CLASS_FREE; }
     }
     return !has_mask
@@ -136,8 +136,7 @@ METAL_FUNC bool no_block(int column) { return G::RAGGED_COLUMNS && column >= G::
 // of V that are not finite as zero.
 template <bool careful, typename T, typename G>
 METAL_FUNC void add_values(
-    thread Accumulators<G>& o, thread const Operands<T>& at, long v_stride, int k0, int keys,
-    threadgroup const T* p_tile, Cell cell, ushort sg) {
+    thread Accumulators<G>& o, thread const Operands<T>& at, int k0, int keys, threadgroup const T* p_tile, Cell cell, ushort sg) {
     // Rolled: unrolled, the loop outgrows the instruction cache.
     NO_UNROLL for (int kb = 0; kb < G::C / 8; ++kb) {
         const int key = k0 + kb * 8;
@@ -151,8 +150,7 @@ METAL_FUNC void add_values(
             const int column = block_column<G>(j, sg);
             if (no_block<G>(column)) { break; }
             simdgroup_matrix<T, 8, 8> v_block;
-            load_block<T, false>(
-                v_block, kv_row(at.v, v_stride, key) + column, v_stride, align_k ? 8 : there, cell);
+            load_block<T, false>(v_block, at.v, key, column, align_k ? 8 : there, cell);
             if (careful) {
                 UNROLL for (ushort e = 0; e < 2; ++e) {
                     const T v = v_block.thread_elements()[e];
@@ -170,10 +168,9 @@ METAL_FUNC void add_values(
 // out: a weight is above zero, so that NaN stays NaN and an infinity keeps its sign.
 template <typename T, typename G, bool is_bool>
 METAL_FUNC void add_infinite_values(
-    thread Accumulators<G>& o, thread const Operands<T>& at, thread const Bounds& bounds, long v_stride,
-    int2 range, int q0, int rows, Cell cell, ushort sg) {
+    thread Accumulators<G>& o, thread const Operands<T>& at, thread const Bounds& bounds, int2 range, int q0, int rows, Cell cell, ushort sg) {
     NO_UNROLL for (int key = range.x; key < range.y; ++key) {
-        device const T* v_row = kv_row(at.v, v_stride, key) + cell.col;
+        device const T* v_row = kv_row(at.v, key) + cell.col;
         bool infinite = false;
         UNROLL for (int j = 0; j < G::COLUMN_BLOCKS; ++j) {
             const int column = block_column<G>(j, sg);

@@ -8,13 +8,14 @@ use std::sync::Arc;
 use super::args::Args;
 use super::decode::DecodeStep;
 use super::params::params;
-use crate::attention::MaskSpec;
 use crate::attention::layout::Strides;
-use crate::attention::{Problem, QueryOffset, Role, Shape};
+use crate::attention::{KeyLengths, MaskSpec, Pages, Problem, QueryOffset, Role, Shape};
 use crate::backend::access::Access;
 use crate::backend::command::{DecodePartials, Hint, JoinPartials, Slot, Task, Work};
 use crate::backend::metal::bindings::{coded_dtype, constant, names, other, prefill};
-use crate::backend::metal::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use crate::backend::metal::params::{
+    AttnExtraParamsGpu, AttnMaskParamsGpu, AttnPagesParamsGpu, AttnParamsGpu,
+};
 use crate::backend::metal::plan;
 use crate::backend::metal::table::{self, MaskKind, Variant};
 use crate::backend::shared_params::VecParamsGpu;
@@ -272,7 +273,7 @@ fn attention(args: &Args<'_>, raw: &RawDispatch, variant: &'static Variant) -> R
     }
     if problem.has_lse() {
         let extra: AttnExtraParamsGpu = args.params(prefill::EXTRA_PARAMS)?;
-        let packed = problem.cu_seqlens().is_some();
+        let packed = problem.cu_seqlens_q().is_some();
         let rows = problem.query_rows() as i64;
         let strides = [if packed { 0 } else { shape.heads as i64 * rows }, rows];
         args.same("strides of the log-sum-exp", strides, extra.lse_strides)?;
@@ -305,7 +306,13 @@ fn problem(args: &Args<'_>, raw: &RawDispatch, variant: &Variant) -> Result<Prob
     }
     let flag = |index| constants.bool(index);
     let packed = flag(constant::IS_VARLEN);
-    let builder = if packed {
+    let packs_queries = flag(constant::PACKS_QUERIES);
+    let builder = if packs_queries && !packed {
+        let count = size(p.b)?.saturating_add(1);
+        let cu_q: Vec<u32> = args.elements(prefill::CU_SEQLENS_Q, count)?;
+        let (dim, keys) = (variant.head_dim, size(p.kl)?);
+        Problem::varlen_queries(variant.dtype, heads, heads / group, keys, dim, &cu_q)
+    } else if packed {
         let count = size(p.b)?.saturating_add(1);
         let cu_q: Vec<u32> = args.elements(prefill::CU_SEQLENS_Q, count)?;
         let cu_k: Vec<u32> = args.elements(prefill::CU_SEQLENS_K, count)?;
@@ -363,7 +370,20 @@ fn problem(args: &Args<'_>, raw: &RawDispatch, variant: &Variant) -> Result<Prob
             row_stride: stride(row_stride)?,
         });
     }
-    if flag(constant::HAS_WINDOW) || packed {
+    if flag(constant::IS_PAGED) {
+        let pages: AttnPagesParamsGpu = args.params(prefill::PAGES_PARAMS)?;
+        let page_size = u32::try_from(pages.shift).ok();
+        builder = builder.pages(Pages {
+            count: size(pages.count)?,
+            page_size: page_size.and_then(|n| 1usize.checked_shl(n)).unwrap_or(0),
+            per_sequence: stride(pages.per_sequence)?,
+        });
+    }
+    let own_lengths = flag(constant::HAS_KEY_LENGTHS);
+    if own_lengths {
+        builder = builder.key_lengths(KeyLengths::Device);
+    }
+    if flag(constant::HAS_WINDOW) || packed || packs_queries || own_lengths {
         let extra: AttnExtraParamsGpu = args.params(prefill::EXTRA_PARAMS)?;
         if let Ok(window) = u32::try_from(extra.window) {
             builder = builder.window(window);

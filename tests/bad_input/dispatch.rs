@@ -2,7 +2,9 @@
 //! the commit must say what was wrong.
 
 use bytemuck::Zeroable;
-use mlx_flash_attn::abi::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use mlx_flash_attn::abi::params::{
+    AttnExtraParamsGpu, AttnMaskParamsGpu, AttnPagesParamsGpu, AttnParamsGpu,
+};
 use mlx_flash_attn::encoder::{KernelArg, as_bytes};
 use mlx_flash_attn::{DType, MlxBuffer, Result};
 
@@ -304,6 +306,40 @@ fn prefill() -> Vec<Row> {
             let cu = bytemuck::bytes_of(&[0u32, 1 << 30]).to_vec();
             c.bytes.extend([(12, cu.clone()), (13, cu)]);
         }),
+        raw("pages said and not stated", &["buffer 16"], |_, c| {
+            c.bools.push((313, true))
+        }),
+        raw("pages of 2,048 keys", &["page_size", "2048"], |_, c| {
+            c.bools.push((313, true));
+            c.bytes.push((16, in_pages(11)));
+        }),
+        raw("pages of a negative size", &["page_size"], |_, c| {
+            c.bools.push((313, true));
+            c.bytes.push((16, in_pages(-1)));
+        }),
+        raw("pages past the pool", &["buffer 1"], |_, c| {
+            c.bools.push((313, true));
+            c.bytes.push((16, in_pages(4)));
+        }),
+        raw("pages without a table", &["buffer 14"], |w, c| {
+            for index in [1, 2] {
+                c.buffers[index].1 = w.buffer(DType::BF16, &[16 * 64]);
+            }
+            c.bools.push((313, true));
+            c.bytes.push((16, in_pages(4)));
+        }),
+        raw("lengths said and not bound", &["buffer 15"], |_, c| {
+            c.bools.push((314, true));
+            c.bytes.push((8, vec![255; 32]));
+        }),
+        raw("lengths and no extra params", &["buffer 8"], |_, c| {
+            c.bools.push((314, true))
+        }),
+        raw(
+            "packed queries and no boundaries",
+            &["buffer 12"],
+            |_, c| c.bools.push((315, true)),
+        ),
     ];
     rows.push(raw(
         "a bool mask of the bool kernel too short",
@@ -320,6 +356,16 @@ fn prefill() -> Vec<Row> {
         },
     ));
     rows
+}
+
+/// One page for each sequence of a pool of one page of `2^shift` keys.
+fn in_pages(shift: i32) -> Vec<u8> {
+    let pages = AttnPagesParamsGpu {
+        count: 1,
+        shift,
+        per_sequence: 1,
+    };
+    as_bytes(&pages).to_vec()
 }
 
 /// Right operands under a grid, a threadgroup or constants that say something else.

@@ -53,6 +53,9 @@ impl Fixed {
             (constant::HAS_ALIBI, full),
             (constant::HAS_LSE, full),
             (constant::IS_VARLEN, full),
+            (constant::IS_PAGED, full),
+            (constant::HAS_KEY_LENGTHS, full),
+            (constant::PACKS_QUERIES, full),
         ];
         let numbers = [
             (constant::MASK_DTYPE, 1),

@@ -4,7 +4,9 @@
 use std::sync::{Arc, Mutex};
 
 use super::{Emulator, EmulatorOptions};
-use crate::attention::{MaskSpec, Problem, QueryOffset, Shape};
+use crate::attention::{
+    KeyLengths, Keys, MaskSpec, Pages, Problem, ProblemBuilder, QueryOffset, Shape,
+};
 use crate::ops::{self, Operands};
 use crate::{DType, MlxBuffer, MlxDevice, Result};
 
@@ -61,6 +63,20 @@ fn run(device: &MlxDevice, problem: &Problem) -> Vec<u32> {
     operands.sinks = Some(&sinks);
     operands.alibi_slopes = Some(&slopes);
     operands.lse = Some(&lse);
+    let lengths = (0..len(Role::KeyLengths)).map(|b| 50 - 33 * (b as u32 % 2));
+    let lengths: Vec<u32> = lengths.collect();
+    let lengths = device.buffer_from_slice(&lengths, DType::U32, vec![lengths.len()]);
+    let lengths = lengths.unwrap();
+    operands.key_lengths = Some(&lengths).filter(|_| problem.operand(Role::KeyLengths).is_some());
+    let pages = match problem.keys() {
+        Keys::Paged(pages) => pages.count,
+        _ => 1,
+    };
+    let table = (0..len(Role::BlockTable)).map(|entry| ((5 * entry + 3) % pages) as i32);
+    let table: Vec<i32> = table.collect();
+    let table = device.buffer_from_slice(&table, DType::I32, vec![table.len()]);
+    let table = table.unwrap();
+    operands.block_table = Some(&table).filter(|_| problem.operand(Role::BlockTable).is_some());
     let mut encoder = device.command_encoder().unwrap();
     ops::attention(&mut encoder, problem, &operands).unwrap();
     encoder.commit_and_wait().unwrap();
@@ -101,7 +117,19 @@ fn a_dispatch_in_parts_gives_the_bits_of_one() {
             return;
         }
     };
-    for builder in [padded, packed] {
+    let pages = Pages {
+        count: 11,
+        page_size: 16,
+        per_sequence: 4,
+    };
+    let causal = |b: ProblemBuilder| b.causal(true).query_offset(QueryOffset::BottomRight);
+    let of_device = causal(Problem::builder(DType::F32, shape)).key_lengths(KeyLengths::Device);
+    let paged = causal(Problem::builder(DType::F32, shape))
+        .pages(pages)
+        .key_lengths(KeyLengths::Host([23, 50].into()));
+    let chunks = Problem::varlen_queries(DType::F32, 4, 2, keys, dim, &[0, 70, 71, 105]);
+    let chunks = causal(chunks).pages(pages).key_lengths(KeyLengths::Device);
+    for builder in [padded, packed, of_device, paged, chunks] {
         let problem = builder.sinks(true).alibi(true).lse(true).build().unwrap();
         let want = run(&devices[0], &problem);
         for (device, flops) in devices.iter().zip(flops).skip(1) {

@@ -15,16 +15,18 @@ pub mod prefill {
     pub const MASK_PARAMS: usize = 5;
     /// [`super::super::params::AttnExtraParamsGpu`]; bound where a constant needs it.
     pub const EXTRA_PARAMS: usize = 8;
-    /// Cumulative query lengths, `u32[B + 1]`; bound for packed sequences.
+    /// Cumulative query lengths, `u32[B + 1]`; bound for packed queries.
     pub const CU_SEQLENS_Q: usize = 12;
-    /// Cumulative key lengths, `u32[B + 1]`; bound for packed sequences.
+    /// Cumulative key lengths, `u32[B + 1]`; bound for packed keys.
     pub const CU_SEQLENS_K: usize = 13;
+    /// [`super::super::params::AttnPagesParamsGpu`]; bound with a block table.
+    pub const PAGES_PARAMS: usize = 16;
 
     /// Whether what is bound there says what is asked, and is no operand.
     pub const fn is_params(index: usize) -> bool {
         matches!(
             index,
-            PARAMS | MASK_PARAMS | EXTRA_PARAMS | CU_SEQLENS_Q | CU_SEQLENS_K
+            PARAMS | MASK_PARAMS | EXTRA_PARAMS | CU_SEQLENS_Q | CU_SEQLENS_K | PAGES_PARAMS
         )
     }
 
@@ -40,7 +42,6 @@ pub mod prefill {
             Role::Sinks => 9,
             Role::AlibiSlopes => 10,
             Role::Lse => 11,
-            // No kernel binds these yet.
             Role::BlockTable => 14,
             Role::KeyLengths => 15,
         }
@@ -66,7 +67,7 @@ pub mod constant {
     pub const HAS_ALIBI: usize = 306;
     /// bool: the log-sum-exp is written.
     pub const HAS_LSE: usize = 307;
-    /// bool: sequences are packed; cumulative lengths are bound.
+    /// bool: queries and keys are packed; cumulative lengths of both are bound.
     pub const IS_VARLEN: usize = 308;
     /// int: element type of an additive mask; see [`super::dtype_code`]. 0: as Q.
     pub const MASK_DTYPE: usize = 309;
@@ -76,6 +77,12 @@ pub mod constant {
     pub const HAS_WINDOW: usize = 311;
     /// bool: `softcapping` in the params is a softcap.
     pub const HAS_SOFTCAP: usize = 312;
+    /// bool: K and V lie in pages; a block table is bound.
+    pub const IS_PAGED: usize = 313;
+    /// bool: a number of keys for each sequence is bound.
+    pub const HAS_KEY_LENGTHS: usize = 314;
+    /// bool: queries are packed and keys are not; cumulative lengths of the queries are bound.
+    pub const PACKS_QUERIES: usize = 315;
     /// int: simdgroups of the head-dim-512 kernels, 4 or 8.
     pub const NSG: usize = 322;
     /// int: query rows of a class tile.

@@ -11,7 +11,7 @@ pub(crate) enum Value {
     Int(i32),
 }
 
-const BOOLS: [usize; 11] = [
+const BOOLS: [usize; 14] = [
     constant::ALIGN_Q,
     constant::ALIGN_K,
     constant::HAS_MASK,
@@ -23,6 +23,9 @@ const BOOLS: [usize; 11] = [
     constant::HAS_ALIBI,
     constant::HAS_LSE,
     constant::IS_VARLEN,
+    constant::IS_PAGED,
+    constant::HAS_KEY_LENGTHS,
+    constant::PACKS_QUERIES,
 ];
 
 const INTS: [usize; 5] = [

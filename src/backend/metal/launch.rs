@@ -174,12 +174,20 @@ impl Launch {
     }
 }
 
+const ABILITIES: Abilities = Abilities {
+    pages: true,
+    queries_packed_alone: true,
+    host_lengths: true,
+    device_lengths: true,
+    ..Abilities::ALIKE
+};
+
 /// Whether a device of the Metal family has a kernel for the problem.
 pub(crate) fn supports(
     device: DeviceKind,
     problem: &Problem,
 ) -> std::result::Result<(), Unsupported> {
-    Abilities::ALIKE.check(device, problem)?;
+    ABILITIES.check(device, problem)?;
     table::select(
         problem.dtype(),
         problem.shape().qk_dim,

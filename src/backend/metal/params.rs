@@ -60,19 +60,30 @@ gpu_struct! {
 }
 
 gpu_struct! {
-    /// What the newer features need; bound where constants 307, 308 or 311 are set, or where the
-    /// offset is bottom right.
+    /// What the newer features need; bound where constants 307, 308, 311, 314 or 315 are set.
     AttnExtraParamsGpu = "AttnExtraParams", ATTN_EXTRA_PARAMS_TEXT, 32 {
         /// Keys seen up to and including a query's position, or -1 for all.
         window: i32 = "int window" @ 0,
         /// Keys seen after a query's position, or -1 for all.
         window_right: i32 = "int window_right" @ 4,
-        /// 1: each packed sequence's offset is its kL - qL; 0: `qL_off` holds.
+        /// 1: the offset of each sequence that is packed or has a length of its own is its kL - qL; 0: `qL_off` holds.
         bottom_right: i32 = "int bottom_right" @ 8,
         /// Keeps the strides on 8 bytes.
         _pad: i32 = "int pad" @ 12,
         /// Batch and head strides of the log-sum-exp, in elements; rows are contiguous.
         lse_strides: [i64; 2] = "int64_t L_strides[2]" @ 16,
+    }
+}
+
+gpu_struct! {
+    /// The pages of K and V; bound where constant 313 is set.
+    AttnPagesParamsGpu = "AttnPagesParams", ATTN_PAGES_PARAMS_TEXT, 16 {
+        /// Pages of the pool.
+        count: i32 = "int count" @ 0,
+        /// Base-2 logarithm of the keys of a page.
+        shift: i32 = "int shift" @ 4,
+        /// Entries of a sequence in the block table.
+        per_sequence: i64 = "int64_t per_sequence" @ 8,
     }
 }
 

@@ -1,9 +1,9 @@
 //! From a problem to a dispatch: which kernel, which constants, what is bound where, what grid.
 
 use super::bindings::{Constants, constant, dtype_code, prefill};
-use super::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
+use super::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnPagesParamsGpu, AttnParamsGpu};
 use super::table::{self, MaskKind, Variant};
-use crate::attention::{Problem, QueryOffset, Role, Strides};
+use crate::attention::{KeyLengths, Keys, Pages, Problem, QueryOffset, Role, Strides};
 use crate::backend::command::Hint;
 use crate::error::{MlxError, Result};
 
@@ -90,9 +90,23 @@ impl Plan {
         if let Some(extra) = extra_params(problem) {
             bytes(prefill::EXTRA_PARAMS, bytemuck::bytes_of(&extra));
         }
-        if let Some((q, k)) = problem.cu_seqlens() {
+        if let Some(q) = problem.cu_seqlens_q() {
             bytes(prefill::CU_SEQLENS_Q, bytemuck::cast_slice(q));
+        }
+        if let Some((_, k)) = problem.cu_seqlens() {
             bytes(prefill::CU_SEQLENS_K, bytemuck::cast_slice(k));
+        }
+        if let KeyLengths::Host(lengths) = problem.key_lengths() {
+            bytes(
+                prefill::index(Role::KeyLengths),
+                bytemuck::cast_slice(lengths),
+            );
+        }
+        if let Keys::Paged(pages) = problem.keys() {
+            bytes(
+                prefill::PAGES_PARAMS,
+                bytemuck::bytes_of(&pages_params(pages)),
+            );
         }
         args.sort_by_key(|(index, _)| *index);
 
@@ -119,14 +133,16 @@ fn constants(problem: &Problem, variant: &Variant, simdgroups: usize) -> Constan
     let shape = problem.shape();
     let visibility = problem.visibility(shape.query_len, shape.key_len);
     let packed = problem.cu_seqlens().is_some();
+    let packs_queries = problem.cu_seqlens_q().is_some();
+    let key_lengths = *problem.key_lengths() != KeyLengths::All;
     let bools = [
         (
             constant::ALIGN_Q,
-            !packed && shape.query_len.is_multiple_of(variant.tile.bq),
+            !packs_queries && shape.query_len.is_multiple_of(variant.tile.bq),
         ),
         (
             constant::ALIGN_K,
-            !packed && shape.key_len.is_multiple_of(variant.tile.bk),
+            !packed && !key_lengths && shape.key_len.is_multiple_of(variant.tile.bk),
         ),
         (constant::HAS_MASK, problem.mask().is_some()),
         (constant::DO_CAUSAL, visibility.causal),
@@ -140,6 +156,9 @@ fn constants(problem: &Problem, variant: &Variant, simdgroups: usize) -> Constan
         (constant::HAS_ALIBI, problem.has_alibi()),
         (constant::HAS_LSE, problem.has_lse()),
         (constant::IS_VARLEN, packed),
+        (constant::IS_PAGED, matches!(problem.keys(), Keys::Paged(_))),
+        (constant::HAS_KEY_LENGTHS, key_lengths),
+        (constant::PACKS_QUERIES, packs_queries && !packed),
     ];
     let mut ints = Vec::new();
     let additive = problem.mask().filter(|m| !m.is_bool());
@@ -197,12 +216,22 @@ fn attn_params(problem: &Problem, nq: usize, nk: usize, variant: &Variant) -> At
     }
 }
 
+fn pages_params(pages: &Pages) -> AttnPagesParamsGpu {
+    AttnPagesParamsGpu {
+        // The table is of i32: it names no page past these.
+        count: i32::try_from(pages.count).unwrap_or(i32::MAX),
+        shift: pages.page_size.trailing_zeros() as i32,
+        per_sequence: pages.per_sequence as i64,
+    }
+}
+
 fn extra_params(problem: &Problem) -> Option<AttnExtraParamsGpu> {
     let shape = problem.shape();
     let visibility = problem.visibility(shape.query_len, shape.key_len);
-    let packed = problem.cu_seqlens().is_some();
+    let packed = problem.cu_seqlens_q().is_some();
+    let own_lengths = packed || *problem.key_lengths() != KeyLengths::All;
     let windowed = visibility.window.is_some() || visibility.window_right.is_some();
-    if !(windowed || problem.has_lse() || packed) {
+    if !(windowed || problem.has_lse() || own_lengths) {
         return None;
     }
     // `Problem::build` keeps windows within i32.
@@ -211,7 +240,7 @@ fn extra_params(problem: &Problem) -> Option<AttnExtraParamsGpu> {
     Some(AttnExtraParamsGpu {
         window: bound(visibility.window),
         window_right: bound(visibility.window_right),
-        bottom_right: i32::from(packed && problem.query_offset() == QueryOffset::BottomRight),
+        bottom_right: i32::from(own_lengths && problem.query_offset() == QueryOffset::BottomRight),
         _pad: 0,
         lse_strides: [if packed { 0 } else { shape.heads as i64 * rows }, rows],
     })

@@ -58,7 +58,8 @@ library! {
     /// Text of the prefill kernels.
     PREFILL_TEXT = "../../../kernels/metal/scores.metal", "../../../kernels/metal/tile.metal",
         "../../../kernels/metal/prefill.metal" with
-        params::ATTN_PARAMS_TEXT, params::ATTN_MASK_PARAMS_TEXT, params::ATTN_EXTRA_PARAMS_TEXT;
+        params::ATTN_PARAMS_TEXT, params::ATTN_MASK_PARAMS_TEXT, params::ATTN_EXTRA_PARAMS_TEXT,
+        params::ATTN_PAGES_PARAMS_TEXT;
         INSTANTIATIONS
 }
 library! {
@@ -191,6 +192,9 @@ mod tests {
             ("bool has_alibi", constant::HAS_ALIBI),
             ("bool has_lse", constant::HAS_LSE),
             ("bool is_varlen", constant::IS_VARLEN),
+            ("bool is_paged", constant::IS_PAGED),
+            ("bool has_key_lengths", constant::HAS_KEY_LENGTHS),
+            ("bool packs_queries", constant::PACKS_QUERIES),
             ("int mask_dtype", constant::MASK_DTYPE),
             ("int nsg", constant::NSG),
             ("int blk_bq", constant::BLK_BQ),

@@ -11,12 +11,15 @@ use super::bindings::prefill;
 use super::launch::Step;
 use super::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
 use super::table::{self, Variant};
-use crate::attention::{Problem, Role};
+use crate::attention::{KeyLengths, Keys, Problem, Role};
 use crate::backend::{Arg, Dispatch};
 
 /// Floating-point operations of one command: a second of half a TFLOP/s, which is a fifth of what the
 /// smallest GPU that is served multiplies at best.
 pub(crate) const COMMAND_FLOPS: f64 = 5e11;
+
+/// Where lengths of keys are bound, as bytes if the host has them.
+const KEY_LENGTHS: usize = prefill::index(Role::KeyLengths);
 
 /// A part of a grid.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,11 +135,12 @@ impl Long<'_> {
     fn costs(&self) -> Costs {
         let shape = self.problem.shape();
         let (rows, bq) = (shape.query_len, self.variant.tile.bq);
-        let packed = self.problem.cu_seqlens().is_some();
+        let own_lengths =
+            self.problem.cu_seqlens_q().is_some() || *self.problem.key_lengths() != KeyLengths::All;
         let visibility = self.problem.visibility(rows, shape.key_len);
         let keys = |tile: usize| {
-            // Packed sequences may each have an offset of their own.
-            if packed {
+            // Sequences with lengths of their own may each have an offset of their own.
+            if own_lengths {
                 return shape.key_len;
             }
             let rows = tile * bq..((tile + 1) * bq).min(rows);
@@ -153,20 +157,23 @@ impl Long<'_> {
 
     /// The dispatch over one part; `None` where params lie in a buffer, so that they cannot be changed.
     fn over(&self, part: &Part) -> Option<Dispatch> {
-        let packed = self.problem.cu_seqlens().is_some();
         let (head, batch) = (part.heads.start as i64, part.batches.start as i64);
-        // The kernels find a packed sequence by its cumulative lengths alone.
-        let of_batch = if packed { 0 } else { batch };
+        // The kernels find packed rows by the cumulative lengths alone, and pages by the block table.
+        let packed_queries = self.problem.cu_seqlens_q().is_some();
+        let of_batch = if packed_queries { 0 } else { batch };
+        let keys = self.problem.keys();
+        let of_keys = if *keys == Keys::Dense { batch } else { 0 };
         let mut p: AttnParamsGpu = self.params(prefill::PARAMS)?;
         let kv_head = head / i64::from(p.gqa_factor.max(1));
-        let at = |strides: &[i64], head: i64| {
-            let batches = strides[0].checked_mul(of_batch)?;
+        let first = |strides: &[i64], batch: i64, head: i64| {
+            let batches = strides[0].checked_mul(batch)?;
             strides[1].checked_mul(head)?.checked_add(batches)
         };
+        let at = |strides: &[i64], head: i64| first(strides, of_batch, head);
         let elements = |role: Role| match role {
             Role::Query => at(&p.q_strides, head),
-            Role::Key => at(&p.k_strides, kv_head),
-            Role::Value => at(&p.v_strides, kv_head),
+            Role::Key => first(&p.k_strides, of_keys, kv_head),
+            Role::Value => first(&p.v_strides, of_keys, kv_head),
             Role::Output => at(&p.o_strides, head),
             Role::Mask => {
                 let mask: AttnMaskParamsGpu = self.params(prefill::MASK_PARAMS)?;
@@ -178,7 +185,12 @@ impl Long<'_> {
             }
             Role::Sinks | Role::AlibiSlopes => Some(head),
             // All heads and batches share them.
-            Role::TileClasses | Role::BlockTable | Role::KeyLengths => Some(0),
+            Role::TileClasses => Some(0),
+            Role::BlockTable => match keys {
+                Keys::Paged(pages) => batch.checked_mul(i64::try_from(pages.per_sequence).ok()?),
+                _ => Some(0),
+            },
+            Role::KeyLengths => Some(batch),
         };
         let mut args = self.dispatch.args.clone();
         for (index, arg) in &mut args {
@@ -189,7 +201,7 @@ impl Long<'_> {
                     let elements = usize::try_from(elements(role)?).ok()?;
                     elements.checked_mul(spec.dtype.size_of())?
                 }
-                (prefill::CU_SEQLENS_Q | prefill::CU_SEQLENS_K, _) => {
+                (prefill::CU_SEQLENS_Q | prefill::CU_SEQLENS_K | KEY_LENGTHS, None) => {
                     part.batches.start * size_of::<u32>()
                 }
                 _ => 0,
