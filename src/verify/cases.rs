@@ -1,7 +1,8 @@
 //! The matrix: which cases there are.
 
 use super::case::{Bounds, Case, Entry, MaskKind, Placement};
-use super::data::Random;
+use super::random::Random;
+use super::serving::serving;
 use crate::attention::HEAD_DIMS;
 use crate::attention::QueryOffset;
 use crate::attention::{Problem, Shape};
@@ -19,10 +20,10 @@ pub enum Scope {
 
 /// Head dims that meet every feature. The others have the same kernels with other constants, and a few cases
 /// each.
-const EVERYWHERE: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
+pub(super) const EVERYWHERE: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
 
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
-const PLACEMENTS: [Placement; 3] = [
+pub(super) const PLACEMENTS: [Placement; 3] = [
     Placement::HeadMajor,
     Placement::SeqMajor,
     Placement::Strided,
@@ -89,7 +90,7 @@ const HEADS: [(usize, usize); 8] = [
     (6, 3),
 ];
 
-const fn bounds(
+pub(super) const fn bounds(
     label: &'static str,
     causal: bool,
     offset: QueryOffset,
@@ -105,8 +106,8 @@ const fn bounds(
     }
 }
 
-const TOP_LEFT: QueryOffset = QueryOffset::At(0);
-const BOTTOM_RIGHT: QueryOffset = QueryOffset::BottomRight;
+pub(super) const TOP_LEFT: QueryOffset = QueryOffset::At(0);
+pub(super) const BOTTOM_RIGHT: QueryOffset = QueryOffset::BottomRight;
 
 /// Causal bounds and windows. Negative offsets and far windows leave rows that see nothing.
 const BOUNDS: [Bounds; 14] = [
@@ -132,17 +133,14 @@ pub fn cases(scope: Scope, device: &MlxDevice) -> Vec<Case> {
     let mut all = Vec::new();
     grid(scope, half_keys, &mut all);
     let extra = [edges(), masks(), long(), decode(), wide(), empty()].concat();
-    let step = match scope {
-        // Prime to the lists' own periods.
-        Scope::Quick => 11,
+    let one_in = |n| match scope {
+        Scope::Quick => n,
         Scope::Full => 1,
     };
-    all.extend(extra.into_iter().step_by(step));
-    let step = match scope {
-        Scope::Quick => 4,
-        Scope::Full => 1,
-    };
-    all.extend(few().into_iter().step_by(step));
+    // Prime to the lists' own periods.
+    all.extend(extra.into_iter().step_by(one_in(11)));
+    all.extend(few().into_iter().step_by(one_in(4)));
+    all.extend(serving().into_iter().step_by(one_in(11)));
     all.retain(|case| is_served(case, device));
     all
 }
@@ -207,7 +205,7 @@ fn grid(scope: Scope, half_keys: bool, all: &mut Vec<Case>) {
     }
 }
 
-fn draw(
+pub(super) fn draw(
     random: &mut Random,
     half_keys: bool,
     head_dim: usize,
@@ -251,7 +249,7 @@ fn draw(
 }
 
 /// Whether causal bound and windows alone leave every row at most one key, though not by design.
-fn is_trivial(case: &Case) -> bool {
+pub(super) fn is_trivial(case: &Case) -> bool {
     case.bounds.window != Some(1)
         && case.problem().is_ok_and(|problem| {
             (0..problem.shape().batch).all(|b| {
