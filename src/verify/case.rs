@@ -1,5 +1,6 @@
 //! One case of the matrix: what it asks, and its name.
 
+use super::sequences::{Sequences, joined};
 use crate::attention::{Layout, MaskSpec, Problem, QueryOffset, Role, Shape, Strides};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -79,6 +80,7 @@ pub struct Case {
     pub(super) key_len: usize,
     /// Lengths of packed queries and keys; they replace batch and lengths.
     pub(super) packed: Option<(Vec<u32>, Vec<u32>)>,
+    pub(super) sequences: Sequences,
     pub(super) placement: Placement,
     pub(super) mask: MaskKind,
     pub(super) mask_dtype: DType,
@@ -109,6 +111,7 @@ impl Case {
             query_len: lengths.0,
             key_len: lengths.1,
             packed: None,
+            sequences: Sequences::default(),
             placement: Placement::HeadMajor,
             mask: MaskKind::None,
             mask_dtype: dtype,
@@ -129,12 +132,10 @@ impl Case {
 
     /// A name for people, unique within the matrix.
     pub fn name(&self) -> String {
-        let lengths = match &self.packed {
-            None => format!("b{}-q{}-k{}", self.batch, self.query_len, self.key_len),
-            Some((q, k)) => {
-                let join = |n: &[u32]| n.iter().map(u32::to_string).collect::<Vec<_>>().join("+");
-                format!("q{}-k{}", join(q), join(k))
-            }
+        let lengths = match (&self.packed, &self.sequences.queries) {
+            (Some((q, k)), _) => format!("q{}-k{}", joined(q), joined(k)),
+            (None, Some(q)) => format!("q{}-k{}", joined(q), self.key_len),
+            (None, None) => format!("b{}-q{}-k{}", self.batch, self.query_len, self.key_len),
         };
         let mut name = format!(
             "{}-d{}-{}-{}-h{}x{}-{lengths}-{}",
@@ -146,6 +147,7 @@ impl Case {
             self.kv_heads,
             self.bounds.label,
         );
+        name += &self.sequences.label();
         if self.mask != MaskKind::None && self.mask_dtype != self.dtype {
             name += &format!("-mask.{}", self.mask_dtype);
         }
@@ -213,6 +215,13 @@ impl Case {
     /// What else the case exercises.
     pub fn features(&self) -> Vec<&'static str> {
         let packed = self.packed.as_ref();
+        // Each batch entry has as many queries.
+        let dense = packed.is_none() && self.sequences.queries.is_none();
+        let Sequences {
+            queries,
+            keys,
+            pages,
+        } = &self.sequences;
         let all = [
             (self.bounds.label != "full", self.bounds.label),
             (self.softcap.is_some(), "softcap"),
@@ -230,12 +239,16 @@ impl Case {
             (self.tile_classes, "blk"),
             (self.built.is_some(), "built-mask"),
             (self.kv_dtype != self.dtype, "kv-f16"),
-            (packed.is_none() && self.query_len == 1, "decode"),
+            (dense && self.query_len == 1, "decode"),
             (self.entry == Entry::Decode, "vec"),
             (matches!(self.entry, Entry::D512 { .. }), "nsg"),
-            (packed.is_none() && self.query_len > self.key_len, "q>k"),
-            (packed.is_none() && self.query_len < self.key_len, "q<k"),
+            (dense && self.query_len > self.key_len, "q>k"),
+            (dense && self.query_len < self.key_len, "q<k"),
             (self.gain > 1.0, "gain"),
+            (queries.is_some(), "packed-queries"),
+            (keys.as_ref().is_some_and(|k| !k.on_device), "lens"),
+            (keys.as_ref().is_some_and(|k| k.on_device), "lens.device"),
+            (pages.is_some(), "paged"),
         ];
         all.into_iter().filter(|f| f.0).map(|f| f.1).collect()
     }
@@ -247,15 +260,23 @@ impl Case {
     pub fn problem(&self) -> Result<Problem> {
         let d = self.head_dim;
         let sum = |n: &[u32]| n.iter().map(|n| *n as usize).sum::<usize>();
-        let (rows, keys, longest) = match &self.packed {
-            None => (self.query_len, self.key_len, self.key_len),
-            Some((q, k)) => {
-                let longest = k.iter().max().map_or(0, |n| *n as usize);
-                (sum(q), sum(k), longest)
-            }
+        let pool = self.sequences.pool(self.batch, self.key_len);
+        let rows = match (&self.packed, &self.sequences.queries) {
+            (Some((q, _)), _) | (None, Some(q)) => sum(q),
+            (None, None) => self.query_len,
         };
-        let mut builder = match &self.packed {
-            None => {
+        // Rows of K and V at one index of their batch axis, and the most keys of a sequence.
+        let (keys, longest) = match (&self.packed, &pool) {
+            (Some((_, k)), _) => (sum(k), k.iter().max().map_or(0, |n| *n as usize)),
+            (None, Some(pages)) => (pages.page_size, self.key_len),
+            (None, None) => (self.key_len, self.key_len),
+        };
+        let mut builder = match (&self.packed, &self.sequences.queries) {
+            (None, Some(q)) => {
+                let (heads, kv_heads) = (self.heads, self.kv_heads);
+                Problem::varlen_queries(self.dtype, heads, kv_heads, longest, d, &cumulative(q))
+            }
+            (None, None) => {
                 let shape = Shape {
                     batch: self.batch,
                     heads: self.heads,
@@ -267,7 +288,7 @@ impl Case {
                 };
                 Problem::builder(self.dtype, shape)
             }
-            Some((q, k)) => {
+            (Some((q, k)), _) => {
                 let (q, k) = (cumulative(q), cumulative(k));
                 Problem::varlen(self.dtype, self.heads, self.kv_heads, d, &q, &k)
             }
@@ -294,11 +315,15 @@ impl Case {
         if let Some(w) = self.bounds.window_right {
             builder = builder.window_right(w);
         }
+        if let Some(pages) = pool {
+            builder = builder.pages(pages);
+        }
         if self.entry == Entry::Decode {
             builder = builder.key_capacity(keys + 9);
         }
         builder
             .kv_dtype(self.kv_dtype)
+            .key_lengths(self.sequences.key_lengths())
             .scale(self.gain / (d as f32).sqrt())
             .causal(self.bounds.causal)
             .query_offset(self.bounds.offset)
@@ -318,12 +343,13 @@ impl Case {
             keys
         };
         let plane = rows * row;
-        let batch = |stride| if self.packed.is_some() { 0 } else { stride };
+        let packed = self.packed.is_some() || self.sequences.queries.is_some();
+        let batch = |stride| if packed { 0 } else { stride };
         let (batch_stride, head_stride, row_stride) = match self.mask {
             MaskKind::None => return None,
             MaskKind::Plane | MaskKind::PlaneF32 | MaskKind::PlaneBool => (0, 0, row),
             MaskKind::PerHead => (batch(self.heads * plane), plane, row),
-            MaskKind::Broadcast if self.batch > 1 && self.packed.is_none() => (plane, 0, row),
+            MaskKind::Broadcast if self.batch > 1 && !packed => (plane, 0, row),
             MaskKind::Broadcast => (0, plane, row),
             MaskKind::Padding => (batch(row), 0, 0),
         };

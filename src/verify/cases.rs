@@ -1,7 +1,8 @@
 //! The matrix: which cases there are.
 
 use super::case::{Bounds, Case, Entry, MaskKind, Placement};
-use super::data::Random;
+use super::random::Random;
+use super::serving::serving;
 use crate::attention::HEAD_DIMS;
 use crate::attention::QueryOffset;
 use crate::attention::{Problem, Shape};
@@ -19,10 +20,10 @@ pub enum Scope {
 
 /// Head dims that meet every feature. The others have the same kernels with other constants, and a few cases
 /// each.
-const EVERYWHERE: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
+pub(super) const EVERYWHERE: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
 
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
-const PLACEMENTS: [Placement; 3] = [
+pub(super) const PLACEMENTS: [Placement; 3] = [
     Placement::HeadMajor,
     Placement::SeqMajor,
     Placement::Strided,
@@ -89,7 +90,7 @@ const HEADS: [(usize, usize); 8] = [
     (6, 3),
 ];
 
-const fn bounds(
+pub(super) const fn bounds(
     label: &'static str,
     causal: bool,
     offset: QueryOffset,
@@ -105,8 +106,8 @@ const fn bounds(
     }
 }
 
-const TOP_LEFT: QueryOffset = QueryOffset::At(0);
-const BOTTOM_RIGHT: QueryOffset = QueryOffset::BottomRight;
+pub(super) const TOP_LEFT: QueryOffset = QueryOffset::At(0);
+pub(super) const BOTTOM_RIGHT: QueryOffset = QueryOffset::BottomRight;
 
 /// Causal bounds and windows. Negative offsets and far windows leave rows that see nothing.
 const BOUNDS: [Bounds; 14] = [
@@ -132,17 +133,15 @@ pub fn cases(scope: Scope, device: &MlxDevice) -> Vec<Case> {
     let mut all = Vec::new();
     grid(scope, half_keys, &mut all);
     let extra = [edges(), masks(), long(), decode(), wide(), empty()].concat();
-    let step = match scope {
-        // Prime to the lists' own periods.
-        Scope::Quick => 11,
+    let one_in = |n| match scope {
+        Scope::Quick => n,
         Scope::Full => 1,
     };
-    all.extend(extra.into_iter().step_by(step));
-    let step = match scope {
-        Scope::Quick => 4,
-        Scope::Full => 1,
-    };
-    all.extend(few().into_iter().step_by(step));
+    // Prime to the lists' own periods.
+    all.extend(extra.into_iter().step_by(one_in(11)));
+    all.extend(few().into_iter().step_by(one_in(4)));
+    all.extend(serving().into_iter().step_by(one_in(11)));
+    all.extend(many_rows().into_iter().step_by(one_in(5)));
     all.retain(|case| is_served(case, device));
     all
 }
@@ -207,7 +206,7 @@ fn grid(scope: Scope, half_keys: bool, all: &mut Vec<Case>) {
     }
 }
 
-fn draw(
+pub(super) fn draw(
     random: &mut Random,
     half_keys: bool,
     head_dim: usize,
@@ -251,7 +250,7 @@ fn draw(
 }
 
 /// Whether causal bound and windows alone leave every row at most one key, though not by design.
-fn is_trivial(case: &Case) -> bool {
+pub(super) fn is_trivial(case: &Case) -> bool {
     case.bounds.window != Some(1)
         && case.problem().is_ok_and(|problem| {
             (0..problem.shape().batch).all(|b| {
@@ -353,6 +352,27 @@ fn decode() -> Vec<Case> {
                 softcap: [None, Some(2.0)][n % 2],
                 ..Case::new(head_dim, DType::F32, (1, [1, 33, 200][i]))
             }
+        })
+        .collect()
+}
+
+/// More query rows than kernels for few of them take, in f32, whose kernels for few take the most: 512.
+fn many_rows() -> Vec<Case> {
+    let each = HEAD_DIMS
+        .into_iter()
+        .flat_map(|d| [DType::F32, DType::F16].map(|kv_dtype| (d, kv_dtype)));
+    each.enumerate()
+        .map(|(i, (head_dim, kv_dtype))| Case {
+            kv_dtype,
+            heads: 1,
+            placement: PLACEMENTS[i % 3],
+            bounds: BOUNDS[[0, 1, 2, 8][i % 4]],
+            mask: [MaskKind::None, MaskKind::PlaneBool, MaskKind::None][i % 3],
+            mask_dtype: DType::U8,
+            sinks: i % 4 == 3,
+            lse: true,
+            gain: 2.0,
+            ..Case::new(head_dim, DType::F32, (550, 70))
         })
         .collect()
 }

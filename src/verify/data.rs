@@ -3,50 +3,12 @@
 use half::{bf16, f16};
 
 use super::case::{Bounds, Case, MaskKind};
+use super::random::Random;
+use super::sequences::operand_sequence;
 use crate::attention::oracle::{Inputs, Values};
-use crate::attention::{Problem, QueryOffset, Role};
+use crate::attention::{Problem, QueryOffset, Role, Sequence};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
-
-/// A small generator of random numbers (SplitMix64), the same on every machine.
-#[derive(Debug, Clone)]
-pub struct Random(u64);
-
-impl Random {
-    /// A generator that always gives the same numbers for the same seed.
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// 64 random bits.
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in `[0, 1)`.
-    pub fn unit(&mut self) -> f64 {
-        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Uniform in `0..n`; 0 where `n` is 0.
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.unit() * n as f64) as usize
-    }
-
-    /// One of `items`, which must not be empty.
-    pub fn pick<T: Copy>(&mut self, items: &[T]) -> T {
-        items[self.below(items.len())]
-    }
-
-    /// Standard normal (Box-Muller).
-    pub fn normal(&mut self) -> f64 {
-        let radius = (-2.0 * (1.0 - self.unit()).ln()).sqrt();
-        radius * (std::f64::consts::TAU * self.unit()).cos()
-    }
-}
 
 /// An operand on the host, on 8 bytes.
 #[derive(Debug, Clone)]
@@ -69,8 +31,16 @@ impl Host {
         host
     }
 
-    /// Bits that spoil whatever they get into: NaNs of either kind and infinities; for booleans and
-    /// classes, all ones.
+    /// The integers of an index operand.
+    pub(super) fn of_integers<T: bytemuck::Pod>(dtype: DType, values: &[T]) -> Self {
+        let mut host = Self::poisoned(dtype, values.len());
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        bytemuck::cast_slice_mut(&mut host.words)[..bytes.len()].copy_from_slice(bytes);
+        host
+    }
+
+    /// Bits that spoil whatever they get into: NaNs of either kind and infinities; for booleans,
+    /// classes and integers, all ones.
     fn poison(&mut self, i: usize) {
         let value = [f32::NAN, f32::INFINITY, -f32::NAN, f32::NEG_INFINITY][i % 4];
         match self.dtype {
@@ -115,6 +85,8 @@ pub struct Data {
     pub(super) mask: Option<Host>,
     pub(super) sinks: Option<Vec<f32>>,
     pub(super) alibi_slopes: Option<Vec<f32>>,
+    pub(super) block_table: Option<Vec<i32>>,
+    pub(super) key_lengths: Option<Vec<u32>>,
 }
 
 impl Data {
@@ -126,23 +98,30 @@ impl Data {
         let problem = case.problem()?;
         let mut random = Random::new(case.seed());
         let shape = problem.shape();
+        let block_table = case.sequences.block_table(&problem, case.seed());
+        let key_lengths = case.sequences.operand(case.key_len);
+        let sequence = |b| operand_sequence(&problem, key_lengths.as_deref(), b);
         let mut operand = |role| {
             let spec = problem
                 .operand(role)
                 .ok_or_else(|| MlxError::expected(role.name(), "an operand", "none"))?;
             let mut host = Host::poisoned(spec.dtype, spec.elements);
             for b in 0..shape.batch {
-                let s = problem.sequence(b);
+                let s = sequence(b);
                 let (heads, rows, width) = match role {
                     Role::Query => (shape.heads, s.query_len, shape.qk_dim),
                     Role::Key => (shape.kv_heads, s.key_len, shape.qk_dim),
                     _ => (shape.kv_heads, s.key_len, shape.v_dim),
                 };
                 for (h, i) in (0..heads).flat_map(|h| (0..rows).map(move |i| (h, i))) {
+                    let key_row = || {
+                        let row = problem.key_row(&s, i, block_table.as_deref());
+                        row.ok_or_else(|| MlxError::expected("block_table", "a page", "none"))
+                    };
                     let at = match role {
                         Role::Query => problem.q_at(&s, h, i),
-                        Role::Key => problem.k_at(&s, h, i),
-                        _ => problem.v_at(&s, h, i),
+                        Role::Key => problem.k_of(key_row()?, h),
+                        _ => problem.v_of(key_row()?, h),
                     };
                     for d in 0..width {
                         host.set(at + d, random.normal() as f32);
@@ -162,7 +141,10 @@ impl Data {
                 let mut host = Host::poisoned(spec.dtype, spec.elements);
                 match built {
                     Some(bounds) => fill_built(&mut host, &problem, &bounds),
-                    None => fill_mask(&mut host, case, &problem, &mut random),
+                    None => {
+                        let all = (0..shape.batch).map(sequence);
+                        fill_mask(&mut host, case, &problem, all, &mut random);
+                    }
                 }
                 Some(host)
             }
@@ -175,12 +157,20 @@ impl Data {
         Ok(Self {
             sinks: problem.has_sinks().then_some(sinks),
             alibi_slopes: problem.has_alibi().then_some(slopes),
+            block_table,
+            key_lengths,
             problem,
             q,
             k,
             v,
             mask,
         })
+    }
+
+    /// Sequence `b` of the problem with the keys that it has, which the operand of key lengths says if there is
+    /// one.
+    pub fn sequence(&self, b: usize) -> Sequence {
+        operand_sequence(&self.problem, self.key_lengths.as_deref(), b)
     }
 
     /// The operands as the oracle takes them.
@@ -192,6 +182,8 @@ impl Data {
             mask: self.mask.as_ref().map(Host::values).transpose()?,
             sinks: self.sinks.as_deref(),
             alibi_slopes: self.alibi_slopes.as_deref(),
+            block_table: self.block_table.as_deref(),
+            key_lengths: self.key_lengths.as_deref(),
             ..Inputs::new(self.q.values()?, self.k.values()?, self.v.values()?)
         })
     }
@@ -218,14 +210,21 @@ fn fill_built(host: &mut Host, problem: &Problem, bounds: &Bounds) {
 
 /// A mask of biases and holes. Booleans: about two thirds attend, as any nonzero byte. With tile
 /// classes in play, whole blocks are masked or free. Now and then a row hides every key.
-fn fill_mask(host: &mut Host, case: &Case, problem: &Problem, random: &mut Random) {
-    let shape = problem.shape();
-    for b in 0..shape.batch {
-        let s = problem.sequence(b);
-        for (h, i) in (0..shape.heads).flat_map(|h| (0..s.query_len).map(move |i| (h, i))) {
+fn fill_mask(
+    host: &mut Host,
+    case: &Case,
+    problem: &Problem,
+    all: impl Iterator<Item = Sequence>,
+    random: &mut Random,
+) {
+    // Sequences of unlike lengths that share a plane would each keep a part of such a row.
+    let low = case.bounds.label == "full" && !case.sequences.differ();
+    for s in all {
+        for (h, i) in (0..problem.shape().heads).flat_map(|h| (0..s.query_len).map(move |i| (h, i)))
+        {
             let row = match random.below(16) {
                 0 if case.mask != MaskKind::Padding => Row::Hidden,
-                1..=4 if case.bounds.label == "full" => Row::Low,
+                1..=4 if low => Row::Low,
                 _ => Row::Plain,
             };
             let start = problem.mask_at(&s, h, i);

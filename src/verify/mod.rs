@@ -4,7 +4,8 @@
 //! held against the f64 oracle.
 //!
 //! Each case has a poison form, too ([`run_poisoned`]): K and V hold NaN, infinities and the largest
-//! finite numbers in cells that no row sees, and in some that only some rows see. A row that sees no
+//! finite numbers in cells that no row sees, rows past a sequence's keys and free slots of pages among them, and in
+//! some that only some rows see. A row that sees no
 //! such cell must have the bits that it has without them; one that does must not be finite.
 //!
 //! ```no_run
@@ -25,17 +26,22 @@ mod case;
 mod cases;
 mod data;
 mod poison;
+mod random;
 mod run;
+mod sequences;
+mod serving;
 
 pub use case::Case;
 pub use cases::{Scope, cases};
-pub use data::{Data, Random};
+pub use data::Data;
 pub use poison::Poisoned;
+pub use random::Random;
 pub use run::{Outcome, run, run_poisoned};
 
 #[cfg(test)]
 mod tests {
     use super::case::{MaskKind, Placement};
+    use super::sequences::{KeyCounts, PageForm, Sequences};
     use super::*;
     use crate::backend::cpu::CpuOptions;
     use crate::{DType, KernelRegistry, MlxDevice};
@@ -80,6 +86,21 @@ mod tests {
                 softcap: Some(2.0),
                 alibi: true,
                 ..plain(DType::F32)
+            },
+            Case {
+                batch: 2,
+                sequences: Sequences {
+                    queries: Some(vec![2, 1]),
+                    keys: Some(KeyCounts {
+                        of_each: vec![3, 1],
+                        on_device: true,
+                    }),
+                    pages: Some(PageForm {
+                        size: 2,
+                        spare_entries: 1,
+                    }),
+                },
+                ..plain(DType::F16)
             },
         ];
         for case in cases {

@@ -1,9 +1,10 @@
 //! The poison form of a case: what a row does not see must not reach it, whatever bits it holds.
 
 use super::case::Case;
-use super::data::{Data, Host, Random};
+use super::data::{Data, Host};
+use super::random::Random;
 use super::run::Results;
-use crate::attention::{Problem, Sequence, Shape, oracle};
+use crate::attention::{KeyRow, Keys, Problem, Shape, oracle};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -56,8 +57,9 @@ struct Cell {
     seers: Vec<usize>,
 }
 
-/// A copy of `data` with poison in K and V, and what rows see of it. All cells that no row sees are
-/// poisoned, and up to [`SEEN_CELLS`] that some rows see, half of the rows at most where possible.
+/// A copy of `data` with poison in K and V, and what rows see of it. All cells that no row sees are poisoned, rows
+/// that are no sequence's key among them, and up to [`SEEN_CELLS`] that some rows see, half of the rows at most where
+/// possible.
 pub(super) fn spoil(case: &Case, data: &Data) -> Result<(Data, Plan)> {
     let problem = &data.problem;
     let Shape { qk_dim, v_dim, .. } = problem.shape();
@@ -73,7 +75,11 @@ pub(super) fn spoil(case: &Case, data: &Data) -> Result<(Data, Plan)> {
         .into_iter()
         .filter(|cell| cell.seers.len() < rows)
         .partition(|cell| cell.seers.is_empty());
-    for cell in hidden {
+    let owned_by_none = match case.sequences.differ() {
+        true => unowned(data),
+        false => Vec::new(),
+    };
+    for cell in hidden.into_iter().chain(owned_by_none) {
         spoil_key(&mut spoilt.k, cell.k, qk_dim, &mut random);
         spoil_value(&mut spoilt.v, cell.v, v_dim, &mut random);
         plan.hidden += 1;
@@ -119,7 +125,7 @@ fn cells(data: &Data) -> Result<(usize, Vec<Cell>)> {
     let mask = data.inputs()?.mask;
     let (mut rows, mut cells) = (0, Vec::new());
     for b in 0..shape.batch {
-        let s = problem.sequence(b);
+        let s = data.sequence(b);
         rows += shape.heads * s.query_len;
         for kv_head in 0..shape.kv_heads {
             let heads = kv_head * problem.group()..(kv_head + 1) * problem.group();
@@ -131,18 +137,46 @@ fn cells(data: &Data) -> Result<(usize, Vec<Cell>)> {
                     .map(|(h, i)| oracle::reference_row(problem, &s, h, i))
                     .collect()
             };
-            cells.extend((0..s.key_len).map(|j| cell(problem, &s, kv_head, j, seers(j))));
+            cells.extend((0..s.key_len).filter_map(|j| {
+                let row = problem.key_row(&s, j, data.block_table.as_deref())?;
+                Some(cell(problem, row, kv_head, seers(j)))
+            }));
         }
     }
     Ok((rows, cells))
 }
 
-fn cell(problem: &Problem, s: &Sequence, kv_head: usize, j: usize, seers: Vec<usize>) -> Cell {
+fn cell(problem: &Problem, row: KeyRow, kv_head: usize, seers: Vec<usize>) -> Cell {
     Cell {
-        k: problem.k_at(s, kv_head, j),
-        v: problem.v_at(s, kv_head, j),
+        k: problem.k_of(row, kv_head),
+        v: problem.v_of(row, kv_head),
         seers,
     }
+}
+
+/// The rows of K and V that are no sequence's key: past a sequence's length, slots of its last page, free pages. For
+/// keys that are not packed.
+fn unowned(data: &Data) -> Vec<Cell> {
+    let problem = &data.problem;
+    let shape = problem.shape();
+    let (batches, rows) = match problem.keys() {
+        Keys::Paged(pages) => (pages.count, pages.page_size),
+        Keys::Dense | Keys::Packed(_) => (shape.batch, shape.key_len),
+    };
+    let mut owned = vec![false; batches * rows];
+    for s in (0..shape.batch).map(|b| data.sequence(b)) {
+        for j in 0..s.key_len {
+            if let Some(row) = problem.key_row(&s, j, data.block_table.as_deref()) {
+                owned[row.batch * rows + row.position] = true;
+            }
+        }
+    }
+    let free = (0..owned.len()).filter(|at| !owned[*at]).map(|at| KeyRow {
+        batch: at / rows,
+        position: at % rows,
+    });
+    free.flat_map(|row| (0..shape.kv_heads).map(move |h| cell(problem, row, h, Vec::new())))
+        .collect()
 }
 
 fn fill(host: &mut Host, at: usize, dim: usize, value: impl Fn(usize) -> f32) {
@@ -282,8 +316,9 @@ impl Strays {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::oracle::Precision;
+    use crate::attention::oracle::{Precision, Values};
     use crate::verify::case::{Bounds, MaskKind};
+    use crate::verify::sequences::{KeyCounts, PageForm, Sequences};
     use crate::{DeviceKind, MlxDevice, verify};
 
     fn reference(data: &Data) -> Results {
@@ -335,6 +370,37 @@ mod tests {
             "{hidden} {seen} {}",
             cases.len()
         );
+    }
+
+    #[test]
+    fn rows_that_are_no_sequences_key_are_poisoned_with_numbers_too() {
+        let case = Case {
+            batch: 2,
+            sequences: Sequences {
+                queries: None,
+                keys: Some(KeyCounts {
+                    of_each: vec![5, 12],
+                    on_device: false,
+                }),
+                pages: Some(PageForm {
+                    size: 8,
+                    spare_entries: 0,
+                }),
+            },
+            ..Case::new(32, DType::F32, (2, 12))
+        };
+        let data = Data::of(&case).unwrap();
+        // Three slots of one page, four of another, two free pages.
+        let free = unowned(&data);
+        assert_eq!(free.len(), 3 + 4 + 2 * 8);
+        let (spoilt, plan) = spoil(&case, &data).unwrap();
+        assert!(plan.hidden >= free.len());
+        let inputs = spoilt.inputs().unwrap();
+        let numbers = |values: Values<'_>, at: usize| {
+            (at..at + 32).any(|i| values.get(i).abs() == f64::from(f32::MAX))
+        };
+        assert!(free.iter().any(|cell| numbers(inputs.k, cell.k)));
+        assert!(free.iter().any(|cell| numbers(inputs.v, cell.v)));
     }
 
     #[test]

@@ -227,6 +227,8 @@ impl Buffers {
                 host
             })
         };
+        let table = data.block_table.as_deref();
+        let lengths = data.key_lengths.as_deref();
         let mask = data.mask.clone().filter(|_| case.built.is_none());
         let operands = [
             (Role::Query, Some(data.q.clone())),
@@ -235,6 +237,14 @@ impl Buffers {
             (Role::Mask, mask),
             (Role::Sinks, floats(&data.sinks)),
             (Role::AlibiSlopes, floats(&data.alibi_slopes)),
+            (
+                Role::BlockTable,
+                table.map(|x| Host::of_integers(DType::I32, x)),
+            ),
+            (
+                Role::KeyLengths,
+                lengths.map(|x| Host::of_integers(DType::U32, x)),
+            ),
         ];
         let mut inputs = Vec::new();
         for (role, host) in operands {
@@ -302,6 +312,8 @@ fn encode(
                 sinks: buffers.input(Role::Sinks),
                 alibi_slopes: buffers.input(Role::AlibiSlopes),
                 lse: buffers.lse.as_ref().map(|lse| &lse.view),
+                block_table: buffers.input(Role::BlockTable),
+                key_lengths: buffers.input(Role::KeyLengths),
                 ..Operands::new(q, k, v, out)
             };
             ops::attention(encoder, &data.problem, &operands)?;

@@ -203,11 +203,11 @@ impl std::fmt::Display for MaskAxes {
     }
 }
 
-/// Cumulative lengths of packed sequences; what they must be is checked with the problem.
+/// Boundaries of packed sequences, or lengths; what they must be is checked with the problem.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct CuSeqlens(pub(crate) Vec<u32>);
+pub(crate) struct Numbers(pub(crate) Vec<u32>);
 
-impl CuSeqlens {
+impl Numbers {
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let numbers = text.split(',').map(|part| part.trim().parse().ok());
         numbers
@@ -241,6 +241,14 @@ pub(crate) fn size(text: &str) -> Result<usize, String> {
         .ok()
         .filter(|_| (1..=MAX).contains(&size))
         .ok_or_else(expected)
+}
+
+/// Keys of a page.
+pub(crate) fn page_size(text: &str) -> Result<usize, String> {
+    size(text)
+        .ok()
+        .filter(|n| n.is_power_of_two() && *n <= 1024)
+        .ok_or_else(|| "expected a power of two from 1 to 1024".into())
 }
 
 /// A window of at least 1 key.
@@ -327,6 +335,10 @@ mod tests {
             assert!(positive(bad).is_err(), "{bad}");
         }
         assert_eq!(window("2147483647"), Ok(2_147_483_647));
+        assert_eq!(page_size("16"), Ok(16));
+        for bad in ["0", "24", "2048", "x"] {
+            assert!(page_size(bad).is_err(), "{bad}");
+        }
         for bad in ["0", "-1", "2147483648", "99999999999999999999", "1.5"] {
             assert!(window(bad).is_err(), "{bad}");
         }
@@ -345,9 +357,9 @@ mod tests {
             assert_eq!(axes.of(sizes), expected, "{text}");
         }
         assert!(MaskAxes::parse("qq").is_err() && MaskAxes::parse("k").is_err());
-        assert_eq!(CuSeqlens::parse("0, 3,7"), Ok(CuSeqlens(vec![0, 3, 7])));
+        assert_eq!(Numbers::parse("0, 3,7"), Ok(Numbers(vec![0, 3, 7])));
         for bad in ["", "0,x", "0,-1", "0,4294967296"] {
-            assert!(CuSeqlens::parse(bad).is_err(), "{bad}");
+            assert!(Numbers::parse(bad).is_err(), "{bad}");
         }
         assert_eq!(window_right("0"), Ok(0));
         assert!(window_right("-1").is_err() && window_right("2147483648").is_err());

@@ -157,6 +157,7 @@ struct Set {
     mask: Option<MlxBuffer>,
     sinks: Option<MlxBuffer>,
     alibi_slopes: Option<MlxBuffer>,
+    block_table: Option<MlxBuffer>,
     lse: Option<MlxBuffer>,
 }
 
@@ -179,12 +180,14 @@ impl Set {
                         *slope = (-8.0 * h as f32 / n as f32).exp2();
                     }
                 }
+                Role::BlockTable => shuffle(buffer.as_mut_slice::<i32>()?, random),
                 _ => fill(&mut buffer, random)?,
             }
             Ok(Some(buffer))
         };
         let (mask, sinks) = (optional(Role::Mask)?, optional(Role::Sinks)?);
         let (alibi_slopes, lse) = (optional(Role::AlibiSlopes)?, optional(Role::Lse)?);
+        let block_table = optional(Role::BlockTable)?;
         let mut operand = |role: Role| {
             optional(role)?.ok_or_else(|| anyhow::anyhow!("{} has no size", role.name()))
         };
@@ -196,6 +199,7 @@ impl Set {
             mask,
             sinks,
             alibi_slopes,
+            block_table,
             lse,
         })
     }
@@ -205,9 +209,20 @@ impl Set {
             mask: self.mask.as_ref(),
             sinks: self.sinks.as_ref(),
             alibi_slopes: self.alibi_slopes.as_ref(),
+            block_table: self.block_table.as_ref(),
             lse: self.lse.as_ref(),
             ..Operands::new(&self.q, &self.k, &self.v, &self.out)
         }
+    }
+}
+
+/// Pages in random order: the pool has one for each entry.
+fn shuffle(table: &mut [i32], random: &mut Random) {
+    for (entry, page) in table.iter_mut().zip(0..) {
+        *entry = page;
+    }
+    for at in (1..table.len()).rev() {
+        table.swap(at, random.below(at + 1));
     }
 }
 

@@ -29,7 +29,7 @@ impl Verdict {
         lse: Option<&[f32]>,
         hidden: bool,
     ) -> Result<Self> {
-        let sequences = match problem.cu_seqlens() {
+        let sequences = match problem.cu_seqlens_q() {
             None => problem.shape().batch,
             // Their rows are all among `query_rows`.
             Some(_) => 1,
@@ -92,7 +92,7 @@ impl Verdict {
                 "reference",
                 format_args!(
                     "not finite in row {row} of [B, H, L], or of [H, L] if packed: it sees a NaN or an \
-                     infinity in q, k, v or the mask (rows of a cache that are not filled: --key-len)"
+                     infinity in q, k, v or the mask (rows of a cache that are not filled: --key-len or `key_lengths`)"
                 ),
             );
         }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use mlx_flash_attn::attention::{QueryOffset, Shape};
 
-use crate::args::{self, CuSeqlens, DTypeArg, DeviceArgs, LayoutArg, MaskArg, MaskAxes};
+use crate::args::{self, DTypeArg, DeviceArgs, LayoutArg, MaskArg, MaskAxes, Numbers};
 use crate::score::ScoreArgs;
 
 /// Exact flash attention on this machine's devices: compute it, check it, measure it.
@@ -66,7 +66,15 @@ pub(crate) struct ImagesArgs {
 ///
 /// - `cu_seqlens_q` and `cu_seqlens_k` [n+1] (I32, U32, I64 or U64): n packed sequences, `q`
 ///   [rows,H,D], `k` and `v` [rows,Hkv,D]; B is then 1, kL in a mask that of the longest sequence,
-///   and rows past the last boundary are padding: not read, zeros in the output.
+///   and rows past the last boundary are padding: not read, zeros in the output;
+///
+/// - `key_lengths` [B] (I32 or U32): of the kL rows of sequence b, the first key_lengths[b] are keys;
+///
+/// - `block_table` I32 [B,P]: `k` and `v` are pages [pages,Hkv,page_size,D] (seq-major:
+///   [pages,page_size,Hkv,D]), and row j of sequence b lies in slot j % page_size of page
+///   block_table[b,j / page_size]; kL is P * page_size.
+///
+/// With either of the last two, `cu_seqlens_q` alone packs the queries of B = n sequences.
 ///
 /// The output file holds `o` in q's dtype and layout.
 #[derive(Debug, Args)]
@@ -87,7 +95,8 @@ pub(crate) struct RunArgs {
     /// from kL and a bound or ALiBi counts positions
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::query_offset)]
     pub(crate) q_offset: Option<QueryOffset>,
-    /// Take the first N rows of k and v alone as keys: a cache with room for more
+    /// Take the first N rows of k and v alone as keys: a cache with room for more. `key_lengths` in the file says so
+    /// for each sequence
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::size)]
     pub(crate) key_len: Option<usize>,
     /// Order of the axes of q, k, v and o
@@ -148,7 +157,8 @@ pub(crate) struct VerifyArgs {
 Examples:
   mlx-flash-attn bench --shape 1,32,8,4096,4096,128 --shape 1,32,8,1,4096,128 --causal
   mlx-flash-attn bench --shape 4,32,8,1,4096,128 --mask bool --mask-axes b --key-capacity 8192
-  mlx-flash-attn bench --shape 1,32,8,300,300,128 --cu-seqlens-q 0,100,300 --cu-seqlens-k 0,100,300")]
+  mlx-flash-attn bench --shape 1,32,8,300,300,128 --cu-seqlens-q 0,100,300 --cu-seqlens-k 0,100,300
+  mlx-flash-attn bench --shape 4,32,8,1,4096,128 --paged 16 --lengths 4096,1000,17,300")]
 pub(crate) struct BenchArgs {
     /// Batch, query heads, key/value heads, query length, key length, head dim; repeatable
     #[arg(
@@ -205,23 +215,41 @@ pub(crate) struct BenchArgs {
     /// Rows that k and v have room for, at least SK: a cache that is not full
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::size)]
     pub(crate) key_capacity: Option<usize>,
-    /// Pack sequences with these boundaries among the SQ rows of q; B is 1
+    /// Lay k and v in pages of N keys, which a block table in random order names
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        conflicts_with_all = ["key_capacity", "cu_seqlens_k"],
+        value_parser = args::page_size
+    )]
+    pub(crate) paged: Option<usize>,
+    /// Number of keys of each of the B sequences, at most SK
+    #[arg(
+        long,
+        value_name = "N,N,...",
+        conflicts_with = "cu_seqlens_k",
+        value_parser = Numbers::parse
+    )]
+    pub(crate) lengths: Option<Numbers>,
+    /// Pack sequences with these boundaries among the SQ rows of q; B is 1, or with --paged or --lengths their
+    /// number
     #[arg(
         long,
         value_name = "0,N,...",
-        requires = "cu_seqlens_k",
-        conflicts_with_all = ["key_capacity", "layout"],
-        value_parser = CuSeqlens::parse
+        conflicts_with = "layout",
+        value_parser = Numbers::parse
     )]
-    pub(crate) cu_seqlens_q: Option<CuSeqlens>,
+    pub(crate) cu_seqlens_q: Option<Numbers>,
     /// Their boundaries among the SK rows of k and v
     #[arg(
         long,
         value_name = "0,N,...",
         requires = "cu_seqlens_q",
-        value_parser = CuSeqlens::parse
+        conflicts_with = "key_capacity",
+        value_parser = Numbers::parse
     )]
-    pub(crate) cu_seqlens_k: Option<CuSeqlens>,
+    pub(crate) cu_seqlens_k: Option<Numbers>,
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
     /// Print one JSON object a shape: device, dtype, shape, causal, window, ms_median, ms_min,

@@ -3,15 +3,17 @@
 
 use anyhow::{Result, anyhow, bail};
 use mlx_flash_attn::DType;
-use mlx_flash_attn::attention::{MaskSpec, Shape};
+use mlx_flash_attn::attention::{MaskSpec, Pages, Shape};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::args::LayoutArg;
-use crate::packed::Packed;
+use crate::packed::{Packed, check_last};
 use crate::score::mask_spec;
+use crate::sequences::{BLOCK_TABLE, KEY_LENGTHS, Sequences};
+use crate::tensors::{Tensor, optional, required, tensor};
 
 /// The tensors this program knows.
-const KNOWN: [&str; 8] = [
+const KNOWN: [&str; 10] = [
     "q",
     "k",
     "v",
@@ -20,24 +22,20 @@ const KNOWN: [&str; 8] = [
     "alibi_slopes",
     "cu_seqlens_q",
     "cu_seqlens_k",
+    BLOCK_TABLE,
+    KEY_LENGTHS,
 ];
-
-/// One operand: its element type and its bytes, dense.
-#[derive(Debug)]
-pub(crate) struct Tensor<'a> {
-    pub(crate) dtype: DType,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) bytes: &'a [u8],
-}
 
 /// What a file holds.
 #[derive(Debug)]
 pub(crate) struct Input<'a> {
-    /// The sizes; for packed sequences a batch of 1, and all rows.
+    /// The sizes; for packed queries a batch of 1, and all rows.
     pub(crate) shape: Shape,
-    /// Rows that K and V have room for.
+    /// Keys of a sequence that there is room for.
     pub(crate) capacity: usize,
     pub(crate) packed: Option<Packed>,
+    pub(crate) sequences: Sequences<'a>,
+    pub(crate) pages: Option<Pages>,
     pub(crate) q: Tensor<'a>,
     pub(crate) k: Tensor<'a>,
     pub(crate) v: Tensor<'a>,
@@ -54,6 +52,8 @@ enum Axes {
     Dense(LayoutArg),
     /// [rows, H, D].
     Packed,
+    /// A page in place of a batch entry.
+    Pages(LayoutArg),
 }
 
 impl Axes {
@@ -65,6 +65,8 @@ impl Axes {
         match self {
             Self::Dense(layout) => layout.axes(),
             Self::Packed => "[rows, H, D]",
+            Self::Pages(LayoutArg::HeadMajor) => "[pages, Hkv, page_size, D]",
+            Self::Pages(LayoutArg::SeqMajor) => "[pages, page_size, Hkv, D]",
         }
     }
 
@@ -72,6 +74,7 @@ impl Axes {
         match self {
             Self::Dense(layout) => layout.name(),
             Self::Packed => "packed, as `cu_seqlens_q` is there",
+            Self::Pages(_) => "in pages, as `block_table` is there",
         }
     }
 }
@@ -86,9 +89,9 @@ impl<'a> Input<'a> {
     ) -> Result<Self> {
         let packed = Packed::of(tensors)?;
         if packed.is_some() {
-            return Self::read(tensors, Axes::Packed, key_len, packed);
+            return Self::read(tensors, layout, key_len, packed);
         }
-        let read = |layout| Self::read(tensors, Axes::Dense(layout), key_len, None);
+        let read = |layout| Self::read(tensors, layout, key_len, None);
         read(layout).map_err(|error| {
             // Axes taken for one another are the usual reason why shapes disagree.
             match read(layout.other()) {
@@ -103,20 +106,111 @@ impl<'a> Input<'a> {
 
     fn read(
         tensors: &SafeTensors<'a>,
-        order: Axes,
+        layout: LayoutArg,
         key_len: Option<usize>,
         packed: Option<Packed>,
     ) -> Result<Self> {
+        let sequences = Sequences::of(tensors)?;
         let [q, k, v] = [
             required(tensors, "q")?,
             required(tensors, "k")?,
             required(tensors, "v")?,
         ];
-        let [batch, heads, query_len, head_dim] = axes("q", &q, order)?;
-        let [k_batch, kv_heads, capacity, k_dim] = axes("k", &k, order)?;
-        same("k", "batch size", batch, k_batch, "q", &k)?;
-        same("k", "head dim", head_dim, k_dim, "q", &k)?;
-        axes("v", &v, order)?;
+        let views = [&q, &k, &v];
+        let sizes = Sizes::new(views, layout, key_len, packed.as_ref(), &sequences)?;
+        let Shape {
+            batch,
+            heads,
+            query_len,
+            key_len,
+            ..
+        } = sizes.shape;
+        let columns = packed.as_ref().map_or(key_len, Packed::longest_keys);
+        let q = tensor("q", &q, &FLOATS)?;
+        // Half-precision caches under float32 queries are usual.
+        let kv: &[Dtype] = match q.dtype {
+            DType::F32 => &[Dtype::F32, Dtype::F16],
+            DType::F16 => &[Dtype::F16],
+            _ => &[Dtype::BF16],
+        };
+        let k_dtype = [k.dtype()];
+        let per_head = |name| {
+            optional(tensors, name)
+                .map(|view| self::per_head(name, &view, heads))
+                .transpose()
+        };
+        Ok(Self {
+            shape: sizes.shape,
+            capacity: sizes.capacity,
+            packed,
+            sequences,
+            pages: sizes.pages,
+            k: tensor("k", &k, kv)?,
+            v: tensor("v", &v, &k_dtype)?,
+            mask: optional(tensors, "mask")
+                .map(|view| mask(&view, [batch, heads, query_len, columns]))
+                .transpose()?,
+            sinks: per_head("sinks")?,
+            alibi_slopes: per_head("alibi_slopes")?,
+            unused: unused(tensors),
+            q,
+        })
+    }
+
+    /// Numbers of queries and keys of each sequence.
+    pub(crate) fn lengths(&self) -> Vec<(usize, usize)> {
+        match &self.packed {
+            None => {
+                let Shape {
+                    batch,
+                    query_len,
+                    key_len,
+                    ..
+                } = self.shape;
+                self.sequences.lengths(batch, query_len, key_len)
+            }
+            Some(packed) => packed.lengths(),
+        }
+    }
+}
+
+/// Sizes that the shapes of `q`, `k` and `v` agree on.
+struct Sizes {
+    shape: Shape,
+    capacity: usize,
+    pages: Option<Pages>,
+}
+
+impl Sizes {
+    fn new(
+        [q, k, v]: [&TensorView<'_>; 3],
+        layout: LayoutArg,
+        key_len: Option<usize>,
+        packed: Option<&Packed>,
+        sequences: &Sequences<'_>,
+    ) -> Result<Self> {
+        let [q_order, order] = match (packed, sequences) {
+            (Some(_), _) => [Axes::Packed; 2],
+            (None, Sequences { queries, table, .. }) => [
+                queries
+                    .as_ref()
+                    .map_or(Axes::Dense(layout), |_| Axes::Packed),
+                table
+                    .as_ref()
+                    .map_or(Axes::Dense(layout), |_| Axes::Pages(layout)),
+            ],
+        };
+        let [batch, heads, query_len, head_dim] = axes("q", q, q_order)?;
+        let [k_batch, kv_heads, k_rows, k_dim] = axes("k", k, order)?;
+        let count = sequences.batch(batch)?;
+        let pages = sequences.pages(k_batch, k_rows)?;
+        if pages.is_none() {
+            let of = sequences.queries.as_ref().map_or("q", |_| "cu_seqlens_q");
+            same("k", "batch size", count, k_batch, of, k)?;
+        }
+        let capacity = pages.map_or(k_rows, |p| p.per_sequence.saturating_mul(p.page_size));
+        same("k", "head dim", head_dim, k_dim, "q", k)?;
+        axes("v", v, order)?;
         if v.shape() != k.shape() {
             bail!(
                 "tensor `v`: expected shape {:?} as `k`, found {:?}",
@@ -138,11 +232,18 @@ impl<'a> Input<'a> {
         let key_len = key_len.unwrap_or(capacity);
         if key_len > capacity {
             bail!(
-                "--key-len: expected at most the {capacity} rows of `k`, found {key_len} (shape {:?}, \
-                 {})",
+                "--key-len: expected at most the {capacity} rows of {}, found {key_len} (shape {:?}, {})",
+                pages.map_or("`k`", |_| "the pages in a row of `block_table`"),
                 k.shape(),
                 order.names()
             );
+        }
+        sequences.check(key_len)?;
+        if let Some(packed) = packed {
+            packed.check(query_len, capacity)?;
+        }
+        if let Some(boundaries) = &sequences.queries {
+            check_last("cu_seqlens_q", boundaries, query_len)?;
         }
         let shape = Shape {
             batch,
@@ -153,68 +254,16 @@ impl<'a> Input<'a> {
             qk_dim: head_dim,
             v_dim: head_dim,
         };
-        if let Some(packed) = &packed {
-            packed.check(query_len, capacity)?;
-        }
-        let columns = packed.as_ref().map_or(key_len, Packed::longest_keys);
-        let q = tensor("q", &q, &FLOATS)?;
-        // Half-precision caches under float32 queries are usual.
-        let kv: &[Dtype] = match q.dtype {
-            DType::F32 => &[Dtype::F32, Dtype::F16],
-            DType::F16 => &[Dtype::F16],
-            _ => &[Dtype::BF16],
-        };
-        let k_dtype = [k.dtype()];
-        let per_head = |name| {
-            optional(tensors, name)
-                .map(|view| self::per_head(name, &view, heads))
-                .transpose()
-        };
         Ok(Self {
             shape,
             capacity,
-            packed,
-            k: tensor("k", &k, kv)?,
-            v: tensor("v", &v, &k_dtype)?,
-            mask: optional(tensors, "mask")
-                .map(|view| mask(&view, [batch, heads, query_len, columns]))
-                .transpose()?,
-            sinks: per_head("sinks")?,
-            alibi_slopes: per_head("alibi_slopes")?,
-            unused: unused(tensors),
-            q,
+            pages,
         })
-    }
-
-    /// Numbers of queries and keys of each sequence; once where all are the same.
-    pub(crate) fn lengths(&self) -> Vec<(usize, usize)> {
-        match &self.packed {
-            None if self.shape.batch == 0 => Vec::new(),
-            None => vec![(self.shape.query_len, self.shape.key_len)],
-            Some(packed) => packed.lengths(),
-        }
     }
 }
 
 const FLOATS: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 const MASKS: [Dtype; 5] = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::BOOL, Dtype::U8];
-
-pub(crate) fn optional<'a>(tensors: &SafeTensors<'a>, name: &str) -> Option<TensorView<'a>> {
-    tensors.tensor(name).ok()
-}
-
-fn required<'a>(tensors: &SafeTensors<'a>, name: &str) -> Result<TensorView<'a>> {
-    optional(tensors, name).ok_or_else(|| {
-        let mut there: Vec<String> = tensors.names().iter().map(|n| format!("`{n}`")).collect();
-        there.sort();
-        let there = match there.len() {
-            0 => "no tensors".into(),
-            1..=8 => there.join(", "),
-            n => format!("{} and {} more", there[..8].join(", "), n - 8),
-        };
-        anyhow!("tensor `{name}`: expected to be there, found {there}")
-    })
-}
 
 fn unused(tensors: &SafeTensors<'_>) -> Vec<String> {
     let mut unused: Vec<String> = tensors
@@ -227,11 +276,13 @@ fn unused(tensors: &SafeTensors<'_>) -> Vec<String> {
     unused
 }
 
-/// Batch, heads, length and head dim of an operand; 1 batch where sequences are packed.
+/// Batch, heads, length and head dim of an operand; a batch of 1 where sequences are packed, and of pages.
 fn axes(name: &str, view: &TensorView<'_>, order: Axes) -> Result<[usize; 4]> {
     Ok(match (order, view.shape()) {
         (Axes::Dense(LayoutArg::HeadMajor), &[batch, heads, len, dim])
-        | (Axes::Dense(LayoutArg::SeqMajor), &[batch, len, heads, dim]) => [batch, heads, len, dim],
+        | (Axes::Dense(LayoutArg::SeqMajor), &[batch, len, heads, dim])
+        | (Axes::Pages(LayoutArg::HeadMajor), &[batch, heads, len, dim])
+        | (Axes::Pages(LayoutArg::SeqMajor), &[batch, len, heads, dim]) => [batch, heads, len, dim],
         (Axes::Packed, &[len, heads, dim]) => [1, heads, len, dim],
         (_, shape) => bail!(
             "tensor `{name}`: expected rank {} {} ({}), found rank {} {shape:?}",
@@ -258,31 +309,6 @@ fn same(
         );
     }
     Ok(())
-}
-
-fn tensor<'a>(name: &str, view: &TensorView<'a>, allowed: &[Dtype]) -> Result<Tensor<'a>> {
-    let dtype = match view.dtype() {
-        Dtype::BF16 => Some(DType::BF16),
-        Dtype::F16 => Some(DType::F16),
-        Dtype::F32 => Some(DType::F32),
-        Dtype::BOOL | Dtype::U8 => Some(DType::U8),
-        _ => None,
-    };
-    match dtype.filter(|_| allowed.contains(&view.dtype())) {
-        Some(dtype) => Ok(Tensor {
-            dtype,
-            shape: view.shape().to_vec(),
-            bytes: view.data(),
-        }),
-        None => {
-            let allowed: Vec<String> = allowed.iter().map(ToString::to_string).collect();
-            bail!(
-                "tensor `{name}`: expected dtype {}, found {}",
-                allowed.join(" or "),
-                view.dtype()
-            )
-        }
-    }
 }
 
 fn mask<'a>(view: &TensorView<'a>, full: [usize; 4]) -> Result<(Tensor<'a>, MaskSpec)> {

@@ -25,8 +25,10 @@ mod progress;
 mod random;
 mod run;
 mod score;
+mod sequences;
 mod svg;
 mod table;
+mod tensors;
 mod tiles;
 mod verify;
 

@@ -1,10 +1,10 @@
 //! Boundaries of packed sequences, from tensors of a file or from options.
 
-use anyhow::{Result, anyhow, bail};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use anyhow::{Result, bail};
+use safetensors::tensor::SafeTensors;
 
-use crate::args::CuSeqlens;
-use crate::input::optional;
+use crate::args::Numbers;
+use crate::tensors::{integers, optional};
 
 /// Sequence `i` owns query rows `queries[i]..queries[i + 1]`, and keys likewise.
 #[derive(Debug, Clone)]
@@ -15,14 +15,21 @@ pub(crate) struct Packed {
 
 const NAMES: [&str; 2] = ["cu_seqlens_q", "cu_seqlens_k"];
 
+/// Tensors of sequences whose keys are not packed; their queries may be.
+pub(crate) const OWN_KEYS: [&str; 2] = ["block_table", "key_lengths"];
+
 impl Packed {
-    /// The boundaries in a file, if it has them.
+    /// The boundaries in a file, if it packs keys.
     pub(crate) fn of(tensors: &SafeTensors<'_>) -> Result<Option<Self>> {
+        let own_keys = OWN_KEYS
+            .iter()
+            .any(|name| optional(tensors, name).is_some());
         match NAMES.map(|name| optional(tensors, name)) {
             [None, None] => Ok(None),
+            [Some(_), None] if own_keys => Ok(None),
             [Some(queries), Some(keys)] => Ok(Some(Self {
-                queries: boundaries(NAMES[0], &queries)?,
-                keys: boundaries(NAMES[1], &keys)?,
+                queries: integers(NAMES[0], &queries)?,
+                keys: integers(NAMES[1], &keys)?,
             })),
             [queries, _] => {
                 let [here, missing] = match queries {
@@ -35,7 +42,7 @@ impl Packed {
     }
 
     /// The boundaries of options, if they are given.
-    pub(crate) fn asked(queries: Option<&CuSeqlens>, keys: Option<&CuSeqlens>) -> Option<Self> {
+    pub(crate) fn asked(queries: Option<&Numbers>, keys: Option<&Numbers>) -> Option<Self> {
         queries.zip(keys).map(|(queries, keys)| Self {
             queries: queries.0.clone(),
             keys: keys.0.clone(),
@@ -48,10 +55,7 @@ impl Packed {
             (NAMES[0], &self.queries, query_rows),
             (NAMES[1], &self.keys, key_rows),
         ] {
-            let last = boundaries.last().copied().unwrap_or(0);
-            if last as usize > rows {
-                bail!("`{name}`: expected a last boundary of at most {rows} rows, found {last}");
-            }
+            check_last(name, boundaries, rows)?;
         }
         Ok(())
     }
@@ -66,28 +70,18 @@ impl Packed {
     }
 }
 
-fn lengths(boundaries: &[u32]) -> impl Iterator<Item = usize> {
+/// Refuses boundaries past the rows that there are.
+pub(crate) fn check_last(name: &str, boundaries: &[u32], rows: usize) -> Result<()> {
+    let last = boundaries.last().copied().unwrap_or(0);
+    if last as usize > rows {
+        bail!("`{name}`: expected a last boundary of at most {rows} rows, found {last}");
+    }
+    Ok(())
+}
+
+/// How far apart boundaries lie.
+pub(crate) fn lengths(boundaries: &[u32]) -> impl Iterator<Item = usize> {
     boundaries
         .windows(2)
         .map(|pair| pair[1].saturating_sub(pair[0]) as usize)
-}
-
-fn boundaries(name: &str, view: &TensorView<'_>) -> Result<Vec<u32>> {
-    if view.shape().len() != 1 {
-        bail!("tensor `{name}`: expected rank 1, found {:?}", view.shape());
-    }
-    let number: fn(&[u8]) -> Option<i128> = match view.dtype() {
-        Dtype::I32 => |x| Some(i32::from_le_bytes(x.try_into().ok()?).into()),
-        Dtype::U32 => |x| Some(u32::from_le_bytes(x.try_into().ok()?).into()),
-        Dtype::I64 => |x| Some(i64::from_le_bytes(x.try_into().ok()?).into()),
-        Dtype::U64 => |x| Some(u64::from_le_bytes(x.try_into().ok()?).into()),
-        other => bail!("tensor `{name}`: expected dtype I32, U32, I64 or U64, found {other}"),
-    };
-    let wide = view.data().chunks_exact(view.dtype().bitsize() / 8);
-    wide.map(|bytes| {
-        let found = number(bytes).unwrap_or(-1);
-        u32::try_from(found)
-            .map_err(|_| anyhow!("tensor `{name}`: expected 0 to 4294967295, found {found}"))
-    })
-    .collect()
 }

@@ -17,6 +17,12 @@ impl Random {
         z ^ (z >> 31)
     }
 
+    /// Nearly uniform in `0..n`, which must not be empty.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        let high = u128::from(self.next()) * n as u128;
+        (high >> 64) as usize
+    }
+
     /// Nearly normal, with mean 0 and variance 1: the sum of four uniform numbers, which is cheap
     /// enough for gigabytes.
     pub(crate) fn normal(&mut self) -> f32 {
@@ -41,6 +47,7 @@ mod tests {
         let xs: Vec<f64> = (0..n).map(|_| f64::from(random.normal())).collect();
         let mean = xs.iter().sum::<f64>() / f64::from(n);
         let variance = xs.iter().map(|x| x * x).sum::<f64>() / f64::from(n);
+        assert!((0..n).all(|_| random.below(3) < 3));
         assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02);
     }
 }

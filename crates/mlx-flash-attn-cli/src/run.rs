@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use mlx_flash_attn::attention::oracle::{Inputs, Values};
-use mlx_flash_attn::attention::{Problem, Shape};
+use mlx_flash_attn::attention::{Problem, ProblemBuilder, Role, Shape, Strides};
 use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::{DType, MlxBuffer, MlxDevice};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
@@ -14,12 +14,14 @@ use crate::args::LayoutArg;
 use crate::check::Verdict;
 use crate::cli::RunArgs;
 use crate::files::Target;
-use crate::input::{Input, Tensor};
+use crate::input::Input;
 use crate::json::RunLine;
 use crate::output::{Results, Status, message};
+use crate::packed::Packed;
 use crate::progress;
 use crate::score;
 use crate::table::{Fields, milliseconds};
+use crate::tensors::Tensor;
 
 pub(crate) fn execute(args: &RunArgs, results: &mut Results) -> Result<Status> {
     let target = Target::new(&args.output, &[&args.input])?;
@@ -57,6 +59,41 @@ pub(crate) fn execute(args: &RunArgs, results: &mut Results) -> Result<Status> {
     Ok(status)
 }
 
+/// Where the rows of the operands lie, and how many keys each sequence has.
+fn builder(args: &RunArgs, input: &Input<'_>) -> ProblemBuilder {
+    let (dtype, shape, sequences) = (input.q.dtype, input.shape, &input.sequences);
+    let Shape {
+        heads,
+        kv_heads,
+        key_len,
+        qk_dim: dim,
+        ..
+    } = shape;
+    if let Some(Packed { queries, keys }) = &input.packed {
+        return Problem::varlen(dtype, heads, kv_heads, dim, queries, keys);
+    }
+    let builder = match &sequences.queries {
+        None => Problem::builder(dtype, shape),
+        Some(queries) => {
+            let rows = Strides {
+                batch: 0,
+                head: dim,
+                seq: heads * dim,
+            };
+            Problem::varlen_queries(dtype, heads, kv_heads, key_len, dim, queries)
+                .strides(Role::Query, rows)
+                .strides(Role::Output, rows)
+        }
+    };
+    let builder = match input.pages {
+        None => builder.key_capacity(input.capacity),
+        Some(pages) => builder.pages(pages),
+    };
+    builder
+        .layout(args.layout.into())
+        .key_lengths(sequences.key_lengths())
+}
+
 /// A problem with its operands on a device.
 struct Job {
     problem: Problem,
@@ -67,6 +104,7 @@ struct Job {
     mask: Option<MlxBuffer>,
     sinks: Option<MlxBuffer>,
     alibi_slopes: Option<MlxBuffer>,
+    block_table: Option<MlxBuffer>,
     lse: Option<MlxBuffer>,
     /// Query rows past the last boundary of packed sequences.
     padding: usize,
@@ -87,19 +125,7 @@ impl Job {
 
     fn new(args: &RunArgs, input: &Input<'_>, device: &MlxDevice) -> Result<Self> {
         let shape = input.shape;
-        let builder = match &input.packed {
-            None => Problem::builder(input.q.dtype, shape)
-                .layout(args.layout.into())
-                .key_capacity(input.capacity),
-            Some(packed) => Problem::varlen(
-                input.q.dtype,
-                shape.heads,
-                shape.kv_heads,
-                shape.qk_dim,
-                &packed.queries,
-                &packed.keys,
-            ),
-        };
+        let builder = builder(args, input);
         let positions_count = args.score.bounded() || input.alibi_slopes.is_some();
         let offset = score::offset(args.q_offset, positions_count, input.lengths())?;
         let mut builder = args
@@ -117,7 +143,7 @@ impl Job {
         let upload = |tensor: &Tensor<'_>| upload(device, tensor);
         let Shape { batch, heads, .. } = shape;
         let rows = problem.query_rows();
-        let lse_shape = match input.packed {
+        let lse_shape = match problem.cu_seqlens_q() {
             None => vec![batch, heads, rows],
             Some(_) => vec![heads, rows],
         };
@@ -131,6 +157,7 @@ impl Job {
             mask: input.mask.as_ref().map(|(t, _)| upload(t)).transpose()?,
             sinks: input.sinks.as_ref().map(upload).transpose()?,
             alibi_slopes: input.alibi_slopes.as_ref().map(upload).transpose()?,
+            block_table: input.sequences.table.as_ref().map(upload).transpose()?,
             lse: args
                 .lse
                 .then(|| zeros(device, DType::F32, lse_shape))
@@ -146,6 +173,7 @@ impl Job {
             mask: self.mask.as_ref(),
             sinks: self.sinks.as_ref(),
             alibi_slopes: self.alibi_slopes.as_ref(),
+            block_table: self.block_table.as_ref(),
             lse: self.lse.as_ref(),
             ..Operands::new(&self.q, &self.k, &self.v, &self.out)
         };
@@ -191,11 +219,13 @@ impl Job {
         let mask = self.mask.as_ref().map(values).transpose()?;
         let sinks = self.sinks.as_ref().map(MlxBuffer::as_slice::<f32>);
         let slopes = self.alibi_slopes.as_ref().map(MlxBuffer::as_slice::<f32>);
+        let table = self.block_table.as_ref().map(integers).transpose()?;
         let lse = self.lse.as_ref().map(floats).transpose()?;
         let inputs = Inputs {
             mask,
             sinks: sinks.transpose()?,
             alibi_slopes: slopes.transpose()?,
+            block_table: table,
             ..Inputs::new(values(&self.q)?, values(&self.k)?, values(&self.v)?)
         };
         let out = values(&self.out)?;
@@ -230,6 +260,10 @@ fn floats(buffer: &MlxBuffer) -> Result<&[f32]> {
     Ok(&buffer.as_slice::<f32>()?[..elements(buffer.shape())])
 }
 
+fn integers(buffer: &MlxBuffer) -> Result<&[i32]> {
+    Ok(&buffer.as_slice::<i32>()?[..elements(buffer.shape())])
+}
+
 fn values(buffer: &MlxBuffer) -> Result<Values<'_>> {
     Ok(Values::from_bytes(buffer.dtype(), bytes(buffer)?)?)
 }
@@ -240,18 +274,32 @@ struct Summary(Vec<(&'static str, String)>);
 impl Summary {
     fn new(input: &Input<'_>, layout: LayoutArg) -> Self {
         let (q, k) = (&input.q, &input.k);
-        let order = match &input.packed {
+        let sequences = &input.sequences;
+        let packed = input.packed.as_ref().map(|packed| &packed.queries);
+        let order = match packed.or(sequences.queries.as_ref()) {
             None => layout.name().to_owned(),
-            Some(packed) => format!("{} packed sequences", packed.lengths().len()),
+            Some(_) => format!("{} packed sequences", input.lengths().len()),
         };
         let mut keys = format!("{} {:?}", k.dtype, k.shape);
-        if input.shape.key_len < input.capacity {
+        if let Some(pages) = input.pages {
+            keys.push_str(&format!(" {}, pages of {}", layout.name(), pages.page_size));
+        } else if input.shape.key_len < input.capacity {
             keys.push_str(&format!(", {} of the rows are keys", input.shape.key_len));
         }
         let mut fields = vec![
             ("q", format!("{} {:?} {order}", q.dtype, q.shape)),
             ("k, v", keys),
         ];
+        if let Some(table) = &sequences.table {
+            fields.push(("block table", format!("{:?}", table.shape)));
+        }
+        if let Some(lengths) = &sequences.keys {
+            let [least, most] = [lengths.iter().min(), lengths.iter().max()];
+            let range = least
+                .zip(most)
+                .map(|(least, most)| format!("{least} to {most}"));
+            fields.push(("key lengths", range.unwrap_or_default()));
+        }
         if let Some((mask, spec)) = &input.mask {
             let dtype = if spec.is_bool() {
                 "bool"

@@ -149,6 +149,8 @@ fn bench_takes_what_the_library_takes() {
                  --softcap 5 --scale 0.5 --mask bool --mask-axes bh --sinks --alibi --lse \
                  --key-capacity 40 --shape 2,4,2,16,24,32";
     let packed = "--mask f16 --cu-seqlens-q 0,4,12 --cu-seqlens-k 0,0,20 --shape 1,2,1,16,24,32";
+    let paged = "--paged 4 --lengths 20,0 --shape 2,2,1,1,24,32";
+    let chunks = "--paged 8 --cu-seqlens-q 0,1,12 --shape 2,2,1,12,24,32";
     let mut lines = Vec::new();
     for (options, more) in [
         (
@@ -168,6 +170,8 @@ fn bench_takes_what_the_library_takes() {
             ][..],
         ),
         (packed, &["mask", "cu_seqlens_q", "cu_seqlens_k"]),
+        (paged, &["paged", "lengths"]),
+        (chunks, &["paged", "cu_seqlens_q"]),
     ] {
         let ran = words(&format!("bench --device cpu --json {options}"));
         assert_eq!(ran.code, Some(0), "{ran:?}");
@@ -179,12 +183,14 @@ fn bench_takes_what_the_library_takes() {
     let line = &lines[1];
     assert_eq!(line["shape"], serde_json::json!([1, 2, 1, 16, 24, 32]));
     assert_eq!(line["mask"], "f16 q");
-    // 8 queries over 20 keys; the first sequence has no keys.
-    let counted = line["tflops"].as_f64().unwrap() * line["ms_median"].as_f64().unwrap() * 1e9;
-    assert!(
-        (counted / (4.0 * 32.0 * 2.0 * 8.0 * 20.0) - 1.0).abs() < 1e-9,
-        "{counted}"
-    );
+    // 8 queries over 20 keys, as the first sequence has no keys; one over 20; 12 over 24.
+    for (line, pairs) in lines[1..].iter().zip([8.0 * 20.0, 20.0, 12.0 * 24.0]) {
+        let counted = line["tflops"].as_f64().unwrap() * line["ms_median"].as_f64().unwrap() * 1e9;
+        assert!(
+            (counted / (4.0 * 32.0 * 2.0 * pairs) - 1.0).abs() < 1e-9,
+            "{counted} {pairs}"
+        );
+    }
 }
 
 #[test]

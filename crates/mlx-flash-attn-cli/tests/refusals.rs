@@ -5,37 +5,9 @@
 mod common;
 
 use std::fs;
-use std::path::Path;
 
-use common::{File, Ran, program, run, words};
+use common::{File, assert_refused, assert_run_refused, program, run, words};
 use safetensors::tensor::Dtype;
-
-fn assert_refused(ran: &Ran, culprit: &str, what: &str) {
-    assert_eq!(ran.code, Some(2), "{what}: {ran:?}");
-    assert!(
-        ran.stderr.contains(culprit),
-        "{what}: expected `{culprit}` in {ran:?}"
-    );
-    assert!(ran.stderr.starts_with("error: "), "{what}: {ran:?}");
-    assert!(!ran.stderr.contains("panicked"), "{what}: {ran:?}");
-    assert!(ran.stdout.is_empty(), "{what}: {ran:?}");
-}
-
-/// `run` on `input` with extra words; nothing may be left in the folder but the input.
-fn assert_run_refused(input: &Path, options: &str, culprit: &str, what: &str) {
-    let folder = input.parent().unwrap();
-    let before = fs::read(input).ok();
-    let files = || fs::read_dir(folder).unwrap().count();
-    let count = files();
-    let mut args: Vec<_> = ["run", "-i"].map(Into::into).to_vec();
-    args.push(input.as_os_str().to_owned());
-    args.push("-o".into());
-    args.push(folder.join("out.safetensors").into());
-    args.extend(options.split_whitespace().map(Into::into));
-    assert_refused(&run(args), culprit, what);
-    assert_eq!(files(), count, "{what}: something was written");
-    assert_eq!(fs::read(input).ok(), before, "{what}: the input changed");
-}
 
 #[test]
 fn wrong_command_lines() {
@@ -99,6 +71,22 @@ fn wrong_command_lines() {
         (
             "bench --shape 2,1,1,8,8,64 --cu-seqlens-q 0,8 --cu-seqlens-k 0,8",
             "expected B 1",
+        ),
+        ("bench --shape 1,1,1,8,8,64 --paged 24", "--paged"),
+        (
+            "bench --shape 1,1,1,8,8,64 --paged 4 --key-capacity 9",
+            "--key-capacity",
+        ),
+        ("bench --shape 2,1,1,8,8,64 --lengths 8", "--lengths"),
+        ("bench --shape 2,1,1,8,8,64 --lengths 8,9", "SK = 8"),
+        ("bench --shape 2,1,1,8,8,64 --lengths 8,x", "--lengths"),
+        (
+            "bench --shape 2,1,1,8,8,64 --lengths 8,8 --cu-seqlens-q 0,8",
+            "expected B 1",
+        ),
+        (
+            "bench --shape 1,1,1,8,8,64 --paged 4 --cu-seqlens-q 0,9",
+            "at most 8 rows",
         ),
         (
             "bench --shape 1,1,1,8,8,64 --cu-seqlens-q 0,6,4 --cu-seqlens-k 0,4,8",

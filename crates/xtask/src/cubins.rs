@@ -259,7 +259,7 @@ mod tests {
         let sample = count(&manifest, options(false, false));
         let texts: BTreeSet<String> = sources.iter().map(ImageSource::text).collect();
         assert_eq!(sample, texts.len());
-        assert!(sample <= 8, "a handful, got {sample}");
+        assert!(20 * sample < sources.len(), "a handful, got {sample}");
         assert_eq!(count(&manifest, options(false, true)), 0);
         assert_eq!(count(&manifest, options(true, false)), sources.len());
         // A changed kernel is one that the manifest lacks.

@@ -196,13 +196,14 @@ mod tests {
     #[test]
     fn the_matrix_reaches_every_kernel() {
         let cpu = MlxDevice::cpu(CpuOptions::default()).unwrap();
-        for gpu in [Capability::OLDEST, Capability(9, 0)] {
+        for gpu in [Capability::OLDEST, Capability(8, 6), Capability(9, 0)] {
             let problems = cases(Scope::Full, &cpu);
             let problems = problems.iter().filter_map(|case| case.problem().ok());
             let met: Vec<&Row> = problems.map(|problem| chosen(&problem, gpu)).collect();
-            for row in every_row(gpu) {
-                assert!(met.contains(&row), "{row:?}");
-            }
+            let rows: Vec<_> = every_row(gpu).collect();
+            assert!(rows.len() > 20, "{} rows", rows.len());
+            let unmet: Vec<_> = rows.into_iter().filter(|row| !met.contains(row)).collect();
+            assert!(unmet.is_empty(), "{gpu:?}: {unmet:#?}");
         }
     }
 

@@ -292,7 +292,7 @@ const MIDDLE: &[usize] = &[72, 80, 96, 112, 128];
 
 /// Every attention kernel; of those that fit, the first is taken. The last that serves a dtype and
 /// head dim serves it whatever the shape.
-const ATTENTION: &[Row] = &[
+static ATTENTION: &[Row] = &[
     few(NARROW, 16, 32, alone(8, 3), 1),
     few(NARROW, 16, 32, alone(4, 2), 1),
     few(MIDDLE, 16, 16, alone(8, 3), 1),

@@ -127,3 +127,35 @@ pub(crate) fn assert_keys(object: &serde_json::Map<String, serde_json::Value>, k
     found.sort_unstable();
     assert_eq!(found, expected);
 }
+
+/// A run that refused its input with a message that names the culprit.
+pub(crate) fn assert_refused(ran: &Ran, culprit: &str, what: &str) {
+    assert_eq!(ran.code, Some(2), "{what}: {ran:?}");
+    assert!(
+        ran.stderr.contains(culprit),
+        "{what}: expected `{culprit}` in {ran:?}"
+    );
+    assert!(ran.stderr.starts_with("error: "), "{what}: {ran:?}");
+    assert!(!ran.stderr.contains("panicked"), "{what}: {ran:?}");
+    assert!(ran.stdout.is_empty(), "{what}: {ran:?}");
+}
+
+/// `run` on `input` with extra words; nothing may be left in the folder but the input.
+pub(crate) fn assert_run_refused(input: &Path, options: &str, culprit: &str, what: &str) {
+    let folder = input.parent().unwrap();
+    let before = std::fs::read(input).ok();
+    let files = || std::fs::read_dir(folder).unwrap().count();
+    let count = files();
+    let mut args: Vec<_> = ["run", "-i"].map(Into::into).to_vec();
+    args.push(input.as_os_str().to_owned());
+    args.push("-o".into());
+    args.push(folder.join("out.safetensors").into());
+    args.extend(options.split_whitespace().map(Into::into));
+    assert_refused(&run(args), culprit, what);
+    assert_eq!(files(), count, "{what}: something was written");
+    assert_eq!(
+        std::fs::read(input).ok(),
+        before,
+        "{what}: the input changed"
+    );
+}
