@@ -248,9 +248,13 @@ impl Batch {
             .iter()
             .map(|(_, keys)| u32::try_from(*keys).unwrap())
             .collect();
-        let lengths = form
-            .lengths_on_device
-            .then(|| integers(device, &lengths, DType::U32));
+        let lengths = form.lengths_on_device.then(|| {
+            integers(
+                device,
+                &lengths,
+                [DType::U32, DType::I32][lengths.len() % 2],
+            )
+        });
         let operands = Operands {
             block_table: table.as_ref(),
             key_lengths: lengths.as_ref(),

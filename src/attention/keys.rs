@@ -43,8 +43,8 @@ pub enum KeyLengths {
     All,
     /// So many for each batch entry, at most kL.
     Host(Box<[u32]>),
-    /// As many as an operand of the device says when the command runs, `u32` `[B]`; more than kL count as
-    /// kL.
+    /// As many as an operand of the device says when the command runs, `u32` or `i32` `[B]`; more than kL, or less than
+    /// 0, count as kL.
     Device,
 }
 

@@ -80,7 +80,12 @@ pub(super) fn check_operands(problem: &Problem, operands: &Operands<'_>) -> Resu
             }
             (Some(_), None) => return Err(MlxError::expected(role.name(), "a buffer", "none")),
             (Some(spec), Some(buffer)) => {
-                check_buffer(role.name(), buffer, spec.dtype, spec.elements)?;
+                let dtype = match (role, buffer.dtype()) {
+                    // Read as u32, what is below 0 is above any kL.
+                    (Role::KeyLengths, DType::I32) => DType::I32,
+                    _ => spec.dtype,
+                };
+                check_buffer(role.name(), buffer, dtype, spec.elements)?;
             }
         }
     }
