@@ -132,7 +132,7 @@ fn dispatches_in_the_named_kernels_own_geometry_give_what_the_problem_gives() {
     }
 }
 
-/// The last 41 of 50 keys in 5 of 7 pages, with the length in a buffer.
+/// The first 41 of 50 keys, in pages of 16, with the length in a buffer.
 #[test]
 fn pages_and_lengths_by_constants_give_what_the_problem_gives() {
     let (dim, pages, page_size, length) = (64, 7, 16, 41u32);

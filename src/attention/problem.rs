@@ -206,6 +206,11 @@ impl Problem {
         self.packed_queries.as_ref().map(Boundaries::cu)
     }
 
+    /// Whether sequences may differ in their counts of queries or keys, so that a bottom-right offset is each one's own.
+    pub(crate) fn has_own_lengths(&self) -> bool {
+        self.packed_queries.is_some() || self.key_lengths != KeyLengths::All
+    }
+
     /// Query heads that share one key/value head.
     pub fn group(&self) -> usize {
         self.shape.heads / self.shape.kv_heads

@@ -307,23 +307,16 @@ fn problem(args: &Args<'_>, raw: &RawDispatch, variant: &Variant) -> Result<Prob
     let flag = |index| constants.bool(index);
     let packed = flag(constant::IS_VARLEN);
     let packs_queries = flag(constant::PACKS_QUERIES);
-    let builder = if packs_queries && !packed {
+    let builder = if packed || packs_queries {
         let count = size(p.b)?.saturating_add(1);
+        let (dtype, kv_heads, dim) = (variant.dtype, heads / group, variant.head_dim);
         let cu_q: Vec<u32> = args.elements(prefill::CU_SEQLENS_Q, count)?;
-        let (dim, keys) = (variant.head_dim, size(p.kl)?);
-        Problem::varlen_queries(variant.dtype, heads, heads / group, keys, dim, &cu_q)
-    } else if packed {
-        let count = size(p.b)?.saturating_add(1);
-        let cu_q: Vec<u32> = args.elements(prefill::CU_SEQLENS_Q, count)?;
-        let cu_k: Vec<u32> = args.elements(prefill::CU_SEQLENS_K, count)?;
-        Problem::varlen(
-            variant.dtype,
-            heads,
-            heads / group,
-            variant.head_dim,
-            &cu_q,
-            &cu_k,
-        )
+        if packed {
+            let cu_k: Vec<u32> = args.elements(prefill::CU_SEQLENS_K, count)?;
+            Problem::varlen(dtype, heads, kv_heads, dim, &cu_q, &cu_k)
+        } else {
+            Problem::varlen_queries(dtype, heads, kv_heads, size(p.kl)?, dim, &cu_q)
+        }
     } else {
         let shape = Shape {
             batch: size(p.b)?,

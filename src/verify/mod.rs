@@ -5,8 +5,8 @@
 //!
 //! Each case has a poison form, too ([`run_poisoned`]): K and V hold NaN, infinities and the largest
 //! finite numbers in cells that no row sees, rows past a sequence's keys and free slots of pages among them, and in
-//! some that only some rows see. A row that sees no
-//! such cell must have the bits that it has without them; one that does must not be finite.
+//! some that only some rows see. A row that sees no such cell must have the bits that it has without them; one that
+//! does must not be finite.
 //!
 //! ```no_run
 //! use mlx_flash_attn::verify::{self, Scope};

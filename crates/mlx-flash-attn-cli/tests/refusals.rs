@@ -30,6 +30,10 @@ fn wrong_command_lines() {
         ("run -i x -o y --unknown", "--unknown"),
         ("verify --device abacus", "--device"),
         ("verify --quick --device cpu --only d65-", "--only"),
+        (
+            "verify --quick --device cpu --only d65- --part 2/3",
+            "--only",
+        ),
         ("bench", "--shape"),
         ("bench --shape 1,8,2,128,64", "got 5"),
         ("bench --shape 1,8,2,128,128,64,1", "got 7"),

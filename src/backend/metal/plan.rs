@@ -133,12 +133,12 @@ fn constants(problem: &Problem, variant: &Variant, simdgroups: usize) -> Constan
     let shape = problem.shape();
     let visibility = problem.visibility(shape.query_len, shape.key_len);
     let packed = problem.cu_seqlens().is_some();
-    let packs_queries = problem.cu_seqlens_q().is_some();
+    let packed_queries = problem.cu_seqlens_q().is_some();
     let key_lengths = *problem.key_lengths() != KeyLengths::All;
     let bools = [
         (
             constant::ALIGN_Q,
-            !packs_queries && shape.query_len.is_multiple_of(variant.tile.bq),
+            !packed_queries && shape.query_len.is_multiple_of(variant.tile.bq),
         ),
         (
             constant::ALIGN_K,
@@ -158,7 +158,7 @@ fn constants(problem: &Problem, variant: &Variant, simdgroups: usize) -> Constan
         (constant::IS_VARLEN, packed),
         (constant::IS_PAGED, matches!(problem.keys(), Keys::Paged(_))),
         (constant::HAS_KEY_LENGTHS, key_lengths),
-        (constant::PACKS_QUERIES, packs_queries && !packed),
+        (constant::PACKS_QUERIES, packed_queries && !packed),
     ];
     let mut ints = Vec::new();
     let additive = problem.mask().filter(|m| !m.is_bool());
@@ -229,7 +229,7 @@ fn extra_params(problem: &Problem) -> Option<AttnExtraParamsGpu> {
     let shape = problem.shape();
     let visibility = problem.visibility(shape.query_len, shape.key_len);
     let packed = problem.cu_seqlens_q().is_some();
-    let own_lengths = packed || *problem.key_lengths() != KeyLengths::All;
+    let own_lengths = problem.has_own_lengths();
     let windowed = visibility.window.is_some() || visibility.window_right.is_some();
     if !(windowed || problem.has_lse() || own_lengths) {
         return None;

@@ -11,7 +11,7 @@ use super::bindings::prefill;
 use super::launch::Step;
 use super::params::{AttnExtraParamsGpu, AttnMaskParamsGpu, AttnParamsGpu};
 use super::table::{self, Variant};
-use crate::attention::{KeyLengths, Keys, Problem, Role};
+use crate::attention::{Keys, Problem, Role};
 use crate::backend::{Arg, Dispatch};
 
 /// Floating-point operations of one command: a second of half a TFLOP/s, which is a fifth of what the
@@ -135,12 +135,10 @@ impl Long<'_> {
     fn costs(&self) -> Costs {
         let shape = self.problem.shape();
         let (rows, bq) = (shape.query_len, self.variant.tile.bq);
-        let own_lengths =
-            self.problem.cu_seqlens_q().is_some() || *self.problem.key_lengths() != KeyLengths::All;
         let visibility = self.problem.visibility(rows, shape.key_len);
         let keys = |tile: usize| {
             // Sequences with lengths of their own may each have an offset of their own.
-            if own_lengths {
+            if self.problem.has_own_lengths() {
                 return shape.key_len;
             }
             let rows = tile * bq..((tile + 1) * bq).min(rows);
