@@ -9,7 +9,9 @@ checks=$built/checks
 # NVIDIA's oldest and newest instructions that the kernels use.
 cuda_archs="sm_80 sm_90a"
 # Machines that the code is linted for beside this one; Apple's has a script of its own.
-cross_targets="aarch64-unknown-linux-gnu x86_64-unknown-linux-gnu x86_64-pc-windows-msvc"
+# Only --all takes the second list: every run lints the same code for Apple and runs it on arm64.
+cross_targets="x86_64-unknown-linux-gnu x86_64-pc-windows-msvc"
+cross_targets_all="aarch64-unknown-linux-gnu"
 # Unit tests that miri runs, by parts of their names: where the core crate has unsafe code, and knows no
 # device but the CPU. miri takes the portable code. Only --all runs the second list.
 miri_filters="runtime:: backend::host_memory interpreted::keys interpreted::two_threads"
@@ -48,10 +50,10 @@ cross() {
     lints --target "$1" "${features[@]}"
 }
 
-# Exit status 2 says that the check could not be made.
+# apple [--all]. Exit status 2 says that the check could not be made.
 apple() {
     local status=0
-    in_checks scripts/check-apple $($offline && echo --offline) || status=$?
+    in_checks scripts/check-apple "$@" $($offline && echo --offline) || status=$?
     [ "$status" -ne 2 ] || { skip "check for Apple" "scripts/check-apple cannot run here"; return; }
     return "$status"
 }
@@ -68,11 +70,13 @@ msrv() {
         in_checks rustup run "$toolchain" cargo check --locked -p mlx-flash-attn-cli --bins "${features[@]}"
 }
 
-# other_workspaces [ARGUMENT...]: workspaces that no other step builds; with arguments for the peers'.
-other_workspaces() {
-    # Nothing is linked, so libFuzzer need not be compiled.
-    (cd fuzz && CUSTOM_LIBFUZZER_PATH=/libfuzzer.a in_checks cargo check --locked --all-targets) &&
-        (cd crates/peers && in_checks cargo check --locked --all-targets "$@")
+# Workspaces that no other step builds. Nothing is linked, so libFuzzer need not be compiled.
+fuzz_targets() {
+    (cd fuzz && CUSTOM_LIBFUZZER_PATH=/libfuzzer.a in_checks cargo check --locked --all-targets)
+}
+
+peers() {
+    (cd crates/peers && in_checks cargo check --locked --all-targets --workspace)
 }
 
 deny() {
