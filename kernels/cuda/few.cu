@@ -3,7 +3,7 @@
 // another warp. The rows of all heads of a group are in one tile, so that K and V are read once.
 //
 // Macros: D, BM = 16 * MT rows and BN keys a tile, WARPS, WN (warps that walk together, score the same keys and have
-// D / WN columns of V each), KEYS = BN, STAGES, BLOCKS (threadblocks a processor), BF16, PACK = 1, and those of
+// D / WN columns of V each), KEYS = BN, STAGES, BLOCKS (threadblocks a processor), BF16, PACK = 1, PAGED, and those of
 // mma_softmax.cu.
 
 #define THREADS (32 * WARPS)
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
         if (t.m0 >= t.rows) return;
         const int rows = min(t.rows - t.m0, BM);
         const HeadRows<u16> q = q_rows<u16>(p, t);
-        const HeadRows<u16> k = kv_rows<u16>(t, p.k, p.k_strides), v = kv_rows<u16>(t, p.v, p.v_strides);
+        const KvRows<u16> k = kv_rows<u16>(p, t, p.k, p.k_strides), v = kv_rows<u16>(p, t, p.v, p.v_strides);
         const bool vector = p.vector & 1;
 
         const auto fetch = [&](int stage, int tile) {

@@ -2,7 +2,7 @@
 // threads: 16 groups of rows by 8 of columns; a thread has BM / 16 rows, every 8th key in Q K^T, and 4 of every 32 columns
 // in P V. Products are summed in runs of at most 32, runs one after another.
 //
-// Macros: D, BM and BN (multiples of 16), KV_F16, PACK = 0, and MASK, SOFTCAP and ALIBI: all 1, or all 0.
+// Macros: D, BM and BN (multiples of 16), KV_F16, PACK = 0, PAGED, and MASK, SOFTCAP and ALIBI: all 1, or all 0.
 
 #define THREADS 128
 #define STRIDE (D + 4) // of a row in shared memory, so that the 8 columns' reads meet no bank twice
@@ -18,10 +18,10 @@ typedef float KvElement;
 #endif
 
 // Copies N rows from `first` on to shared memory; zeros from row `end` on.
-template <int N, typename T> DEV void load(float* to, const HeadRows<T>& from, int first, int end, bool vector) {
-    const HeadRows<T> tile = from.from(first);
+template <int N, typename Rows> DEV void load(float* to, const Rows& from, int first, int end, bool vector) {
+    const Rows tile = from.from(first);
     const int there = end - first;
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (sizeof(*from.first) == 4) {
         if (vector) {
             for (int i = threadIdx.x; i < N * (D / 4); i += THREADS) {
                 const int row = i / (D / 4), column = 4 * (i % (D / 4));
@@ -55,8 +55,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         float* sm_kv = sm_q + BM * STRIDE;
         float* sm_p = sm_kv + BN * STRIDE;
         const HeadRows<float> q = q_rows<float>(p, t);
-        const HeadRows<KvElement> k = kv_rows<KvElement>(t, p.k, p.k_strides);
-        const HeadRows<KvElement> v = kv_rows<KvElement>(t, p.v, p.v_strides);
+        const KvRows<KvElement> k = kv_rows<KvElement>(p, t, p.k, p.k_strides);
+        const KvRows<KvElement> v = kv_rows<KvElement>(p, t, p.v, p.v_strides);
         const bool vector = p.vector & 1;
         const int group = threadIdx.x / 8, column = threadIdx.x % 8;
         const int local = group * ROWS, row0 = t.m0 + local;

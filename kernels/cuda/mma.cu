@@ -67,8 +67,8 @@ DEV float reciprocal_fast(float x) {
 }
 
 // Copies ROWS rows from `first` on to shared memory, zeros from row `end` on, by COUNT threads, of which this is `thread`.
-template <int ROWS, int COUNT> DEV void load(u32 to, const HeadRows<u16>& from, int first, int end, bool vector, int thread) {
-    const HeadRows<u16> tile = from.from(first);
+template <int ROWS, int COUNT, typename Rows> DEV void load(u32 to, const Rows& from, int first, int end, bool vector, int thread) {
+    const Rows tile = from.from(first);
     const int there = end - first;
     if (!vector) {
 #pragma unroll 1
@@ -77,6 +77,21 @@ template <int ROWS, int COUNT> DEV void load(u32 to, const HeadRows<u16>& from, 
             const u16 x = row < there && !(PADDED && column >= D) ? tile.at(row)[column] : u16(0);
             const u32 at = chunk_at(to, row, column / 8) + 2 * (column % 8);
             asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(x) : "memory");
+        }
+    } else if constexpr (Rows::IN_PAGES) {
+        // All addresses before the first copy, for each waits for its entry of the block table.
+        constexpr int COPIES = (ROWS * CHUNKS + COUNT - 1) / COUNT;
+        const u16* at[COPIES];
+#pragma unroll
+        for (int n = 0; n < COPIES; n++) {
+            const int i = thread + n * COUNT;
+            at[n] = tile.at(i / CHUNKS) + 8 * (i % CHUNKS);
+        }
+#pragma unroll
+        for (int n = 0; n < COPIES; n++) {
+            const int i = thread + n * COUNT, row = i / CHUNKS, chunk = i % CHUNKS;
+            if (COPIES * COUNT != ROWS * CHUNKS && i >= ROWS * CHUNKS) break;
+            copy16(chunk_at(to, row, chunk), at[n], row < there && !(PADDED && chunk >= D / 8));
         }
     } else if constexpr (COUNT % CHUNKS == 0 && ROWS % (COUNT / CHUNKS) == 0) {
         // A thread has the same chunk of every STEP-th row.

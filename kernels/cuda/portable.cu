@@ -3,7 +3,7 @@
 // memory serves MT products. With WN > 1 the warps of one row share its keys in Q K^T and its columns in P V.
 //
 // Macros: D, BM = 16 * MT * WM rows and BN keys a tile, WM, WN, MT, KEYS = BN / WN, BLOCKS (threadblocks a processor),
-// BF16, PACK = 1, and those of mma_softmax.cu.
+// BF16, PACK = 1, PAGED, and those of mma_softmax.cu.
 
 #define THREADS (32 * WM * WN)
 #define P_ROW_BYTES (2 * BN + 16)
@@ -196,7 +196,7 @@ template <bool FIRST> DEV bool tile_run(const Params& p, u8* raw, const int late
     [[maybe_unused]] const u32 sm_p = sm_v + BN * ROW_BYTES;
     float* shares = (float*)(raw + (BM + 2 * BN) * ROW_BYTES + BM * P_ROW_BYTES);
     const HeadRows<u16> q = q_rows<u16>(p, t);
-    const HeadRows<u16> k = kv_rows<u16>(t, p.k, p.k_strides), v = kv_rows<u16>(t, p.v, p.v_strides);
+    const KvRows<u16> k = kv_rows<u16>(p, t, p.k, p.k_strides), v = kv_rows<u16>(p, t, p.v, p.v_strides);
     const bool vector = p.vector & 1;
     const float unit = score_unit(p);
 

@@ -4,7 +4,7 @@
 // they sum RUN products at most; runs are added to each other as any f32.
 //
 // WARPS warps of 16 * MT rows. Macros: D (a multiple of 8), BM = 16 * MT * WARPS, BN (a multiple of 16), MT, WARPS,
-// BLOCKS (threadblocks a processor), KV_F16, PACK, and MASK, SOFTCAP and ALIBI: all or none.
+// BLOCKS (threadblocks a processor), KV_F16, PACK, PAGED, and MASK, SOFTCAP and ALIBI: all or none.
 
 #define THREADS (32 * WARPS)
 #define STRIDE (D + 4) // of a row in shared memory, in chunks of 16 bytes odd
@@ -300,7 +300,7 @@ template <bool FIRST> DEV bool tile_run(const Params& p, float* shared, const in
     float* sm_k = sm_q + BM * STRIDE;
     float* sm_v = sm_k + BN * STRIDE;
     const QueryRows q = {p, t, q_rows<float>(p, t).first, 0};
-    const HeadRows<KvElement> k = kv_rows<KvElement>(t, p.k, p.k_strides), v = kv_rows<KvElement>(t, p.v, p.v_strides);
+    const KvRows<KvElement> k = kv_rows<KvElement>(p, t, p.k, p.k_strides), v = kv_rows<KvElement>(p, t, p.v, p.v_strides);
     const bool vector = p.vector & 1;
     const int lane = threadIdx.x % 32, local0 = 16 * MT * (threadIdx.x / 32) + first_row, row0 = t.m0 + local0;
     const u32 at_q = shared_address(sm_q + (local0 + lane % 16) * STRIDE + 4 * (lane / 16));

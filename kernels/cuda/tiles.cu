@@ -1,11 +1,13 @@
-// The query tile of a threadblock and the key tiles that it visits. The kernel defines BM, BN, D, MASK and PACK: whether the
-// query heads of one key/value head may share a tile, row r of it being query r / pack of head r % pack.
+// The query tile of a threadblock and the key tiles that it visits. The kernel defines BM, BN, D, MASK, PAGED (whether K and
+// V lie in pages) and PACK: whether the query heads of one key/value head may share a tile, row r of it being query
+// r / pack of head r % pack.
 
 #define CLASS_ROWS CLASS_ROWS_AT(D)
 #define CLASS_KEYS CLASS_KEYS_AT(D)
 
 struct Tile {
-    int b, h, kv_head;     // h is the first head of the rows
+    int b, h, kv_head;     // batch entry of Q and O, 0 where queries are packed; first head of the rows
+    int kv_b;              // sequence of the block table, or batch entry of K and V, 0 where keys are packed
     int m0, rows;          // first row; rows of all tiles
     int sq, sk;            // lengths of the sequence
     i64 q_start, k_start;  // its first rows, if packed
@@ -46,14 +48,19 @@ DEV Tile tile_of(const Params& p, u32 block) {
     t.sk = p.sk;
     t.q_start = t.k_start = 0;
     t.q_off = p.q_off;
+    t.kv_b = t.b;
+    if (p.key_lengths) t.sk = int(min(p.key_lengths[t.b], u32(p.sk)));
+    if (p.cu_k) {
+        t.k_start = p.cu_k[t.b];
+        t.sk = int(p.cu_k[t.b + 1] - t.k_start);
+        t.kv_b = 0;
+    }
     if (p.cu_q) {
         t.q_start = p.cu_q[t.b];
-        t.k_start = p.cu_k[t.b];
         t.sq = int(p.cu_q[t.b + 1] - t.q_start);
-        t.sk = int(p.cu_k[t.b + 1] - t.k_start);
-        if (p.bottom_right) t.q_off = i64(t.sk) - t.sq;
         t.b = 0;
     }
+    if (p.bottom_right) t.q_off = i64(t.sk) - t.sq;
     t.lo = t.hi = t.free_lo = t.free_hi = 0;
     t.rows = t.sq * p.pack;
     if (t.m0 >= t.rows) return t;
@@ -79,6 +86,7 @@ DEV i64 row_offset(const i64 strides[3], int b, int h, int row) {
 
 // Rows of one head, `stride` elements apart.
 template <typename T> struct HeadRows {
+    static constexpr bool IN_PAGES = false;
     const T* first;
     i64 stride;
     DEV_MEMBER const T* at(int row) const { return first + stride * row; }
@@ -89,11 +97,37 @@ template <typename T> DEV HeadRows<T> q_rows(const Params& p, const Tile& t) {
     return {(const T*)p.q + row_offset(p.q_strides, t.b, t.h, 0) + p.q_strides[2] * t.q_start, p.q_strides[2]};
 }
 
+// Rows of one head in pages that the block table of a sequence names. Every row has an address: one past the last has
+// the last one's, and an entry that names no page of the pool stands for page 0.
+template <typename T> struct PagedRows {
+    static constexpr bool IN_PAGES = true;
+    const T* first; // of page 0
+    i64 page_stride, stride;
+    const int* table;
+    u32 pages;
+    int shift, before, last;
+    DEV_MEMBER const T* at(int row) const {
+        const int r = min(before + row, last);
+        const u32 page = u32(__ldg(table + (r >> shift)));
+        return first + page_stride * (page < pages ? page : 0) + stride * (r & ((1 << shift) - 1));
+    }
+    DEV_MEMBER PagedRows from(int row) const { return {first, page_stride, stride, table, pages, shift, before + row, last}; }
+};
+
 // The rows of K or V that the tile's heads read: every kernel on tiles reaches keys and values through this
 // function, `from` (the rows of a key tile) and `at` (one of them).
-template <typename T> DEV HeadRows<T> kv_rows(const Tile& t, const void* base, const i64 (&strides)[3]) {
-    return {(const T*)base + row_offset(strides, t.b, t.kv_head, 0) + strides[2] * t.k_start, strides[2]};
+#if PAGED
+template <typename T> using KvRows = PagedRows<T>;
+template <typename T> DEV KvRows<T> kv_rows(const Params& p, const Tile& t, const void* base, const i64 (&strides)[3]) {
+    return {(const T*)base + strides[1] * t.kv_head, strides[0], strides[2], p.block_table + p.per_sequence * t.kv_b,
+            u32(p.pages), p.page_shift, 0, t.sk - 1};
 }
+#else
+template <typename T> using KvRows = HeadRows<T>;
+template <typename T> DEV KvRows<T> kv_rows(const Params& p, const Tile& t, const void* base, const i64 (&strides)[3]) {
+    return {(const T*)base + row_offset(strides, t.kv_b, t.kv_head, 0) + strides[2] * t.k_start, strides[2]};
+}
+#endif
 
 // The row of the partial results.
 DEV i64 result_row(const Params& p, const Tile& t, int row) {

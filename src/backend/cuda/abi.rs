@@ -8,7 +8,7 @@ gpu_struct! {
     /// Everything that the CUDA attention kernels read besides memory. Pointers are addresses on the
     /// device; null where the problem has no such operand. Strides are in elements: batch, head, row.
     /// The Hopper kernels read the fields up to `classes_stride`.
-    CudaParams = "Params", CUDA_PARAMS_TEXT, 344 {
+    CudaParams = "Params", CUDA_PARAMS_TEXT, 376 {
         /// Batch size, or count of packed sequences.
         batch: i32 = "int batch" @ 0,
         /// Query heads.
@@ -96,8 +96,18 @@ gpu_struct! {
         result_batch: i32 = "int result_batch" @ 332,
         /// Query heads of one key/value head that share a tile's rows, or 1.
         pack: i32 = "int pack" @ 336,
+        /// Where keys lie in pages: the page size is 1 << page_shift.
+        page_shift: i32 = "int page_shift" @ 340,
+        /// Pages of each sequence, a row of `per_sequence` entries.
+        block_table: u64 = "const int* block_table" @ 344,
+        /// Key lengths of the sequences; one that is not from 0 to the key length stands for that.
+        key_lengths: u64 = "const u32* key_lengths" @ 352,
+        /// Entries of a sequence in the block table.
+        per_sequence: i64 = "int64_t per_sequence" @ 360,
+        /// Pages of the pool. An entry that names none of them stands for page 0.
+        pages: i32 = "int pages" @ 368,
         /// Keeps the size on 8 bytes.
-        _pad: i32 = "int pad" @ 340,
+        _pad: i32 = "int pad" @ 372,
     }
 }
 
@@ -141,7 +151,7 @@ mod tests {
     fn hopper_kernels_read_the_first_fields() {
         let ours = fields(CUDA_PARAMS_TEXT);
         let theirs = fields(include_str!("../../../kernels/cuda/hopper_tiles.cu"));
-        assert_eq!(ours.iter().map(|(_, size)| size).sum::<usize>(), 344);
+        assert_eq!(ours.iter().map(|(_, size)| size).sum::<usize>(), 376);
         assert!(theirs.len() > 25);
         assert_eq!(ours[..theirs.len()], theirs);
     }

@@ -87,6 +87,10 @@ impl Cuda {
 /// What the table's rows may say beside Q's own element type.
 const ABILITIES: Abilities = Abilities {
     kv_dtype: true,
+    pages: true,
+    queries_packed_alone: true,
+    host_lengths: true,
+    device_lengths: true,
     ..Abilities::ALIKE
 };
 

@@ -2,7 +2,7 @@
 
 use super::maps;
 use super::table::{MOST_LISTED, Row};
-use crate::attention::{Problem, QueryOffset};
+use crate::attention::{KeyLengths, Problem, QueryOffset};
 
 /// What of the GPU decides how work is cut.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +30,10 @@ pub(super) fn takes(row: &Row, problem: &Problem, round: bool, machine: Machine)
     }
     if !row.maps() {
         return true;
+    }
+    let packed_alone = problem.cu_seqlens_q().is_some() && problem.cu_seqlens().is_none();
+    if packed_alone || *problem.key_lengths() != KeyLengths::All {
+        return false;
     }
     // Scores are taken in units of the scale, which must not make them or a mask overflow.
     let scale = (1.0 / 65_536.0..=1.0).contains(&problem.scale());

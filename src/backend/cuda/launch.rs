@@ -13,7 +13,7 @@ use super::modules::Function;
 use super::params;
 use super::prepared::{Attention, Kept, Prefill, Prepared, Ready};
 use super::scratch::Scratch;
-use crate::attention::{Problem, Role};
+use crate::attention::{KeyLengths, Problem, Role};
 use crate::backend::command::{
     ClassifyTiles, DecodePartials, FillBlocks, FillMask, JoinPartials, Pointers, Slot, Span, Task,
     Work,
@@ -167,13 +167,7 @@ impl Launch<'_> {
             p.partials = self.reused(bytes, false)?;
             p.counters = self.reused(4 * tiles * (1 + groups), true)?;
         }
-        if let Some((q, k)) = problem.cu_seqlens() {
-            let cu = [q, k].concat();
-            let copy = Scratch::copy_of(self.gpu, bytemuck::cast_slice(&cu), self.stream)?;
-            p.cu_q = copy.at();
-            p.cu_k = p.cu_q + size_of_val(q) as u64;
-            self.temporaries.push(copy);
-        }
+        self.send_lengths(problem, &mut p)?;
         let mut blocks = tiles as u64 * splits as u64 * row.ctas() as u64;
         if row.shares(needs, problem.shape().query_len) {
             blocks = blocks.min(self.gpu.machine().processors as u64);
@@ -183,6 +177,37 @@ impl Launch<'_> {
         // SAFETY: the kernel takes these maps and parameters, whose pointers and strides were checked
         // against the problem; the scratch memory is as large as it takes it to be and kept.
         unsafe { function.launch(self.stream, blocks, &mut args) }
+    }
+
+    /// Sends what the host knows of each sequence to the GPU.
+    fn send_lengths(&mut self, problem: &Problem, p: &mut CudaParams) -> Result<()> {
+        let lengths = match problem.key_lengths() {
+            KeyLengths::Host(lengths) => Some(&lengths[..]),
+            _ => None,
+        };
+        let mut lists = [
+            (problem.cu_seqlens_q(), &mut p.cu_q),
+            (problem.cu_seqlens().map(|(_, k)| k), &mut p.cu_k),
+            (lengths, &mut p.key_lengths),
+        ];
+        let all: Vec<u32> = lists
+            .iter()
+            .flat_map(|(list, _)| list.iter().copied().flatten())
+            .copied()
+            .collect();
+        if all.is_empty() {
+            return Ok(());
+        }
+        let copy = Scratch::copy_of(self.gpu, bytemuck::cast_slice(&all), self.stream)?;
+        let mut at = copy.at();
+        for (list, address) in &mut lists {
+            if let Some(list) = list {
+                **address = at;
+                at += size_of_val(*list) as u64;
+            }
+        }
+        self.temporaries.push(copy);
+        Ok(())
     }
 
     /// The address of at least `bytes` bytes, all zeros or of any content: an earlier dispatch's of this command where

@@ -5,7 +5,7 @@ use super::fit::{self, Machine};
 use super::spec::type_code;
 use super::table::Row;
 use crate::attention::class_tile;
-use crate::attention::{Problem, QueryOffset, Role, Strides};
+use crate::attention::{Keys, Problem, QueryOffset, Role, Strides};
 use crate::backend::command::Pointers;
 use crate::error::{MlxError, Result};
 
@@ -34,8 +34,8 @@ fn steps_by(bytes: usize, size: usize, strides: Option<Strides>) -> bool {
     })
 }
 
-/// Points parameters at a dispatch's operands; scratch memory (`cu_q`, `cu_k`, `partials`) is not
-/// among them.
+/// Points parameters at a dispatch's operands; scratch memory (boundaries, lengths that the host knows, partial
+/// results) is not among them.
 pub(super) fn point(p: &mut CudaParams, at: &Pointers) {
     let on = |bytes: usize, at: *const u8| at.addr().is_multiple_of(bytes);
     let reads = [at.q, at.k, at.v].into_iter().all(|at| on(16, at));
@@ -43,6 +43,8 @@ pub(super) fn point(p: &mut CudaParams, at: &Pointers) {
     p.sinks = at.sinks.addr() as u64;
     p.slopes = at.alibi_slopes.addr() as u64;
     p.lse = at.lse.addr() as u64;
+    p.block_table = at.block_table.addr() as u64;
+    p.key_lengths = at.key_lengths.addr() as u64;
     p.mask = at.mask.addr() as u64;
     p.classes = at.tile_classes.addr() as u64;
     p.o = at.o.addr() as u64;
@@ -69,7 +71,11 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
         ..0 | fit::FAR.. => fit::FAR,
         _ => n,
     };
-    let packed = problem.cu_seqlens().is_some();
+    let packed = problem.cu_seqlens_q().is_some();
+    let pages = match problem.keys() {
+        Keys::Paged(pages) => Some(pages),
+        _ => None,
+    };
     let visibility = problem.visibility(shape.query_len, shape.key_len);
     let pack = fit::pack(problem, row);
     let tiles_m = (shape.query_len * pack).div_ceil(row.bm);
@@ -124,7 +130,9 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
         tiles_m: int(tiles_m),
         tiles: int(tiles),
         section: int(section),
-        bottom_right: i32::from(packed && problem.query_offset() == QueryOffset::BottomRight),
+        bottom_right: i32::from(
+            problem.has_own_lengths() && problem.query_offset() == QueryOffset::BottomRight,
+        ),
         scale: problem.scale(),
         scale_log2: (problem.scale() * std::f32::consts::LOG2_E).min(f32::MAX),
         softcap: problem.softcap().unwrap_or(0.0),
@@ -146,6 +154,10 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
         vector: vector(reads, writes, mask_pairs),
         result_batch: if packed { 1 } else { int(shape.batch) },
         pack: int(pack),
+        page_shift: pages.map_or(0, |p| p.page_size.trailing_zeros() as i32),
+        per_sequence: pages.map_or(0, |p| p.per_sequence as i64),
+        // The table is of i32: it names no page past these.
+        pages: pages.map_or(0, |p| i32::try_from(p.count).unwrap_or(i32::MAX)),
         ..bytemuck::Zeroable::zeroed()
     })
 }

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use super::sources;
 use super::spec::Spec;
-use crate::attention::{HEAD_DIMS, Problem};
+use crate::attention::{HEAD_DIMS, Keys, Problem};
 use crate::dtype::DType;
 
 /// A GPU's compute capability.
@@ -55,10 +55,12 @@ pub(super) mod feature {
     pub(crate) const SOFTCAP: u8 = 16;
     pub(crate) const PACKED: u8 = 32;
     pub(crate) const ALIBI: u8 = 64;
+    /// K and V lie in pages.
+    pub(crate) const PAGED: u8 = 128;
     /// One of the two, or both.
     pub(crate) const SCORES: u8 = SOFTCAP | ALIBI;
 }
-use feature::{ALIBI, CLASSES, LEFT, MASK, PACKED, RIGHT, SCORES, SOFTCAP};
+use feature::{ALIBI, CLASSES, LEFT, MASK, PACKED, PAGED, RIGHT, SCORES, SOFTCAP};
 
 /// What a problem needs of an attention kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -88,7 +90,8 @@ impl Needs {
                 | on(problem.mask().is_some(), MASK)
                 | on(problem.has_tile_classes(), CLASSES)
                 | scores(problem)
-                | on(problem.cu_seqlens().is_some(), PACKED),
+                | on(problem.cu_seqlens().is_some(), PACKED)
+                | on(matches!(problem.keys(), Keys::Paged(_)), PAGED),
         }
     }
 
@@ -96,13 +99,13 @@ impl Needs {
         self.features & features != 0
     }
 
-    /// The macros `MASK`, `SOFTCAP` and `ALIBI` of a text that has a kernel for each step of a score, where `one`, and
-    /// one for any steps together.
+    /// The macros `MASK`, `SOFTCAP` and `ALIBI` of a text that has a kernel for each step of a score, where `one` and keys
+    /// lie at strides, and one for any steps together.
     fn steps(&self, one: bool) -> [(&'static str, i64); 3] {
         const ANY_TYPE: i64 = 2;
         let alone = match self.features & (MASK | SCORES) {
             0 => Some([0, 0, 0]),
-            _ if !one => None,
+            _ if !one || self.has(PAGED) => None,
             MASK if self.mask == Some(self.dtype) => Some([1, 0, 0]),
             SOFTCAP => Some([0, 1, 0]),
             ALIBI => Some([0, 0, 1]),
@@ -183,7 +186,7 @@ pub(super) struct Row {
 }
 
 const HALVES: &[DType] = &[DType::BF16, DType::F16];
-const ANY: u8 = RIGHT | LEFT | MASK | CLASSES | SCORES | PACKED;
+const ANY: u8 = RIGHT | LEFT | MASK | CLASSES | SCORES | PACKED | PAGED;
 
 const fn portable(dims: &'static [usize], bm: usize, bn: usize, text: Text, blocks: usize) -> Row {
     Row {
@@ -525,7 +528,11 @@ impl Row {
     }
 
     fn general(&self, needs: Needs, one_step: bool) -> Vec<(&'static str, i64)> {
-        let tile = [("BM", self.bm as i64), ("PACK", i64::from(self.packs()))];
+        let tile = [
+            ("BM", self.bm as i64),
+            ("PACK", i64::from(self.packs())),
+            ("PAGED", i64::from(needs.has(PAGED))),
+        ];
         [&tile[..], &needs.steps(one_step)].concat()
     }
 
