@@ -39,7 +39,7 @@ fn every_dtype_and_head_dim_has_a_kernel_that_fits_any_gpu() {
 const HOPPER_DIMS: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
 
 #[test]
-fn hopper_alone_has_its_own_kernels_and_has_them_for_all_but_masks_of_packed_sequences() {
+fn hopper_alone_has_its_own_kernels_but_for_pages_and_masks_of_packed_sequences() {
     let own = |gpu, needs| attention(needs, gpu).any(Row::maps);
     for (dtype, head_dim) in [DType::BF16, DType::F16]
         .into_iter()
@@ -47,9 +47,9 @@ fn hopper_alone_has_its_own_kernels_and_has_them_for_all_but_masks_of_packed_seq
     {
         for features in (0..=ANY).filter(|f| f & CLASSES == 0 || f & MASK != 0) {
             let needs = needs(dtype, head_dim, features);
-            let packed_mask = needs.has(PACKED) && needs.has(MASK);
+            let left_out = needs.has(PAGED) || needs.has(PACKED) && needs.has(MASK);
             assert!(!own(Capability(8, 9), needs) && !own(Capability(10, 0), needs));
-            let wanted = HOPPER_DIMS.contains(&head_dim) && !packed_mask;
+            let wanted = HOPPER_DIMS.contains(&head_dim) && !left_out;
             assert_eq!(own(Capability::HOPPER, needs), wanted, "{needs:?}");
         }
     }
