@@ -14,6 +14,8 @@ pub(crate) struct Abilities {
     pub(crate) kv_dtype: bool,
     /// Whether it takes K and V in blocks of this format.
     pub(crate) block_format: fn(Format) -> bool,
+    /// V in another format than K.
+    pub(crate) formats_differ: bool,
     /// K and V in pages.
     pub(crate) pages: bool,
     /// Packed queries over keys that are not packed.
@@ -33,6 +35,7 @@ impl Abilities {
         v_dim: false,
         kv_dtype: false,
         block_format: |_| false,
+        formats_differ: false,
         pages: false,
         queries_packed_alone: false,
         host_lengths: false,
@@ -89,7 +92,7 @@ impl Abilities {
                 _ => {}
             }
         }
-        let mixed = problem.key_format() != problem.value_format();
+        let mixed = !self.formats_differ && problem.key_format() != problem.value_format();
         mixed.then(|| {
             (
                 format!(

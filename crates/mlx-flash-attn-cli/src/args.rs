@@ -3,8 +3,7 @@
 #[cfg(feature = "cuda")]
 use anyhow::bail;
 use clap::{Args, ValueEnum};
-use mlx_flash_attn::attention::HEAD_DIMS;
-use mlx_flash_attn::attention::{Layout, QueryOffset, Shape};
+use mlx_flash_attn::attention::{Format, HEAD_DIMS, Layout, QueryOffset, Shape};
 use mlx_flash_attn::{DType, DeviceKind, MlxDevice};
 
 /// Largest size or offset that a problem takes.
@@ -126,6 +125,35 @@ impl From<DTypeArg> for DType {
             DTypeArg::Bf16 => Self::BF16,
             DTypeArg::F16 => Self::F16,
             DTypeArg::F32 => Self::F32,
+        }
+    }
+}
+
+/// `--kv`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormatArg {
+    /// bfloat16.
+    Bf16,
+    /// IEEE-754 binary16.
+    F16,
+    /// IEEE-754 binary32.
+    F32,
+    /// GGML's blocks of 32 signed bytes.
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// GGML's blocks of 32 halves of a byte.
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+impl From<FormatArg> for Format {
+    fn from(format: FormatArg) -> Self {
+        match format {
+            FormatArg::Bf16 => Self::Plain(DType::BF16),
+            FormatArg::F16 => Self::Plain(DType::F16),
+            FormatArg::F32 => Self::Plain(DType::F32),
+            FormatArg::Q8_0 => Self::Q8_0,
+            FormatArg::Q4_0 => Self::Q4_0,
         }
     }
 }

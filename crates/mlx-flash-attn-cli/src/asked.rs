@@ -2,7 +2,9 @@
 
 use anyhow::{Result, bail};
 use mlx_flash_attn::DType;
-use mlx_flash_attn::attention::{KeyLengths, Pages, Problem, ProblemBuilder, QueryOffset, Shape};
+use mlx_flash_attn::attention::{
+    Format, KeyLengths, Pages, Problem, ProblemBuilder, QueryOffset, Shape,
+};
 use serde_json::{Map, Value, json};
 
 use crate::args::{LayoutArg, Numbers};
@@ -16,8 +18,8 @@ pub(crate) fn builder(args: &BenchArgs, shape: Shape, dtype: DType) -> Result<Pr
     if let Some(capacity) = args.key_capacity {
         builder = builder.key_capacity(capacity);
     }
-    if let Some(dtype) = args.kv_dtype {
-        builder = builder.kv_dtype(dtype.into());
+    if let Some(format) = args.kv {
+        builder = builder.key_format(format).value_format(format);
     }
     if let Some(mask) = args.mask {
         let full = [shape.batch, shape.heads, shape.query_len, keys];
@@ -119,9 +121,9 @@ pub(crate) fn besides(args: &BenchArgs) -> Map<String, Value> {
         json!(format!("{name} {}", args.mask_axes))
     });
     let flag = |given: bool| given.then_some(Value::Bool(true));
-    let kv_dtype = args.kv_dtype.map(|dtype| json!(DType::from(dtype).name()));
+    let kv = args.kv.map(|format| json!(Format::from(format).name()));
     [
-        ("kv_dtype", kv_dtype),
+        ("kv", kv),
         ("layout", layout),
         ("window_right", args.score.window_right.map(Into::into)),
         ("q_offset", offset),

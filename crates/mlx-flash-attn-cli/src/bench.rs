@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use half::{bf16, f16};
 use indicatif::ProgressBar;
-use mlx_flash_attn::attention::{Problem, Role, Shape};
+use mlx_flash_attn::attention::{Format, Problem, Role, Shape};
 use mlx_flash_attn::ops::{self, Operands};
 use mlx_flash_attn::{DType, DeviceKind, MlxBuffer, MlxDevice};
 use serde_json::Value;
@@ -181,6 +181,12 @@ impl Set {
                     }
                 }
                 Role::BlockTable => shuffle(buffer.as_mut_slice::<i32>()?, random),
+                Role::Key if dtype == DType::U8 => {
+                    fill_blocks(&mut buffer, problem.key_format(), random)?
+                }
+                Role::Value if dtype == DType::U8 => {
+                    fill_blocks(&mut buffer, problem.value_format(), random)?
+                }
                 _ => fill(&mut buffer, random)?,
             }
             Ok(Some(buffer))
@@ -224,6 +230,17 @@ fn shuffle(table: &mut [i32], random: &mut Random) {
     for at in (1..table.len()).rev() {
         table.swap(at, random.below(at + 1));
     }
+}
+
+/// Blocks of random elements, of variance 1 or near it.
+fn fill_blocks(buffer: &mut MlxBuffer, format: Format, random: &mut Random) -> Result<()> {
+    let bytes = buffer.as_mut_slice::<u8>()?;
+    bytes.fill_with(|| random.below(256) as u8);
+    let scale = if format == Format::Q4_0 { 0.22 } else { 0.0136 };
+    for block in bytes.chunks_exact_mut(format.block_bytes()) {
+        block[..2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
+    }
+    Ok(())
 }
 
 fn fill(buffer: &mut MlxBuffer, random: &mut Random) -> Result<()> {

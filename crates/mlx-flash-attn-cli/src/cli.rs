@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use mlx_flash_attn::attention::{QueryOffset, Shape};
 
-use crate::args::{self, DTypeArg, DeviceArgs, LayoutArg, MaskArg, MaskAxes, Numbers};
+use crate::args::{self, DTypeArg, DeviceArgs, FormatArg, LayoutArg, MaskArg, MaskAxes, Numbers};
 use crate::score::ScoreArgs;
 
 /// Exact flash attention on this machine's devices: compute it, check it, measure it.
@@ -158,7 +158,7 @@ Examples:
   mlx-flash-attn bench --shape 1,32,8,4096,4096,128 --shape 1,32,8,1,4096,128 --causal
   mlx-flash-attn bench --shape 4,32,8,1,4096,128 --mask bool --mask-axes b --key-capacity 8192
   mlx-flash-attn bench --shape 1,32,8,300,300,128 --cu-seqlens-q 0,100,300 --cu-seqlens-k 0,100,300
-  mlx-flash-attn bench --shape 4,32,8,1,4096,128 --paged 16 --lengths 4096,1000,17,300")]
+  mlx-flash-attn bench --shape 4,32,8,1,4096,128 --paged 16 --lengths 4096,1000,17,300 --kv q8_0")]
 pub(crate) struct BenchArgs {
     /// Batch, query heads, key/value heads, query length, key length, head dim; repeatable
     #[arg(
@@ -172,9 +172,9 @@ pub(crate) struct BenchArgs {
     /// Element type of inputs and output
     #[arg(long, value_enum, default_value_t = DTypeArg::Bf16)]
     pub(crate) dtype: DTypeArg,
-    /// Element type of k and v, where it differs: f16 under f32
-    #[arg(long, value_enum)]
-    pub(crate) kv_dtype: Option<DTypeArg>,
+    /// How k and v are stored, where that differs from q: f16 under f32, or blocks
+    #[arg(long, value_enum, alias = "kv-dtype")]
+    pub(crate) kv: Option<FormatArg>,
     /// Order of the axes of q, k, v and o
     #[arg(long, value_enum, default_value_t = LayoutArg::HeadMajor)]
     pub(crate) layout: LayoutArg,

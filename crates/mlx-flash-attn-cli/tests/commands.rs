@@ -145,7 +145,7 @@ fn bench_takes_what_the_library_takes() {
         "peak_tflops",
         "share",
     ];
-    let dense = "--dtype f32 --kv-dtype f16 --layout seq-major --window 3 --window-right 2 --q-offset 4 \
+    let dense = "--dtype f32 --kv f16 --layout seq-major --window 3 --window-right 2 --q-offset 4 \
                  --softcap 5 --scale 0.5 --mask bool --mask-axes bh --sinks --alibi --lse \
                  --key-capacity 40 --shape 2,4,2,16,24,32";
     let packed = "--mask f16 --cu-seqlens-q 0,4,12 --cu-seqlens-k 0,0,20 --shape 1,2,1,16,24,32";
@@ -156,7 +156,7 @@ fn bench_takes_what_the_library_takes() {
         (
             dense,
             &[
-                "kv_dtype",
+                "kv",
                 "layout",
                 "window_right",
                 "q_offset",

@@ -63,7 +63,9 @@ fn wrong_command_lines() {
             "bench --shape 1,1,1,8,8,64 --key-capacity 7",
             "key_capacity",
         ),
-        ("bench --shape 1,1,1,8,8,64 --kv-dtype f16", "K and V"),
+        ("bench --shape 1,1,1,8,8,64 --kv f16", "K and V"),
+        ("bench --shape 1,1,1,8,8,48 --kv q8_0", "whole blocks"),
+        ("bench --shape 1,1,1,8,8,64 --kv q5_0", "--kv"),
         (
             "bench --shape 1,1,1,8,8,64 --cu-seqlens-q 0,8",
             "--cu-seqlens-k",

@@ -73,6 +73,8 @@ impl Backend for Cpu {
     fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
         let abilities = Abilities {
             kv_dtype: true,
+            block_format: |_| true,
+            formats_differ: true,
             pages: true,
             queries_packed_alone: true,
             host_lengths: true,

@@ -6,7 +6,7 @@ use std::arch::asm;
 use super::avx512::Avx512;
 use super::avx512bf16::Bf16Dot;
 use super::micro::{Kernel, Vector};
-use super::simd::Elem;
+use super::simd::Row;
 
 /// Products of 16 x 16 words of two bf16.
 #[derive(Debug, Clone, Copy)]
@@ -118,14 +118,14 @@ impl Kernel for Bf16Tiles {
         }
     }
     #[inline(always)]
-    unsafe fn row_words<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
+    unsafe fn row_words<T: Row>(self, row: *const T, first: usize, count: usize) -> Vector<Self> {
         // SAFETY: as promised by the caller.
-        unsafe { self.0.row_words(at, count) }
+        unsafe { self.0.row_words(row, first, count) }
     }
     #[inline(always)]
-    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
+    unsafe fn value_words<T: Row>(self, rows: [*const T; 2], column: usize) -> Vector<Self> {
         // SAFETY: as promised by the caller.
-        unsafe { self.0.value_words(rows) }
+        unsafe { self.0.value_words(rows, column) }
     }
     #[inline(always)]
     unsafe fn store_probabilities<const NR: usize>(self, at: *mut u32, p: [Vector<Self>; NR]) {

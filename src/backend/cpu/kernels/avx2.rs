@@ -80,6 +80,20 @@ impl Simd for Avx2 {
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
         };
         fn load_f16(self, at: *const f16) -> __m256 = _mm256_cvtph_ps(_mm_loadu_si128(at.cast()));
+        fn splat_f16(self, at: *const u8) -> __m256 = {
+            let bits = i32::from(i16::from_le_bytes(at.cast::<[u8; 2]>().read()));
+            _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))
+        };
+        fn load_i8(self, at: *const i8) -> __m256 =
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.cast())));
+        fn load_low_halves(self, at: *const u8) -> __m256 = {
+            let low = _mm_and_si128(_mm_loadl_epi64(at.cast()), _mm_set1_epi8(15));
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low))
+        };
+        fn load_high_halves(self, at: *const u8) -> __m256 = {
+            let moved = _mm_srli_epi16::<4>(_mm_loadl_epi64(at.cast()));
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_and_si128(moved, _mm_set1_epi8(15))))
+        };
         fn load_bool(self, at: *const u8) -> __m256 = {
             let wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(at.cast()));
             let hidden = _mm256_cmpeq_epi32(wide, _mm256_setzero_si256());

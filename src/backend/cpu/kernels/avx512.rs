@@ -68,6 +68,20 @@ impl Simd for Avx512 {
         };
         fn load_f16(self, at: *const f16) -> __m512 =
             _mm512_cvtph_ps(_mm256_loadu_si256(at.cast()));
+        fn splat_f16(self, at: *const u8) -> __m512 = {
+            let bits = i32::from(i16::from_le_bytes(at.cast::<[u8; 2]>().read()));
+            _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))
+        };
+        fn load_i8(self, at: *const i8) -> __m512 =
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast())));
+        fn load_low_halves(self, at: *const u8) -> __m512 = {
+            let low = _mm_and_si128(_mm_loadu_si128(at.cast()), _mm_set1_epi8(15));
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low))
+        };
+        fn load_high_halves(self, at: *const u8) -> __m512 = {
+            let moved = _mm_srli_epi16::<4>(_mm_loadu_si128(at.cast()));
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_and_si128(moved, _mm_set1_epi8(15))))
+        };
         fn load_bool(self, at: *const u8) -> __m512 = {
             let hidden = _mm_testn_epi8_mask(_mm_loadu_si128(at.cast()), _mm_set1_epi8(-1));
             _mm512_maskz_mov_ps(hidden, _mm512_set1_ps(f32::NEG_INFINITY))

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::avx512::Avx512;
 use super::micro::{Kernel, Vector};
-use super::simd::{Elem, Simd};
+use super::simd::{Row, Simd};
 
 /// bf16 dot products: a word is two bf16.
 #[derive(Debug, Clone, Copy)]
@@ -38,25 +38,26 @@ impl Kernel for Bf16Dot {
         }
     }
     #[inline(always)]
-    unsafe fn row_words<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
+    unsafe fn row_words<T: Row>(self, row: *const T, first: usize, count: usize) -> Vector<Self> {
         // SAFETY: `count` words are there; the others are not read. T is bf16.
         unsafe {
+            let at = row.cast::<f32>().add(first);
             if count >= 16 {
-                self.0.load(at.cast())
+                self.0.load(at)
             } else {
-                _mm512_maskz_loadu_ps((1u16 << count) - 1, at.cast())
+                _mm512_maskz_loadu_ps((1u16 << count) - 1, at)
             }
         }
     }
     #[inline(always)]
-    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
+    unsafe fn value_words<T: Row>(self, rows: [*const T; 2], column: usize) -> Vector<Self> {
         // SAFETY: a row that is there covers 16 columns of bf16.
         unsafe {
             let wide = |row: *const T| {
                 if row.is_null() {
                     _mm512_setzero_si512()
                 } else {
-                    _mm512_cvtepu16_epi32(_mm256_loadu_si256(row.cast()))
+                    _mm512_cvtepu16_epi32(_mm256_loadu_si256(row.cast::<u16>().add(column).cast()))
                 }
             };
             let odd = _mm512_slli_epi32::<16>(wide(rows[1]));

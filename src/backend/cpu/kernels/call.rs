@@ -11,7 +11,7 @@ use super::buffer::room;
 use super::kv_rows::{KvRows, StripRows};
 use super::mask_map::{MaskMap, Panels};
 use super::sequences::Sequences;
-use super::types::{Cells, Float};
+use super::types::{Cells, Float, Stored};
 
 /// Most query rows of a head task whose K and V are read where they lie: packing would not pay for itself.
 pub(super) const FEW_ROWS: usize = 8;
@@ -50,8 +50,8 @@ pub(super) struct Call<'a> {
     pub(super) scan_mask: ScanMask,
     /// Elements of Q and O.
     pub(super) float: Float,
-    /// Elements of K and V.
-    pub(super) kv_float: Float,
+    pub(super) k: Stored,
+    pub(super) v: Stored,
     pub(super) dim: usize,
     /// Words of a row of Q or K.
     pub(super) dim_words: usize,
@@ -96,12 +96,17 @@ impl<'a> Call<'a> {
     pub(super) fn new(job: &Job<'a>, kernel: KernelShape, scan_mask: ScanMask) -> Result<Self> {
         let problem = job.problem;
         let float = Float::of(problem.dtype())?;
-        let kv_float = Float::of(problem.kv_dtype())?;
-        if kernel.pair == 2 && (float, kv_float) != (Float::Bf16, Float::Bf16) {
+        let (k, v) = (
+            Stored::of(problem.key_format())?,
+            Stored::of(problem.value_format())?,
+        );
+        let bf16 = Stored::Plain(Float::Bf16);
+        if kernel.pair == 2 && (Stored::Plain(float), k, v) != (bf16, bf16, bf16) {
             return Err(MlxError::UnsupportedDtype(format!(
-                "kernels for bf16: got {} and {}",
+                "kernels for bf16: got {}, {} and {}",
                 problem.dtype(),
-                problem.kv_dtype()
+                problem.key_format(),
+                problem.value_format()
             )));
         }
         let dim = problem.shape().qk_dim;
@@ -120,7 +125,8 @@ impl<'a> Call<'a> {
             kernel,
             scan_mask,
             float,
-            kv_float,
+            k,
+            v,
             dim,
             dim_words,
             depth,
@@ -211,15 +217,15 @@ impl HeadTask {
     /// K and V of a strip, where the caller has them.
     pub(super) fn strip_rows(&self, call: &Call<'_>, strip: usize) -> StripRows {
         let (problem, sequence) = (call.problem, &self.sequence);
-        let (size, pages) = (call.kv_float.size_of(), call.sequences.pages(sequence));
+        let pages = call.sequences.pages(sequence);
         let first = problem.first_key_row(sequence);
-        let rows = |role, operand: *const u8, at: usize| {
+        let rows = |role, stored: Stored, operand: *const u8, at: usize| {
             // A stride over a single row or page is never used, and may be any number.
             let strides = problem.strides(role).unwrap_or_default();
-            let first = operand.wrapping_add(at.wrapping_mul(size));
-            let rows = KvRows::strided(first, strides.seq.wrapping_mul(size), sequence.key_len);
+            let first = operand.wrapping_add(stored.bytes(at));
+            let rows = KvRows::strided(first, stored.bytes(strides.seq), sequence.key_len);
             let rows = match pages {
-                Some(table) => rows.in_pages(table, strides.batch.wrapping_mul(size)),
+                Some(table) => rows.in_pages(table, stored.bytes(strides.batch)),
                 None => rows,
             };
             #[cfg(test)]
@@ -227,8 +233,18 @@ impl HeadTask {
             rows.of(self.strip_keys(call, strip))
         };
         StripRows {
-            k: rows(Role::Key, call.at.k, problem.k_of(first, self.kv_head)),
-            v: rows(Role::Value, call.at.v, problem.v_of(first, self.kv_head)),
+            k: rows(
+                Role::Key,
+                call.k,
+                call.at.k,
+                problem.k_of(first, self.kv_head),
+            ),
+            v: rows(
+                Role::Value,
+                call.v,
+                call.at.v,
+                problem.v_of(first, self.kv_head),
+            ),
         }
     }
 

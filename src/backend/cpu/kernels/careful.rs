@@ -6,13 +6,14 @@
 
 use half::{bf16, f16};
 
+use super::blocks::{BLOCK, Block, Q4_0, Q8_0};
 use super::buffer::Buffer;
 use super::call::{Call, HeadTask, STRIP};
 use super::kv_rows::KvRows;
 use super::mask_lookup::is_shown;
-use super::simd::Elem;
+use super::simd::{Elem, Row};
 use super::tile::Tile;
-use super::types::{Float, with_float};
+use super::types::{Float, Stored, with_float};
 
 /// Kinds of elements of V that are not finite, a bit for each: NaN, +infinity (`ABOVE`) and -infinity (`BELOW`).
 /// 0 where all elements are finite.
@@ -68,6 +69,51 @@ kind!(bf16, bf16::from_f32);
 kind!(f16, f16::from_f32);
 kind!(f32, std::convert::identity);
 
+/// What a row of V consists of, as the careful pass replaces it: an element, or a block.
+trait Part: Row + Copy {
+    fn all_finite(&self) -> bool;
+    /// The kinds of its elements.
+    fn kinds(&self, to: &mut Vec<Kinds>);
+    /// Zeros in place of elements that are not finite.
+    fn cleaned(self) -> Self;
+}
+
+impl<T: Kind> Part for T {
+    fn all_finite(&self) -> bool {
+        Kind::is_finite(*self)
+    }
+    fn kinds(&self, to: &mut Vec<Kinds>) {
+        to.push(self.kind());
+    }
+    fn cleaned(self) -> Self {
+        if Kind::is_finite(self) { self } else { T::ZERO }
+    }
+}
+
+/// A block has elements that are not finite where its scale is not: all of them, since 0 times that is NaN.
+macro_rules! part {
+    ($block:ty) => {
+        impl Part for $block {
+            fn all_finite(&self) -> bool {
+                self.scale().is_finite()
+            }
+            fn kinds(&self, to: &mut Vec<Kinds>) {
+                let scale = self.scale().to_f32();
+                to.extend((0..BLOCK).map(|i| (scale * f32::from(self.element(i))).kind()));
+            }
+            fn cleaned(self) -> Self {
+                if self.all_finite() {
+                    self
+                } else {
+                    self.with_scale(f16::ZERO)
+                }
+            }
+        }
+    };
+}
+part!(Q8_0);
+part!(Q4_0);
+
 impl Careful {
     /// Begins a run of `rows` rows.
     pub(super) fn begin(&mut self, call: &Call<'_>, rows: usize) {
@@ -86,44 +132,52 @@ impl Careful {
         strip: usize,
     ) -> KvRows {
         // SAFETY: as promised by the caller; the type is V's.
-        with_float!(call.kv_float, T => unsafe { self.clean_as::<T>(call, task, strip) })
+        unsafe {
+            match call.v {
+                Stored::Plain(float) => {
+                    with_float!(float, T => self.clean_as::<T>(call, task, strip))
+                }
+                Stored::Q8_0 => self.clean_as::<Q8_0>(call, task, strip),
+                Stored::Q4_0 => self.clean_as::<Q4_0>(call, task, strip),
+            }
+        }
     }
 
-    unsafe fn clean_as<T: Kind>(
+    unsafe fn clean_as<T: Part>(
         &mut self,
         call: &Call<'_>,
         task: &HeadTask,
         strip: usize,
     ) -> KvRows {
-        let (dim, keys) = (call.dim, task.strip_keys(call, strip));
+        let keys = task.strip_keys(call, strip);
         let from = task.strip_rows(call, strip).v;
-        let to: *mut T = self.clean.reserve(STRIP * dim).cast();
+        let row_bytes = call.v.bytes(call.dim);
+        let parts = row_bytes / size_of::<T>();
+        let to: *mut T = self.clean.reserve(STRIP * call.dim).cast();
         self.keys.clear();
         self.kinds.clear();
         for (i, key) in keys.enumerate() {
             // SAFETY: V has this key; there is room for a strip of the widest elements.
             let (row, clean) = unsafe {
                 let row = from.row::<T>(i);
-                let clean = to.add(i * dim);
-                row.copy_to_nonoverlapping(clean, dim);
+                let clean = to.add(i * parts);
+                row.copy_to_nonoverlapping(clean, parts);
                 (
-                    std::slice::from_raw_parts(row, dim),
-                    std::slice::from_raw_parts_mut(clean, dim),
+                    std::slice::from_raw_parts(row, parts),
+                    std::slice::from_raw_parts_mut(clean, parts),
                 )
             };
             // An early exit would keep the compiler from vectorising the loop.
-            if row.iter().fold(true, |all, x| all & x.is_finite()) {
+            if row.iter().fold(true, |all, x| all & x.all_finite()) {
                 continue;
             }
             self.keys.push(key);
             for (x, clean) in row.iter().zip(clean) {
-                self.kinds.push(x.kind());
-                if !x.is_finite() {
-                    *clean = T::ZERO;
-                }
+                x.kinds(&mut self.kinds);
+                *clean = x.cleaned();
             }
         }
-        KvRows::strided(to.cast_const().cast(), dim * size_of::<T>(), from.len())
+        KvRows::strided(to.cast_const().cast(), row_bytes, from.len())
     }
 
     /// Takes note of what the last cleaned strip holds for the rows that see it.

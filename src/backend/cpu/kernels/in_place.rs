@@ -1,6 +1,7 @@
 //! Products with a strip of K and V as they lie in memory. With few query rows, packing would cost
 //! more than it saves: each key is read once, and what counts is memory bandwidth.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::call::{Call, STRIP};
@@ -8,8 +9,12 @@ use super::kv_rows::{KvRows, StripRows};
 use super::micro::{Kernel, Vector};
 use super::products::{Products, Strip};
 use super::running::GROUP;
-use super::simd::{Elem, Simd};
-use super::types::{Float, with_elements, with_float};
+use super::simd::{Row, Simd};
+use super::types::{Float, Stored, with_float, with_rows};
+use crate::attention::HEAD_DIMS;
+
+/// The widest head dim.
+const WIDEST: usize = HEAD_DIMS[HEAD_DIMS.len() - 1];
 
 /// Keys whose values are added up in registers before the next columns are.
 const KEYS: usize = 32;
@@ -38,9 +43,7 @@ impl Strip for InPlace {
         of: &Products<'_>,
     ) {
         // SAFETY: as promised by the caller.
-        unsafe {
-            with_elements!(K, of.call.kv_float, T => scores::<K, T, MR, NR>(self.0.k, kernel, of))
-        }
+        unsafe { with_rows!(K, of.call.k, T => scores::<K, T, MR, NR>(self.0.k, kernel, of)) }
     }
 
     #[inline(always)]
@@ -50,24 +53,22 @@ impl Strip for InPlace {
         of: &Products<'_>,
     ) {
         // SAFETY: as promised by the caller.
-        unsafe {
-            with_elements!(K, of.call.kv_float, T => values::<K, T, MR, NR>(self.0.v, kernel, of))
-        }
+        unsafe { with_rows!(K, of.call.v, T => values::<K, T, MR, NR>(self.0.v, kernel, of)) }
     }
 }
 
-/// Prefetches the cache lines of `count` elements from byte `offset` of the row of `key`, which may lie
-/// past the last row.
+/// Prefetches the cache lines of `count` elements from `column` on of the row of `key`, which may lie past the
+/// last row.
 #[inline(always)]
-fn prefetch<S: Simd, T>(s: S, rows: KvRows, key: usize, offset: usize, count: usize) {
-    let row = rows.prefetch_address(key).wrapping_add(offset);
-    for byte in (0..count * size_of::<T>()).step_by(64) {
+fn prefetch<S: Simd, T: Row>(s: S, rows: KvRows, key: usize, column: usize, count: usize) {
+    let row = rows.prefetch_address(key).wrapping_add(T::bytes(column));
+    for byte in (0..T::bytes(count)).step_by(64) {
         s.prefetch(row.wrapping_add(byte));
     }
 }
 
 #[inline(always)]
-unsafe fn scores<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
+unsafe fn scores<K: Kernel, T: Row, const MR: usize, const NR: usize>(
     keys: KvRows,
     kernel: K,
     of: &Products<'_>,
@@ -77,12 +78,27 @@ unsafe fn scores<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
     let lanes = <K::S as Simd>::LANES;
     let scale = s.splat(call.scale);
     for first in (of.all.first * NR..of.all.end * NR).map(|vector| vector * lanes) {
+        let mut room = MaybeUninit::<[f32; 16 * WIDEST]>::uninit();
+        let held = if T::IN_BLOCKS && MR > 1 {
+            // SAFETY: as promised by the caller; there is room for 16 rows of the widest head dim.
+            Some(unsafe { hold::<K, T>(kernel, call, keys, first, room.as_mut_ptr().cast()) })
+        } else {
+            None
+        };
         for r in 0..MR {
             let mut total = s.splat(0.0);
             for chain in (0..call.dim_words).step_by(CHAIN * lanes) {
                 let words = chain..(chain + CHAIN * lanes).min(call.dim_words);
-                // SAFETY: as promised by the caller.
-                let sums = unsafe { products_with::<K, T>(kernel, of, keys, r, first, words) };
+                // SAFETY: as promised by the caller; rows that are held are of f32.
+                let sums = unsafe {
+                    match held {
+                        Some(held) => products_with::<K, f32>(kernel, of, held, None, r, 0, words),
+                        None => {
+                            let ahead = (r == 0).then_some(keys);
+                            products_with::<K, T>(kernel, of, keys, ahead, r, first, words)
+                        }
+                    }
+                };
                 total = s
                     .transpose(sums)
                     .as_ref()
@@ -95,13 +111,42 @@ unsafe fn scores<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
     }
 }
 
-/// Sums the products of `words` of row `r` with a vector of keys from `first` on, as far as they are
-/// there: a vector for each key, a lane for every so many words.
+/// The rows of a vector of keys from `first` on as f32, so that several rows of Q need not each read blocks.
 #[inline(always)]
-unsafe fn products_with<K: Kernel, T: Elem>(
+unsafe fn hold<K: Kernel, T: Row>(
+    kernel: K,
+    call: &Call<'_>,
+    keys: KvRows,
+    first: usize,
+    room: *mut f32,
+) -> KvRows {
+    let s = kernel.simd();
+    let lanes = <K::S as Simd>::LANES;
+    let there = keys.len().saturating_sub(first).min(lanes);
+    for key in 0..there {
+        prefetch::<_, T>(s, keys, first + key + AHEAD, 0, call.dim);
+        let row = keys.row::<T>(first + key);
+        for column in (0..call.dim).step_by(lanes) {
+            // SAFETY: the key and its columns are there; the caller has room for them.
+            unsafe {
+                s.store(
+                    room.add(key * call.dim + column),
+                    T::load_at(s, row, column),
+                )
+            };
+        }
+    }
+    KvRows::strided(room.cast_const().cast(), call.dim * size_of::<f32>(), there)
+}
+
+/// Sums the products of `words` of row `r` with a vector of keys from `first` on, as far as they are
+/// there: a vector for each key, a lane for every so many words. Keys of `ahead` are prefetched meanwhile.
+#[inline(always)]
+unsafe fn products_with<K: Kernel, T: Row>(
     kernel: K,
     of: &Products<'_>,
     keys: KvRows,
+    ahead: Option<KvRows>,
     r: usize,
     first: usize,
     words: Range<usize>,
@@ -113,18 +158,18 @@ unsafe fn products_with<K: Kernel, T: Elem>(
     let run = keys.run_of(first, lanes);
     let mut sums = s.zeros();
     for c in words.step_by(lanes) {
-        if r == 0 {
+        if let Some(ahead) = ahead {
             // In the order of addresses, a share with each step.
             let share = |c: usize| first + AHEAD + c.min(call.dim_words) * lanes / call.dim_words;
             for key in share(c)..share(c + lanes) {
-                prefetch::<_, T>(s, keys, key, 0, call.dim);
+                prefetch::<_, T>(s, ahead, key, 0, call.dim);
             }
         }
         // SAFETY: the keys are there, and so are the queries.
         unsafe {
             let query = s.load(of.queries.add(r * of.query_row + c).cast());
             let add = |row: *const T, sum: &mut Vector<K>| {
-                let key = kernel.row_words(row.add(c * K::PAIR), call.dim_words - c);
+                let key = kernel.row_words(row, c, call.dim_words - c);
                 *sum = kernel.multiply(query, key, *sum);
             };
             if let Some(run) = run {
@@ -142,7 +187,7 @@ unsafe fn products_with<K: Kernel, T: Elem>(
 }
 
 #[inline(always)]
-unsafe fn values<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
+unsafe fn values<K: Kernel, T: Row, const MR: usize, const NR: usize>(
     values: KvRows,
     kernel: K,
     of: &Products<'_>,
@@ -158,7 +203,7 @@ unsafe fn values<K: Kernel, T: Elem, const MR: usize, const NR: usize>(
 }
 
 #[inline(always)]
-unsafe fn values_by<K: Kernel, T: Elem, const MR: usize, const NR: usize, const NV: usize>(
+unsafe fn values_by<K: Kernel, T: Row, const MR: usize, const NR: usize, const NV: usize>(
     values: KvRows,
     kernel: K,
     of: &Products<'_>,
@@ -190,7 +235,7 @@ unsafe fn values_by<K: Kernel, T: Elem, const MR: usize, const NR: usize, const 
 
 /// Adds the products of the probabilities of `keys` with `NV` vectors of columns of V.
 #[inline(always)]
-unsafe fn columns<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
+unsafe fn columns<K: Kernel, T: Row, const MR: usize, const NV: usize>(
     values: KvRows,
     kernel: K,
     of: &Products<'_>,
@@ -233,7 +278,7 @@ unsafe fn columns<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
 /// Adds the product of one word of probabilities, that of `key` and the keys after it, with V to `acc`.
 /// `rows` is V of these keys, null past the last key.
 #[inline(always)]
-unsafe fn add_keys<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
+unsafe fn add_keys<K: Kernel, T: Row, const MR: usize, const NV: usize>(
     values: KvRows,
     kernel: K,
     of: &Products<'_>,
@@ -245,8 +290,7 @@ unsafe fn add_keys<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
     for i in 0..K::PAIR {
-        let offset = column * size_of::<T>();
-        prefetch::<_, T>(s, values, key + i + AHEAD, offset, NV * lanes);
+        prefetch::<_, T>(s, values, key + i + AHEAD, column, NV * lanes);
     }
     // SAFETY: the keys are there, and so are the columns; probabilities are set in all panels.
     unsafe {
@@ -254,14 +298,7 @@ unsafe fn add_keys<K: Kernel, T: Elem, const MR: usize, const NV: usize>(
         let p: [Vector<K>; MR] = std::array::from_fn(|r| kernel.broadcast(p.add(r * STRIP)));
         for j in 0..NV {
             // Where a word is one key, the second row may lie past the last one: it is not read.
-            let at = |row: *const T| {
-                if row.is_null() {
-                    row
-                } else {
-                    row.wrapping_add(column + j * lanes)
-                }
-            };
-            let words = kernel.value_words(rows.map(at));
+            let words = kernel.value_words(rows, column + j * lanes);
             for (acc, p) in acc.iter_mut().zip(p) {
                 acc[j] = kernel.multiply(p, words, acc[j]);
             }

@@ -8,7 +8,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::simd::{Elem, Simd};
+use super::simd::{Row, Simd};
 
 /// Most rows of a micro-kernel.
 pub(super) const MOST_ROWS: usize = 16;
@@ -80,10 +80,10 @@ pub(super) trait Kernel: Copy + 'static {
             )
         }
     }
-    /// The first `count` of `LANES` words of a row of Q or K, zeros after them.
-    unsafe fn row_words<T: Elem>(self, at: *const T, count: usize) -> Vector<Self>;
-    /// `LANES` columns of V as words of `PAIR` keys; `rows` null where there is no key.
-    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self>;
+    /// The first `count` of the `LANES` words from word `first` on of a row of Q or K, zeros after them.
+    unsafe fn row_words<T: Row>(self, row: *const T, first: usize, count: usize) -> Vector<Self>;
+    /// `LANES` columns of V from `column` on as words of `PAIR` keys; `rows` null where there is no key.
+    unsafe fn value_words<T: Row>(self, rows: [*const T; 2], column: usize) -> Vector<Self>;
     /// Stores `NR * LANES` probabilities as words.
     unsafe fn store_probabilities<const NR: usize>(self, at: *mut u32, p: [Vector<Self>; NR]);
 }
@@ -108,17 +108,17 @@ impl<S: Simd> Kernel for MultiplyAdd<S> {
         self.0.fma(a, b, acc)
     }
     #[inline(always)]
-    unsafe fn row_words<T: Elem>(self, at: *const T, _: usize) -> S::V {
+    unsafe fn row_words<T: Row>(self, row: *const T, first: usize, _: usize) -> S::V {
         // SAFETY: kernels are chosen for head dims that are a multiple of `LANES` (`Kernels::for_dim`).
-        unsafe { T::load(self.0, at) }
+        unsafe { T::load_at(self.0, row, first) }
     }
     #[inline(always)]
-    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> S::V {
+    unsafe fn value_words<T: Row>(self, rows: [*const T; 2], column: usize) -> S::V {
         if rows[0].is_null() {
             return self.0.splat(0.0);
         }
         // SAFETY: a row that is there covers `LANES` columns.
-        unsafe { T::load(self.0, rows[0]) }
+        unsafe { T::load_at(self.0, rows[0], column) }
     }
     #[inline(always)]
     unsafe fn store_probabilities<const NR: usize>(self, at: *mut u32, p: [S::V; NR]) {

@@ -11,6 +11,7 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512bf16;
+mod blocks;
 mod bound_call;
 mod buffer;
 mod call;
@@ -54,6 +55,7 @@ mod types;
 use super::isa::Isa;
 use super::job::Job;
 use crate::DType;
+use crate::attention::{Format, Problem};
 use crate::error::Result;
 use bound_call::BoundCall;
 pub(crate) use buffer::room;
@@ -64,8 +66,15 @@ use types::Float;
 /// Computes O, and the log-sum-exp where it is asked for. The bits of the result depend on `isa` but
 /// not on the threads. Fails where there is no memory for it.
 pub(crate) fn run(job: &Job<'_>, isa: Isa, team: Team<'_>) -> Result<()> {
-    let float = Float::of(job.problem.kv_dtype())?;
-    run_with(job, table::select(isa, float), team)
+    run_with(job, kernels_for(job.problem, isa)?, team)
+}
+
+/// The kernels for a problem: those of bf16 where all of Q, K and V are.
+fn kernels_for(problem: &Problem, isa: Isa) -> Result<&'static table::Kernels> {
+    let formats = [problem.key_format(), problem.value_format()];
+    let alike = formats.iter().all(|f| *f == Format::Plain(problem.dtype()));
+    let float = if alike { problem.dtype() } else { DType::F32 };
+    Ok(table::select(isa, Float::of(float)?))
 }
 
 fn run_with(job: &Job<'_>, kernels: &'static table::Kernels, team: Team<'_>) -> Result<()> {

@@ -5,7 +5,7 @@ use std::arch::asm;
 
 use super::micro::{Kernel, Vector};
 use super::neon::Neon;
-use super::simd::{Elem, Simd};
+use super::simd::{Row, Simd};
 
 /// bf16 products: a word is two bf16, and a multiplication takes two words of two rows.
 #[derive(Debug, Clone, Copy)]
@@ -75,19 +75,19 @@ impl Kernel for Bf16Matrix {
         }
     }
     #[inline(always)]
-    unsafe fn row_words<T: Elem>(self, at: *const T, _: usize) -> Vector<Self> {
+    unsafe fn row_words<T: Row>(self, row: *const T, first: usize, _: usize) -> Vector<Self> {
         // SAFETY: head dims are multiples of 8, so the eight elements are there. T is bf16.
-        unsafe { vreinterpretq_f32_u16(vld1q_u16(at.cast())) }
+        unsafe { vreinterpretq_f32_u16(vld1q_u16(row.cast::<u16>().add(2 * first))) }
     }
     #[inline(always)]
-    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
+    unsafe fn value_words<T: Row>(self, rows: [*const T; 2], column: usize) -> Vector<Self> {
         // SAFETY: a row that is there covers 4 columns of bf16.
         unsafe {
             let columns = |row: *const T| {
                 if row.is_null() {
                     vdup_n_u16(0)
                 } else {
-                    vld1_u16(row.cast())
+                    vld1_u16(row.cast::<u16>().add(column))
                 }
             };
             let (even, odd) = (columns(rows[0]), columns(rows[1]));

@@ -9,8 +9,8 @@ use std::ops::Range;
 use super::call::Call;
 use super::kv_rows::{KvRows, StripRows};
 use super::micro::{Kernel, interleave};
-use super::simd::{Elem, Simd};
-use super::types::{Float, with_elements, with_float};
+use super::simd::{Row, Simd};
+use super::types::{Float, Stored, with_float, with_rows};
 
 /// Packs the strip of `rows`.
 ///
@@ -27,28 +27,26 @@ pub(super) unsafe fn pack<K: Kernel, const NR: usize>(
 ) {
     // SAFETY: as promised by the caller; the type is the operands'.
     unsafe {
-        with_elements!(K, call.kv_float, T => {
-            pack_keys::<K, T, NR>(kernel, call, rows.k, k.cast());
-            pack_values::<K, T, NR>(kernel, call, rows.v, v.cast());
-        })
+        with_rows!(K, call.k, T => pack_keys::<K, T, NR>(kernel, call, rows.k, k.cast()));
+        with_rows!(K, call.v, T => pack_values::<K, T, NR>(kernel, call, rows.v, v.cast()));
     }
 }
 
 /// Prefetches K and V of some keys of a strip.
 #[inline(always)]
 pub(super) fn prefetch<S: Simd>(s: S, call: &Call<'_>, rows: StripRows, keys: Range<usize>) {
-    let row_bytes = call.dim * call.kv_float.size_of();
     for key in keys {
-        let (k, v) = (rows.k.row::<u8>(key), rows.v.row::<u8>(key));
-        for line in (0..row_bytes).step_by(64) {
-            s.prefetch_far(k.wrapping_add(line));
-            s.prefetch_far(v.wrapping_add(line));
+        for (rows, stored) in [(rows.k, call.k), (rows.v, call.v)] {
+            let row = rows.row::<u8>(key);
+            for line in (0..stored.bytes(call.dim)).step_by(64) {
+                s.prefetch_far(row.wrapping_add(line));
+            }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
+unsafe fn pack_keys<K: Kernel, T: Row, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
     rows: KvRows,
@@ -72,13 +70,13 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
             unsafe {
                 if let Some(run) = run {
                     for (r, v) in tile.as_mut().iter_mut().enumerate() {
-                        let ahead = run.row::<T>(r + lanes).wrapping_add(c * K::PAIR);
-                        s.prefetch_far(ahead.cast());
-                        *v = kernel.row_words(run.row::<T>(r).add(c * K::PAIR), held);
+                        let ahead = run.row::<u8>(r + lanes);
+                        s.prefetch_far(ahead.wrapping_add(T::bytes(c * K::PAIR)));
+                        *v = kernel.row_words(run.row::<T>(r), c, held);
                     }
                 } else {
                     for (r, v) in tile.as_mut().iter_mut().take(there).enumerate() {
-                        *v = kernel.row_words(rows.row::<T>(first + r).add(c * K::PAIR), held);
+                        *v = kernel.row_words(rows.row::<T>(first + r), c, held);
                     }
                 }
                 let mut tile = s.transpose(tile);
@@ -92,7 +90,7 @@ unsafe fn pack_keys<K: Kernel, T: Elem, const NR: usize>(
 }
 
 #[inline(always)]
-unsafe fn pack_values<K: Kernel, T: Elem, const NR: usize>(
+unsafe fn pack_values<K: Kernel, T: Row, const NR: usize>(
     kernel: K,
     call: &Call<'_>,
     rows: KvRows,
@@ -121,7 +119,7 @@ unsafe fn pack_values<K: Kernel, T: Elem, const NR: usize>(
 
 /// Packs `NV` vectors of columns of `SIDE` words of keys; null where there is no key.
 #[inline(always)]
-unsafe fn pack_columns<K: Kernel, T: Elem, const NV: usize>(
+unsafe fn pack_columns<K: Kernel, T: Row, const NV: usize>(
     kernel: K,
     keys: [[*const T; 2]; 2],
     column: usize,
@@ -130,19 +128,12 @@ unsafe fn pack_columns<K: Kernel, T: Elem, const NV: usize>(
     let s = kernel.simd();
     let lanes = <K::S as Simd>::LANES;
     for j in 0..NV {
-        let at = |row: *const T| {
-            if row.is_null() {
-                row
-            } else {
-                row.wrapping_add(column + j * lanes)
-            }
-        };
         let mut block = s.zeros();
         let words = &mut block.as_mut()[..K::SIDE];
         // SAFETY: as promised by the caller.
         unsafe {
             for (words, keys) in words.iter_mut().zip(keys) {
-                *words = kernel.value_words(keys.map(at));
+                *words = kernel.value_words(keys, column + j * lanes);
             }
             interleave(kernel, words);
             for (i, words) in words.iter().enumerate() {

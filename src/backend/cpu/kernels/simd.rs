@@ -52,6 +52,41 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn store(self, at: *mut f32, v: Self::V);
     unsafe fn load_bf16(self, at: *const bf16) -> Self::V;
     unsafe fn load_f16(self, at: *const f16) -> Self::V;
+    /// The f16 at any address in every lane.
+    #[inline(always)]
+    unsafe fn splat_f16(self, at: *const u8) -> Self::V {
+        // SAFETY: the caller's address is an f16's.
+        let bytes = unsafe { at.cast::<[u8; 2]>().read() };
+        self.splat(f16::from_le_bytes(bytes).to_f32())
+    }
+    /// `LANES` signed bytes.
+    #[inline(always)]
+    unsafe fn load_i8(self, at: *const i8) -> Self::V {
+        // SAFETY: as promised by the caller.
+        unsafe { self.widened(|i| f32::from(*at.add(i))) }
+    }
+    /// The low halves of `LANES` bytes.
+    #[inline(always)]
+    unsafe fn load_low_halves(self, at: *const u8) -> Self::V {
+        // SAFETY: as promised by the caller.
+        unsafe { self.widened(|i| f32::from(*at.add(i) & 15)) }
+    }
+    /// The high halves of `LANES` bytes.
+    #[inline(always)]
+    unsafe fn load_high_halves(self, at: *const u8) -> Self::V {
+        // SAFETY: as promised by the caller.
+        unsafe { self.widened(|i| f32::from(*at.add(i) >> 4)) }
+    }
+    /// Lane `i` holds `element(i)`.
+    #[inline(always)]
+    fn widened(self, element: impl Fn(usize) -> f32) -> Self::V {
+        let mut lanes = [0.0; 16];
+        for (i, lane) in lanes.iter_mut().take(Self::LANES).enumerate() {
+            *lane = element(i);
+        }
+        // SAFETY: a vector has at most 16 lanes.
+        unsafe { self.load(lanes.as_ptr()) }
+    }
     /// Nonzero gives 0, zero gives `-inf`.
     unsafe fn load_bool(self, at: *const u8) -> Self::V;
     /// Rounds to nearest, ties to even.
@@ -92,6 +127,29 @@ pub(super) trait Cell: Copy + 'static {
 /// An element of Q, K, V or O.
 pub(super) trait Elem: Cell {
     unsafe fn store<S: Simd>(s: S, at: *mut Self, v: S::V);
+}
+
+/// What a row of Q, K or V consists of: elements, or blocks of them.
+pub(super) trait Row: 'static {
+    /// Whether a vector of elements takes more than one or two instructions to read.
+    const IN_BLOCKS: bool;
+    /// `LANES` elements from `column` on, a multiple of `LANES`, of the row that begins at `row`.
+    unsafe fn load_at<S: Simd>(s: S, row: *const Self, column: usize) -> S::V;
+    /// Bytes that hold so many elements.
+    fn bytes(columns: usize) -> usize;
+}
+
+impl<T: Elem> Row for T {
+    const IN_BLOCKS: bool = false;
+    #[inline(always)]
+    unsafe fn load_at<S: Simd>(s: S, row: *const Self, column: usize) -> S::V {
+        // SAFETY: as promised by the caller.
+        unsafe { T::load(s, row.add(column)) }
+    }
+    #[inline(always)]
+    fn bytes(columns: usize) -> usize {
+        columns * size_of::<T>()
+    }
 }
 
 macro_rules! elem {

@@ -138,8 +138,7 @@ unsafe fn pack_queries<K: Kernel, T: Elem>(kernel: K, tile: &mut Tile<'_>) {
         unsafe {
             let to = tile.queries.add(r * call.query_row);
             for c in (0..call.depth).step_by(lanes) {
-                let words =
-                    kernel.row_words(from.add(c * K::PAIR), call.dim_words.saturating_sub(c));
+                let words = kernel.row_words(from, c, call.dim_words.saturating_sub(c));
                 s.store(to.add(c).cast(), words);
             }
         }

@@ -1,6 +1,8 @@
 //! Element types as the kernels tell them apart: closed lists, so that a `match` leaves none out.
 
+use super::blocks::{BLOCK, Q4_0, Q8_0};
 use crate::DType;
+use crate::attention::Format;
 use crate::error::{MlxError, Result};
 
 /// Elements of Q and O, or of K and V.
@@ -27,6 +29,33 @@ impl Float {
         match self {
             Self::Bf16 | Self::F16 => 2,
             Self::F32 => 4,
+        }
+    }
+}
+
+/// How K, or V, is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stored {
+    Plain(Float),
+    Q8_0,
+    Q4_0,
+}
+
+impl Stored {
+    pub(super) fn of(format: Format) -> Result<Self> {
+        match format {
+            Format::Plain(dtype) => Float::of(dtype).map(Self::Plain),
+            Format::Q8_0 => Ok(Self::Q8_0),
+            Format::Q4_0 => Ok(Self::Q4_0),
+        }
+    }
+
+    /// Bytes of so many elements, which are whole blocks. Offsets wrap, as strides may.
+    pub(super) const fn bytes(self, elements: usize) -> usize {
+        match self {
+            Self::Plain(float) => elements.wrapping_mul(float.size_of()),
+            Self::Q8_0 => (elements / BLOCK).wrapping_mul(size_of::<Q8_0>()),
+            Self::Q4_0 => (elements / BLOCK).wrapping_mul(size_of::<Q4_0>()),
         }
     }
 }
@@ -65,6 +94,28 @@ macro_rules! with_elements {
     };
 }
 
+/// Evaluates an expression with a name for what rows of K, or of V, consist of, as `with_elements` does.
+macro_rules! with_rows {
+    ($kernel:ty, $stored:expr, $row:ident => $body:expr) => {
+        if <$kernel>::PAIR == 2 {
+            type $row = half::bf16;
+            $body
+        } else {
+            match $stored {
+                Stored::Plain(float) => with_float!(float, $row => $body),
+                Stored::Q8_0 => {
+                    type $row = crate::backend::cpu::kernels::blocks::Q8_0;
+                    $body
+                }
+                Stored::Q4_0 => {
+                    type $row = crate::backend::cpu::kernels::blocks::Q4_0;
+                    $body
+                }
+            }
+        }
+    };
+}
+
 /// Evaluates an expression with a name for a type of elements.
 macro_rules! with_float {
     ($float:expr, $element:ident => $body:expr) => {
@@ -97,4 +148,4 @@ macro_rules! with_cells {
         }
     };
 }
-pub(super) use {with_cells, with_elements, with_float};
+pub(super) use {with_cells, with_elements, with_float, with_rows};

@@ -4,6 +4,9 @@
 use super::harness::{Data, build, shape};
 use crate::DType;
 use crate::attention::{MaskSpec, Problem, QueryOffset};
+use crate::backend::cpu::kernels::blocks::{BLOCK, Block, Q4_0, Q8_0};
+use crate::backend::cpu::kernels::portable::Portable;
+use crate::backend::cpu::kernels::simd::Simd;
 use crate::backend::cpu::kernels::table;
 
 const DIM: usize = 32;
@@ -33,6 +36,34 @@ fn keys_in_place_for_few_rows() {
         let problem = build(Problem::builder(dtype, shape(1, (1, 1), (1, 17), DIM)).lse(true));
         Data::new(problem, 2).check(&format!("{dtype}"));
     }
+}
+
+/// A row of two blocks, at an odd address, ends with its memory.
+fn check_blocks<B: Block>() {
+    let bytes: Vec<u8> = (0..=2 * size_of::<B>())
+        .map(|i| (i * 37 % 127) as u8)
+        .collect();
+    let row = bytes[1..].as_ptr().cast::<B>();
+    for column in (0..2 * BLOCK).step_by(Portable::LANES) {
+        // SAFETY: both blocks are there.
+        let (got, block) = unsafe {
+            (
+                B::load_at(Portable, row, column),
+                row.add(column / BLOCK).read_unaligned(),
+            )
+        };
+        for (i, got) in got.into_iter().enumerate() {
+            let element = f32::from(block.element(column % BLOCK + i));
+            assert_eq!(got, block.scale().to_f32() * element, "{column} + {i}");
+        }
+    }
+    assert_eq!(B::bytes(33), 2 * size_of::<B>());
+}
+
+#[test]
+fn keys_in_blocks() {
+    check_blocks::<Q8_0>();
+    check_blocks::<Q4_0>();
 }
 
 #[test]

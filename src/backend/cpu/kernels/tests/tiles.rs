@@ -7,7 +7,7 @@ use half::bf16;
 
 use crate::backend::cpu::kernels::micro::{Kernel, Vector};
 use crate::backend::cpu::kernels::portable::Portable;
-use crate::backend::cpu::kernels::simd::{Elem, Simd};
+use crate::backend::cpu::kernels::simd::{Row, Simd};
 
 const LANES: usize = <Portable as Simd>::LANES;
 const TILE: usize = 16;
@@ -75,19 +75,19 @@ impl Kernel for PlainTiles {
             }
         }
     }
-    unsafe fn row_words<T: Elem>(self, at: *const T, count: usize) -> Vector<Self> {
+    unsafe fn row_words<T: Row>(self, row: *const T, first: usize, count: usize) -> Vector<Self> {
         from_fn(|i| match i < count {
             // SAFETY: the word is there; T is bf16.
-            true => unsafe { at.cast::<f32>().add(i).read_unaligned() },
+            true => unsafe { row.cast::<f32>().add(first + i).read_unaligned() },
             false => 0.0,
         })
     }
-    unsafe fn value_words<T: Elem>(self, rows: [*const T; 2]) -> Vector<Self> {
+    unsafe fn value_words<T: Row>(self, rows: [*const T; 2], column: usize) -> Vector<Self> {
         from_fn(|i| {
             let [low, high] = rows.map(|row| match row.is_null() {
                 true => 0,
                 // SAFETY: a row that is there covers a vector; T is bf16.
-                false => unsafe { *row.cast::<u16>().add(i) },
+                false => unsafe { *row.cast::<u16>().add(column + i) },
             });
             word(low, high)
         })
