@@ -62,11 +62,13 @@ documentation() {
     RUSTDOCFLAGS="-D warnings" in_checks cargo doc --workspace --no-deps "${features[@]}"
 }
 
-# Development dependencies may ask for more, so only what users build is checked.
+# msrv [--all]: of the library; with --all of the program, too. Development dependencies may ask for more, so only what
+# users build is checked.
 msrv() {
     local toolchain
     need_minimum . || { skip "minimum Rust $toolchain" "the toolchain is not installed"; return; }
-    in_checks rustup run "$toolchain" cargo check --locked -p mlx-flash-attn --lib "${features[@]}" &&
+    in_checks rustup run "$toolchain" cargo check --locked -p mlx-flash-attn --lib "${features[@]}" || return
+    [ "${1-}" != --all ] ||
         in_checks rustup run "$toolchain" cargo check --locked -p mlx-flash-attn-cli --bins "${features[@]}"
 }
 

@@ -159,8 +159,8 @@ pub fn reference_row(problem: &Problem, s: &Sequence, h: usize, i: usize) -> usi
 /// Computes the problem on the host.
 ///
 /// # Errors
-/// `InvalidArgument` where an operand is missing or has too few elements, `UnsupportedDtype` where K or V lie in
-/// blocks: the oracle takes them dequantised.
+/// `InvalidArgument` where an operand is missing or has too few elements. K and V that lie in blocks are given
+/// dequantised, an element for each element.
 pub fn attention(
     problem: &Problem,
     inputs: &Inputs<'_>,
@@ -219,26 +219,32 @@ fn check(problem: &Problem, inputs: &Inputs<'_>) -> Result<()> {
         (Role::BlockTable, inputs.block_table.map(<[i32]>::len)),
         (Role::KeyLengths, inputs.key_lengths.map(<[u32]>::len)),
     ];
-    for format in [problem.key_format(), problem.value_format()] {
-        if !matches!(format, Format::Plain(_)) {
-            return Err(MlxError::UnsupportedDtype(format!(
-                "the oracle computes over dequantised keys and values, got {format}"
-            )));
-        }
-    }
     for (role, len) in given {
         let Some(spec) = problem.operand(role) else {
             continue;
         };
-        if len.is_none_or(|len| len < spec.elements) {
+        let elements = match role {
+            Role::Key => dequantised(problem.key_format(), spec.elements),
+            Role::Value => dequantised(problem.value_format(), spec.elements),
+            _ => spec.elements,
+        };
+        if len.is_none_or(|len| len < elements) {
             return Err(MlxError::expected(
                 role.name(),
-                format!("{} elements", spec.elements),
+                format!("{elements} elements"),
                 len.map_or("none".into(), |len| len.to_string()),
             ));
         }
     }
     Ok(())
+}
+
+/// Elements that so many stored ones stand for.
+fn dequantised(format: Format, stored: usize) -> usize {
+    match format {
+        Format::Plain(_) => stored,
+        _ => stored / format.block_bytes() * format.block(),
+    }
 }
 
 /// Whether row `i` of head `h` sees key `j`: by position, and by the mask, whose cell hides the key

@@ -1,7 +1,7 @@
 //! One case of the matrix: what it asks, and its name.
 
 use super::sequences::{Sequences, joined};
-use crate::attention::{Layout, MaskSpec, Problem, QueryOffset, Role, Shape, Strides};
+use crate::attention::{Format, Layout, MaskSpec, Problem, QueryOffset, Role, Shape, Strides};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::hash::fnv1a;
@@ -73,6 +73,8 @@ pub struct Case {
     pub(super) dtype: DType,
     /// K and V's dtype, where it differs.
     pub(super) kv_dtype: DType,
+    /// K and V in blocks: their formats.
+    pub(super) blocks: Option<[Format; 2]>,
     pub(super) batch: usize,
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
@@ -105,6 +107,7 @@ impl Case {
             head_dim,
             dtype,
             kv_dtype: dtype,
+            blocks: None,
             batch: 1,
             heads: 2,
             kv_heads: 1,
@@ -162,6 +165,9 @@ impl Case {
         }
         if self.kv_dtype != self.dtype {
             name += &format!("-kv.{}", self.kv_dtype);
+        }
+        if let Some([k, v]) = self.blocks {
+            name += &format!("-k.{k}-v.{v}");
         }
         if let Entry::D512 { nsg } = self.entry {
             name += &format!("-nsg{nsg}");
@@ -222,6 +228,7 @@ impl Case {
             keys,
             pages,
         } = &self.sequences;
+        let in_blocks = |format| self.blocks.is_some_and(|of| of.contains(&format));
         let all = [
             (self.bounds.label != "full", self.bounds.label),
             (self.softcap.is_some(), "softcap"),
@@ -239,6 +246,8 @@ impl Case {
             (self.tile_classes, "blk"),
             (self.built.is_some(), "built-mask"),
             (self.kv_dtype != self.dtype, "kv-f16"),
+            (in_blocks(Format::Q8_0), "q8_0"),
+            (in_blocks(Format::Q4_0), "q4_0"),
             (dense && self.query_len == 1, "decode"),
             (self.entry == Entry::Decode, "vec"),
             (matches!(self.entry, Entry::D512 { .. }), "nsg"),
@@ -321,8 +330,10 @@ impl Case {
         if self.entry == Entry::Decode {
             builder = builder.key_capacity(keys + 9);
         }
+        let [key_format, value_format] = self.blocks.unwrap_or([self.kv_dtype.into(); 2]);
         builder
-            .kv_dtype(self.kv_dtype)
+            .key_format(key_format)
+            .value_format(value_format)
             .key_lengths(self.sequences.key_lengths())
             .scale(self.gain / (d as f32).sqrt())
             .causal(self.bounds.causal)

@@ -1,6 +1,7 @@
 //! The matrix: which cases there are.
 
 use super::case::{Bounds, Case, Entry, MaskKind, Placement};
+use super::quantised::quantised;
 use super::random::Random;
 use super::serving::serving;
 use crate::attention::HEAD_DIMS;
@@ -22,7 +23,7 @@ pub enum Scope {
 /// each.
 pub(super) const EVERYWHERE: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
 
-const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
+pub(super) const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 pub(super) const PLACEMENTS: [Placement; 3] = [
     Placement::HeadMajor,
     Placement::SeqMajor,
@@ -142,6 +143,7 @@ pub fn cases(scope: Scope, device: &MlxDevice) -> Vec<Case> {
     all.extend(few().into_iter().step_by(one_in(4)));
     all.extend(serving().into_iter().step_by(one_in(11)));
     all.extend(many_rows().into_iter().step_by(one_in(5)));
+    all.extend(quantised().into_iter().step_by(one_in(13)));
     all.retain(|case| is_served(case, device));
     all
 }

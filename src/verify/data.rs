@@ -2,11 +2,12 @@
 
 use half::{bf16, f16};
 
+use super::blocks::{self, BLOCK};
 use super::case::{Bounds, Case, MaskKind};
 use super::random::Random;
 use super::sequences::operand_sequence;
 use crate::attention::oracle::{Inputs, Values};
-use crate::attention::{Problem, QueryOffset, Role, Sequence};
+use crate::attention::{Format, Problem, QueryOffset, Role, Sequence};
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
 
@@ -16,6 +17,8 @@ pub(super) struct Host {
     words: Vec<u64>,
     dtype: DType,
     elements: usize,
+    /// What its elements, here in f32, are stored in for the device.
+    blocks: Option<Format>,
 }
 
 impl Host {
@@ -26,9 +29,50 @@ impl Host {
             words: vec![0; bytes.div_ceil(8)],
             dtype,
             elements,
+            blocks: None,
         };
         (0..elements).for_each(|i| host.poison(i));
         host
+    }
+
+    /// The same for as many elements of K or V as are stored in an operand of so many.
+    fn poisoned_as(format: Format, stored: usize) -> Self {
+        if let Format::Plain(dtype) = format {
+            return Self::poisoned(dtype, stored);
+        }
+        let blocks = Some(format);
+        let elements = stored / format.block_bytes() * format.block();
+        Self {
+            blocks,
+            ..Self::poisoned(DType::F32, elements)
+        }
+    }
+
+    /// Rounds blocks to what they stand for.
+    fn settle(&mut self) {
+        let Some(format) = self.blocks else {
+            return;
+        };
+        let x: &mut [f32] = bytemuck::cast_slice_mut(&mut self.words);
+        for block in x[..self.elements].chunks_exact_mut(BLOCK) {
+            if block.iter().all(|x| x.is_finite()) {
+                let stands_for = blocks::decode(format, &blocks::encode(format, block));
+                block.copy_from_slice(&stands_for);
+            }
+        }
+    }
+
+    /// As the device gets it.
+    pub(super) fn stored(&self) -> Self {
+        let Some(format) = self.blocks else {
+            return self.clone();
+        };
+        let x: &[f32] = bytemuck::cast_slice(&self.words);
+        let of_each = x[..self.elements].chunks_exact(BLOCK);
+        let bytes: Vec<u8> = of_each
+            .flat_map(|block| blocks::encode(format, block))
+            .collect();
+        Self::of_integers(DType::U8, &bytes)
     }
 
     /// The integers of an index operand.
@@ -105,7 +149,11 @@ impl Data {
             let spec = problem
                 .operand(role)
                 .ok_or_else(|| MlxError::expected(role.name(), "an operand", "none"))?;
-            let mut host = Host::poisoned(spec.dtype, spec.elements);
+            let mut host = match role {
+                Role::Key => Host::poisoned_as(problem.key_format(), spec.elements),
+                Role::Value => Host::poisoned_as(problem.value_format(), spec.elements),
+                _ => Host::poisoned(spec.dtype, spec.elements),
+            };
             for b in 0..shape.batch {
                 let s = sequence(b);
                 let (heads, rows, width) = match role {
@@ -128,6 +176,7 @@ impl Data {
                     }
                 }
             }
+            host.settle();
             Ok::<_, MlxError>(host)
         };
         let (q, k, v) = (

@@ -22,10 +22,12 @@
 //! # }
 //! ```
 
+mod blocks;
 mod case;
 mod cases;
 mod data;
 mod poison;
+mod quantised;
 mod random;
 mod run;
 mod sequences;

@@ -232,8 +232,8 @@ impl Buffers {
         let mask = data.mask.clone().filter(|_| case.built.is_none());
         let operands = [
             (Role::Query, Some(data.q.clone())),
-            (Role::Key, Some(data.k.clone())),
-            (Role::Value, Some(data.v.clone())),
+            (Role::Key, Some(data.k.stored())),
+            (Role::Value, Some(data.v.stored())),
             (Role::Mask, mask),
             (Role::Sinks, floats(&data.sinks)),
             (Role::AlibiSlopes, floats(&data.alibi_slopes)),
