@@ -23,7 +23,7 @@ pub enum Scope {
 /// each.
 pub(super) const EVERYWHERE: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
 
-pub(super) const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
+const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 pub(super) const PLACEMENTS: [Placement; 3] = [
     Placement::HeadMajor,
     Placement::SeqMajor,
@@ -143,7 +143,7 @@ pub fn cases(scope: Scope, device: &MlxDevice) -> Vec<Case> {
     all.extend(few().into_iter().step_by(one_in(4)));
     all.extend(serving().into_iter().step_by(one_in(11)));
     all.extend(many_rows().into_iter().step_by(one_in(5)));
-    all.extend(quantised().into_iter().step_by(one_in(13)));
+    all.extend(blocks().into_iter().step_by(one_in(13)));
     all.retain(|case| is_served(case, device));
     all
 }
@@ -249,6 +249,20 @@ pub(super) fn draw(
         gain: random.pick(&[1.0, 1.0, 1.5, 2.0]),
         ..Case::new(head_dim, dtype, random.pick(&fitting))
     }
+}
+
+/// K and V in blocks, with features drawn as for the grid.
+fn blocks() -> Vec<Case> {
+    let mut random = Random::new(5);
+    let drawn = |head_dim, dtype, mask| {
+        let mut draw = || {
+            let placement = Placement::HeadMajor;
+            draw(&mut random, false, head_dim, dtype, mask, placement)
+        };
+        let first = draw();
+        if is_trivial(&first) { draw() } else { first }
+    };
+    quantised(drawn, serving().into_iter())
 }
 
 /// Whether causal bound and windows alone leave every row at most one key, though not by design.
