@@ -6,11 +6,11 @@ mod blocks;
 mod common;
 
 use blocks::{dequantise, quantise};
-use common::{assert_close, attend, download, normal, output, upload};
+use common::{BUILDS, assert_close, attend, download, normal, output, shape, upload};
 use half::f16;
 use mlx_flash_attn::attention::oracle::{self, Inputs, Precision, Values};
 use mlx_flash_attn::attention::{
-    Format, KeyLengths, Layout, Pages, Problem, ProblemBuilder, QueryOffset, Role, Shape,
+    Format, KeyLengths, Layout, Pages, Problem, ProblemBuilder, QueryOffset, Role,
 };
 use mlx_flash_attn::ops::Operands;
 use mlx_flash_attn::{CpuOptions, DType, Isa, MlxBuffer, MlxDevice};
@@ -30,27 +30,6 @@ const FORMATS: [[Format; 2]; 7] = [
     [F32, F16],
 ];
 
-type Build = fn(ProblemBuilder) -> ProblemBuilder;
-
-const BUILDS: [Build; 4] = [
-    |b| b,
-    |b| {
-        b.causal(true)
-            .query_offset(QueryOffset::BottomRight)
-            .softcap(3.0)
-    },
-    |b| {
-        b.causal(true)
-            .window(37)
-            .query_offset(QueryOffset::BottomRight)
-    },
-    |b| {
-        b.query_offset(QueryOffset::BottomRight)
-            .window(20)
-            .window_right(3)
-    },
-];
-
 /// The CPU with each instruction set that this machine has.
 fn processors() -> Vec<MlxDevice> {
     let isas = Isa::ALL.into_iter().filter(|isa| isa.is_available());
@@ -63,18 +42,6 @@ fn processors() -> Vec<MlxDevice> {
         .unwrap()
     })
     .collect()
-}
-
-fn shape(batch: usize, query_len: usize, key_len: usize, dim: usize) -> Shape {
-    Shape {
-        batch,
-        heads: HEADS,
-        kv_heads: KV_HEADS,
-        query_len,
-        key_len,
-        qk_dim: dim,
-        v_dim: dim,
-    }
 }
 
 fn raw(device: &MlxDevice, format: Format, bytes: &[u8]) -> MlxBuffer {
@@ -162,9 +129,12 @@ fn blocks_give_the_bits_of_what_they_stand_for() {
             };
             let (k, v) = (rows(2, formats[0]), rows(3, formats[1]));
             let builder = |dtype| {
-                build(Problem::builder(dtype, shape(2, queries, keys, dim)))
-                    .layout(layout)
-                    .lse(true)
+                build(Problem::builder(
+                    dtype,
+                    shape([2, HEADS, KV_HEADS], (queries, keys), dim),
+                ))
+                .layout(layout)
+                .lse(true)
             };
             let what = format!("d{dim} q{queries} k{keys} {formats:?} {layout:?}");
             agrees(
@@ -206,7 +176,7 @@ fn a_scale_that_is_not_finite_reaches_the_rows_that_see_it() {
             let k = rows(2, formats[0], &past);
             let v = rows(3, formats[1], &[&past[..], seen].concat());
             let builder = |dtype| {
-                Problem::builder(dtype, shape(1, queries, keys, dim))
+                Problem::builder(dtype, shape([1, HEADS, KV_HEADS], (queries, keys), dim))
                     .key_capacity(room)
                     .causal(true)
                     .query_offset(QueryOffset::At(if queries == 1 { 60 } else { 20 }))
@@ -235,7 +205,7 @@ fn blocks_lie_in_pages_and_sequences_have_lengths() {
                 |seed, format| quantise(format, &normal(seed, 16 * KV_HEADS * 8 * dim, DType::F32));
             let (k, v) = (rows(2, formats[0]), rows(3, formats[1]));
             let builder = |dtype| {
-                Problem::builder(dtype, shape(2, queries, longest, dim))
+                Problem::builder(dtype, shape([2, HEADS, KV_HEADS], (queries, longest), dim))
                     .pages(pages)
                     .key_lengths(KeyLengths::Device)
                     .causal(true)
@@ -270,7 +240,7 @@ fn queries_of_16_bits_over_blocks_are_exact() {
                 };
                 let (k, v) = (rows(2, formats[0]), rows(3, formats[1]));
                 let builder = |dtype| {
-                    Problem::builder(dtype, shape(1, queries, keys, dim))
+                    Problem::builder(dtype, shape([1, HEADS, KV_HEADS], (queries, keys), dim))
                         .causal(true)
                         .query_offset(QueryOffset::BottomRight)
                 };

@@ -6,7 +6,9 @@ mod common;
 #[path = "common/sequences.rs"]
 mod sequences;
 
-use common::{assert_close, attend, bytes, devices, distance, download, normal, output, upload};
+use common::{
+    BUILDS, assert_close, attend, bytes, devices, distance, download, normal, output, upload,
+};
 use mlx_flash_attn::attention::oracle::{self, Inputs, Precision, Values};
 use mlx_flash_attn::attention::tolerance::relative_bound;
 use mlx_flash_attn::attention::{MaskSpec, ProblemBuilder, QueryOffset};
@@ -44,25 +46,6 @@ fn agrees(batch: &Batch, form: Form) {
         }
     }
 }
-
-const BUILDS: [fn(ProblemBuilder) -> ProblemBuilder; 4] = [
-    |b| b,
-    |b| {
-        b.causal(true)
-            .query_offset(QueryOffset::BottomRight)
-            .softcap(3.0)
-    },
-    |b| {
-        b.causal(true)
-            .window(37)
-            .query_offset(QueryOffset::BottomRight)
-    },
-    |b| {
-        b.query_offset(QueryOffset::BottomRight)
-            .window(20)
-            .window_right(3)
-    },
-];
 
 const PLACES: [Place; 7] = [
     Place::Dense { room: 0 },

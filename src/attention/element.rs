@@ -52,6 +52,14 @@ impl Format {
         }
     }
 
+    /// How many elements so many of [`Self::storage`] stand for: the inverse of `stored`.
+    pub(crate) const fn elements(self, stored: usize) -> usize {
+        match self {
+            Self::Plain(_) => stored,
+            _ => stored / self.block_bytes() * self.block(),
+        }
+    }
+
     /// Name, as in `q8_0`.
     pub const fn name(self) -> &'static str {
         match self {
@@ -86,8 +94,11 @@ mod tests {
         assert_eq!(Format::Q8_0.stored(96), Some(102));
         assert_eq!(Format::Q4_0.stored(96), Some(54));
         assert_eq!(Format::Q8_0.stored(usize::MAX), None);
+        assert_eq!(Format::Q8_0.elements(102), 96);
+        assert_eq!(Format::Q4_0.elements(54), 96);
         let plain = Format::from(DType::BF16);
         assert_eq!((plain.stored(96), plain.storage()), (Some(96), DType::BF16));
+        assert_eq!(plain.elements(96), 96);
         assert_eq!(Format::Q4_0.storage(), DType::U8);
     }
 }

@@ -4,7 +4,6 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::element::Format;
 use super::keys::KeyLengths;
 use super::problem::{Problem, Sequence};
 use super::score::Terms;
@@ -224,8 +223,8 @@ fn check(problem: &Problem, inputs: &Inputs<'_>) -> Result<()> {
             continue;
         };
         let elements = match role {
-            Role::Key => dequantised(problem.key_format(), spec.elements),
-            Role::Value => dequantised(problem.value_format(), spec.elements),
+            Role::Key => problem.key_format().elements(spec.elements),
+            Role::Value => problem.value_format().elements(spec.elements),
             _ => spec.elements,
         };
         if len.is_none_or(|len| len < elements) {
@@ -237,14 +236,6 @@ fn check(problem: &Problem, inputs: &Inputs<'_>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Elements that so many stored ones stand for.
-fn dequantised(format: Format, stored: usize) -> usize {
-    match format {
-        Format::Plain(_) => stored,
-        _ => stored / format.block_bytes() * format.block(),
-    }
 }
 
 /// Whether row `i` of head `h` sees key `j`: by position, and by the mask, whose cell hides the key

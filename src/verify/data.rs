@@ -40,11 +40,9 @@ impl Host {
         if let Format::Plain(dtype) = format {
             return Self::poisoned(dtype, stored);
         }
-        let blocks = Some(format);
-        let elements = stored / format.block_bytes() * format.block();
         Self {
-            blocks,
-            ..Self::poisoned(DType::F32, elements)
+            blocks: Some(format),
+            ..Self::poisoned(DType::F32, format.elements(stored))
         }
     }
 

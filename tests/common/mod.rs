@@ -38,6 +38,29 @@ pub(crate) fn devices() -> Vec<MlxDevice> {
     open
 }
 
+/// What a problem asks beside its shape.
+pub(crate) type Build = fn(ProblemBuilder) -> ProblemBuilder;
+
+/// Bounds that follow each sequence's length, or none; one with a softcap.
+pub(crate) const BUILDS: [Build; 4] = [
+    |b| b,
+    |b| {
+        b.causal(true)
+            .query_offset(QueryOffset::BottomRight)
+            .softcap(3.0)
+    },
+    |b| {
+        b.causal(true)
+            .window(37)
+            .query_offset(QueryOffset::BottomRight)
+    },
+    |b| {
+        b.query_offset(QueryOffset::BottomRight)
+            .window(20)
+            .window_right(3)
+    },
+];
+
 pub(crate) fn shape(
     [batch, heads, kv_heads]: [usize; 3],
     (query_len, key_len): (usize, usize),

@@ -1,7 +1,7 @@
 //! Sequences of different lengths as an engine holds them: alone, padded, or in pages.
 
-use crate::common::{attend, bytes, download, normal, output, upload};
-use mlx_flash_attn::attention::{KeyLengths, Pages, Problem, ProblemBuilder, Role, Shape, Strides};
+use crate::common::{Build, attend, bytes, download, normal, output, shape, upload};
+use mlx_flash_attn::attention::{KeyLengths, Pages, Problem, Role, Shape, Strides};
 use mlx_flash_attn::ops::Operands;
 use mlx_flash_attn::{DType, MlxBuffer, MlxDevice};
 
@@ -35,7 +35,7 @@ pub(crate) struct Form {
     pub(crate) place: Place,
     pub(crate) packed_queries: bool,
     pub(crate) lengths_on_device: bool,
-    pub(crate) build: fn(ProblemBuilder) -> ProblemBuilder,
+    pub(crate) build: Build,
 }
 
 /// K and V of a batch where a form has them.
@@ -66,15 +66,7 @@ impl Batch {
     }
 
     fn shape(&self, batch: usize, query_len: usize, key_len: usize) -> Shape {
-        Shape {
-            batch,
-            heads: HEADS,
-            kv_heads: KV_HEADS,
-            query_len,
-            key_len,
-            qk_dim: self.dim,
-            v_dim: self.dim,
-        }
+        shape([batch, HEADS, KV_HEADS], (query_len, key_len), self.dim)
     }
 
     fn longest(&self) -> usize {

@@ -6,14 +6,14 @@
 
 use half::{bf16, f16};
 
-use super::blocks::{BLOCK, Block, Q4_0, Q8_0};
+use super::blocks::{BLOCK, Elements, Scaled};
 use super::buffer::Buffer;
 use super::call::{Call, HeadTask, STRIP};
 use super::kv_rows::KvRows;
 use super::mask_lookup::is_shown;
 use super::simd::{Elem, Row};
 use super::tile::Tile;
-use super::types::{Float, Stored, with_float};
+use super::types::{Float, Stored, with_float, with_stored};
 
 /// Kinds of elements of V that are not finite, a bit for each: NaN, +infinity (`ABOVE`) and -infinity (`BELOW`).
 /// 0 where all elements are finite.
@@ -91,28 +91,22 @@ impl<T: Kind> Part for T {
 }
 
 /// A block has elements that are not finite where its scale is not: all of them, since 0 times that is NaN.
-macro_rules! part {
-    ($block:ty) => {
-        impl Part for $block {
-            fn all_finite(&self) -> bool {
-                self.scale().is_finite()
-            }
-            fn kinds(&self, to: &mut Vec<Kinds>) {
-                let scale = self.scale().to_f32();
-                to.extend((0..BLOCK).map(|i| (scale * f32::from(self.element(i))).kind()));
-            }
-            fn cleaned(self) -> Self {
-                if self.all_finite() {
-                    self
-                } else {
-                    self.with_scale(f16::ZERO)
-                }
-            }
+impl<E: Elements> Part for Scaled<E> {
+    fn all_finite(&self) -> bool {
+        self.scale().is_finite()
+    }
+    fn kinds(&self, to: &mut Vec<Kinds>) {
+        let scale = self.scale().to_f32();
+        to.extend((0..BLOCK).map(|i| (scale * f32::from(self.element(i))).kind()));
+    }
+    fn cleaned(self) -> Self {
+        if self.all_finite() {
+            self
+        } else {
+            self.with_scale(f16::ZERO)
         }
-    };
+    }
 }
-part!(Q8_0);
-part!(Q4_0);
 
 impl Careful {
     /// Begins a run of `rows` rows.
@@ -132,15 +126,7 @@ impl Careful {
         strip: usize,
     ) -> KvRows {
         // SAFETY: as promised by the caller; the type is V's.
-        unsafe {
-            match call.v {
-                Stored::Plain(float) => {
-                    with_float!(float, T => self.clean_as::<T>(call, task, strip))
-                }
-                Stored::Q8_0 => self.clean_as::<Q8_0>(call, task, strip),
-                Stored::Q4_0 => self.clean_as::<Q4_0>(call, task, strip),
-            }
-        }
+        with_stored!(call.v, T => unsafe { self.clean_as::<T>(call, task, strip) })
     }
 
     unsafe fn clean_as<T: Part>(

@@ -10,7 +10,7 @@ use super::micro::{Kernel, Vector};
 use super::products::{Products, Strip};
 use super::running::GROUP;
 use super::simd::{Row, Simd};
-use super::types::{Float, Stored, with_float, with_rows};
+use super::types::{Float, Stored, with_float, with_rows, with_stored};
 use crate::attention::HEAD_DIMS;
 
 /// The widest head dim.

@@ -10,7 +10,7 @@ use super::call::Call;
 use super::kv_rows::{KvRows, StripRows};
 use super::micro::{Kernel, interleave};
 use super::simd::{Row, Simd};
-use super::types::{Float, Stored, with_float, with_rows};
+use super::types::{Float, Stored, with_float, with_rows, with_stored};
 
 /// Packs the strip of `rows`.
 ///

@@ -131,7 +131,7 @@ pub(super) trait Elem: Cell {
 
 /// What a row of Q, K or V consists of: elements, or blocks of them.
 pub(super) trait Row: 'static {
-    /// Whether a vector of elements takes more than one or two instructions to read.
+    /// Whether elements lie in blocks, so that each read of them converts and scales.
     const IN_BLOCKS: bool;
     /// `LANES` elements from `column` on, a multiple of `LANES`, of the row that begins at `row`.
     unsafe fn load_at<S: Simd>(s: S, row: *const Self, column: usize) -> S::V;

@@ -94,23 +94,30 @@ macro_rules! with_elements {
     };
 }
 
-/// Evaluates an expression with a name for what rows of K, or of V, consist of, as `with_elements` does.
+/// Evaluates an expression with a name for what rows of K, or of V, consist of under a kernel, as `with_elements` does.
 macro_rules! with_rows {
     ($kernel:ty, $stored:expr, $row:ident => $body:expr) => {
         if <$kernel>::PAIR == 2 {
             type $row = half::bf16;
             $body
         } else {
-            match $stored {
-                Stored::Plain(float) => with_float!(float, $row => $body),
-                Stored::Q8_0 => {
-                    type $row = crate::backend::cpu::kernels::blocks::Q8_0;
-                    $body
-                }
-                Stored::Q4_0 => {
-                    type $row = crate::backend::cpu::kernels::blocks::Q4_0;
-                    $body
-                }
+            with_stored!($stored, $row => $body)
+        }
+    };
+}
+
+/// Evaluates an expression with a name for what rows that are so stored consist of.
+macro_rules! with_stored {
+    ($stored:expr, $row:ident => $body:expr) => {
+        match $stored {
+            Stored::Plain(float) => with_float!(float, $row => $body),
+            Stored::Q8_0 => {
+                type $row = crate::backend::cpu::kernels::blocks::Q8_0;
+                $body
+            }
+            Stored::Q4_0 => {
+                type $row = crate::backend::cpu::kernels::blocks::Q4_0;
+                $body
             }
         }
     };
@@ -148,4 +155,4 @@ macro_rules! with_cells {
         }
     };
 }
-pub(super) use {with_cells, with_elements, with_float, with_rows};
+pub(super) use {with_cells, with_elements, with_float, with_rows, with_stored};

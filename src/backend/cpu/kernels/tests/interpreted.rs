@@ -4,9 +4,9 @@
 use super::harness::{Data, build, shape};
 use crate::DType;
 use crate::attention::{MaskSpec, Problem, QueryOffset};
-use crate::backend::cpu::kernels::blocks::{BLOCK, Block, Q4_0, Q8_0};
+use crate::backend::cpu::kernels::blocks::{BLOCK, Elements, Q4_0, Q8_0, Scaled};
 use crate::backend::cpu::kernels::portable::Portable;
-use crate::backend::cpu::kernels::simd::Simd;
+use crate::backend::cpu::kernels::simd::{Row, Simd};
 use crate::backend::cpu::kernels::table;
 
 const DIM: usize = 32;
@@ -39,16 +39,16 @@ fn keys_in_place_for_few_rows() {
 }
 
 /// A row of two blocks, at an odd address, ends with its memory.
-fn check_blocks<B: Block>() {
-    let bytes: Vec<u8> = (0..=2 * size_of::<B>())
+fn check_blocks<E: Elements>() {
+    let bytes: Vec<u8> = (0..=2 * size_of::<Scaled<E>>())
         .map(|i| (i * 37 % 127) as u8)
         .collect();
-    let row = bytes[1..].as_ptr().cast::<B>();
+    let row = bytes[1..].as_ptr().cast::<Scaled<E>>();
     for column in (0..2 * BLOCK).step_by(Portable::LANES) {
         // SAFETY: both blocks are there.
         let (got, block) = unsafe {
             (
-                B::load_at(Portable, row, column),
+                Scaled::load_at(Portable, row, column),
                 row.add(column / BLOCK).read_unaligned(),
             )
         };
@@ -57,13 +57,14 @@ fn check_blocks<B: Block>() {
             assert_eq!(got, block.scale().to_f32() * element, "{column} + {i}");
         }
     }
-    assert_eq!(B::bytes(33), 2 * size_of::<B>());
+    assert_eq!(Scaled::<E>::bytes(33), 2 * size_of::<Scaled<E>>());
 }
 
 #[test]
 fn keys_in_blocks() {
-    check_blocks::<Q8_0>();
-    check_blocks::<Q4_0>();
+    check_blocks::<[i8; BLOCK]>();
+    check_blocks::<[u8; BLOCK / 2]>();
+    assert_eq!([size_of::<Q8_0>(), size_of::<Q4_0>()], [34, 18]);
 }
 
 #[test]
