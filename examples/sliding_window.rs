@@ -13,7 +13,7 @@ use mlx_flash_attn::{DType, MlxDevice, Result};
 
 const LEN: usize = 512;
 const DIM: usize = 64;
-const WINDOW: u32 = 64;
+const WINDOW: usize = 64;
 
 fn attend(problem: &Problem, q: &[f16], k: &[f16], v: &[f16]) -> Result<Vec<f16>> {
     let device = MlxDevice::new()?;

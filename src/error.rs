@@ -27,6 +27,29 @@ impl Unsupported {
     }
 }
 
+/// What a GPU's driver reported: the source of [`MlxError::Driver`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message} ({name})")]
+#[non_exhaustive]
+pub struct DriverError {
+    /// The driver's number for it: a `CUresult`, or the code of an `NSError`.
+    pub code: i64,
+    /// The driver's name for it: of a `CUresult`, or the domain of an `NSError`.
+    pub name: String,
+    /// The driver's own words.
+    pub message: String,
+}
+
+impl DriverError {
+    #[cfg(any(feature = "cuda", all(feature = "metal", target_vendor = "apple")))]
+    pub(crate) fn while_doing(self, what: impl Into<String>) -> MlxError {
+        MlxError::Driver {
+            what: what.into(),
+            source: self,
+        }
+    }
+}
+
 /// What kind of thing went wrong, and so what a caller can do about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -64,6 +87,14 @@ pub enum MlxError {
     /// A committed command failed while it ran.
     #[error("command failed: {0}")]
     CommandBufferError(String),
+    /// The GPU's driver refused a call, or a committed command failed on the GPU. The message has the source's.
+    #[error("command failed: {what}: {source}")]
+    Driver {
+        /// What was being done.
+        what: String,
+        /// What the driver reported.
+        source: DriverError,
+    },
     /// A kernel could not be built for the device.
     #[error("kernel `{name}` could not be built: {message}")]
     ShaderCompilationError {
@@ -111,9 +142,10 @@ impl MlxError {
             | Self::IoError(_)
             | Self::SafetensorsError(_) => Cause::BadArgument,
             Self::Unsupported(_) => Cause::Unsupported,
-            Self::DeviceNotFound | Self::DeviceUnavailable { .. } | Self::CommandBufferError(_) => {
-                Cause::Device
-            }
+            Self::DeviceNotFound
+            | Self::DeviceUnavailable { .. }
+            | Self::CommandBufferError(_)
+            | Self::Driver { .. } => Cause::Device,
             Self::ShaderCompilationError { .. } => Cause::Compile,
             Self::BufferAllocationError { .. } => Cause::OutOfMemory,
         }
@@ -129,11 +161,12 @@ impl MlxError {
         (!name.contains(' ')).then_some(name)
     }
 
-    /// Whether the error is a `CommandBufferError`, as `mlx-native` has it: the same command may run another
-    /// time. A raw dispatch whose params and bindings do not fit each other is reported under that variant,
-    /// too, and will be refused again. [`Self::cause`] tells memory that is short.
+    /// Whether the error is a `CommandBufferError`, as `mlx-native` has it, or a driver's, which it reports under
+    /// that variant: the same command may run another time. A raw dispatch whose params and bindings do not fit
+    /// each other is a `CommandBufferError`, too, and will be refused again. [`Self::cause`] tells memory that is
+    /// short.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::CommandBufferError(_))
+        matches!(self, Self::CommandBufferError(_) | Self::Driver { .. })
     }
 
     /// The usual shape of a refusal: which operand, what was expected, what was given.
@@ -148,7 +181,9 @@ impl MlxError {
 
 #[cfg(test)]
 mod tests {
-    use super::{Cause, MlxError, Unsupported};
+    use std::error::Error as _;
+
+    use super::{Cause, DriverError, MlxError, Unsupported};
 
     #[test]
     fn errors_name_their_cause_and_argument() {
@@ -168,6 +203,25 @@ mod tests {
             unsupported.to_string(),
             "the cpu device does not support pages: why"
         );
+    }
+
+    #[test]
+    fn a_drivers_error_is_the_source() {
+        let source = DriverError {
+            code: 700,
+            name: "CUDA_ERROR_ILLEGAL_ADDRESS".into(),
+            message: "an illegal memory access was encountered".into(),
+        };
+        let error = MlxError::Driver {
+            what: "CUDA: the command".into(),
+            source: source.clone(),
+        };
+        assert_eq!((error.cause(), error.is_transient()), (Cause::Device, true));
+        let found = error.source().and_then(|s| s.downcast_ref());
+        assert_eq!(found, Some(&source));
+        let text = "command failed: CUDA: the command: an illegal memory access was encountered \
+                    (CUDA_ERROR_ILLEGAL_ADDRESS)";
+        assert_eq!(error.to_string(), text);
     }
 
     #[test]

@@ -75,7 +75,7 @@ pub use backend::emulator::EmulatorOptions;
 pub use compat::registry as kernel_registry;
 pub use compat::registry::KernelRegistry;
 pub use dtype::DType;
-pub use error::{MlxError, Result, Unsupported};
+pub use error::{Cause, DriverError, MlxError, Result, Unsupported};
 #[cfg(feature = "emulator")]
 pub use msl_emulator::Counters as EmulatorCounters;
 pub use runtime::buffer::MlxBuffer;

@@ -52,10 +52,10 @@ fn positions_at_the_ends_of_their_range_do_not_wrap() {
     for offset in [far, far - 3, -far, -far - 1, 40, -40] {
         for (window, window_right) in [
             (None, None),
-            (Some(i32::MAX as u32), None),
+            (Some(i32::MAX as usize), None),
             (Some(7), None),
-            (None, Some(i32::MAX as u32)),
-            (Some(i32::MAX as u32), Some(i32::MAX as u32)),
+            (None, Some(i32::MAX as usize)),
+            (Some(i32::MAX as usize), Some(i32::MAX as usize)),
             (Some(1), Some(0)),
         ] {
             for causal in [false, true] {

@@ -79,8 +79,8 @@ proptest! {
     fn intervals_and_tiles_follow_the_predicate(
         q_offset in prop_oneof![-300i64..300, Just(i64::from(i32::MIN)), Just(i64::from(i32::MAX))],
         causal: bool,
-        window in prop::option::of(prop_oneof![1u32..80, Just(i32::MAX as u32)]),
-        window_right in prop::option::of(prop_oneof![0u32..80, Just(i32::MAX as u32)]),
+        window in prop::option::of(prop_oneof![1usize..80, Just(i32::MAX as usize)]),
+        window_right in prop::option::of(prop_oneof![0usize..80, Just(i32::MAX as usize)]),
         key_len in 1usize..150,
         rows in (0usize..100, 1usize..40),
         keys in (0usize..160, 1usize..70),
@@ -93,8 +93,8 @@ proptest! {
             let visible = |k: usize| {
                 let d = k as i64 - p;
                 (!causal || d <= 0)
-                    && window.is_none_or(|w| -d < i64::from(w))
-                    && window_right.is_none_or(|w| d <= i64::from(w))
+                    && window.is_none_or(|w| -d < w as i64)
+                    && window_right.is_none_or(|w| d <= w as i64)
             };
             let interval = v.keys(q as i64, key_len);
             for k in 0..key_len {

@@ -17,8 +17,8 @@ use mlx_flash_attn::{DType, MlxDevice};
 struct Rule {
     causal: bool,
     offset: i64,
-    window: Option<u32>,
-    right: Option<u32>,
+    window: Option<usize>,
+    right: Option<usize>,
 }
 
 const RULES: [Rule; 15] = [
@@ -39,7 +39,7 @@ const RULES: [Rule; 15] = [
     rule(false, -50, None, Some(8)),
 ];
 
-const fn rule(causal: bool, offset: i64, window: Option<u32>, right: Option<u32>) -> Rule {
+const fn rule(causal: bool, offset: i64, window: Option<usize>, right: Option<usize>) -> Rule {
     Rule {
         causal,
         offset,
@@ -56,12 +56,12 @@ impl Rule {
             return false;
         }
         if let Some(w) = self.window
-            && i + self.offset - j >= i64::from(w)
+            && i + self.offset - j >= w as i64
         {
             return false;
         }
         if let Some(r) = self.right
-            && j - (i + self.offset) > i64::from(r)
+            && j - (i + self.offset) > r as i64
         {
             return false;
         }

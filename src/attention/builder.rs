@@ -156,13 +156,13 @@ impl ProblemBuilder {
     }
 
     /// A query sees exactly `window` keys up to and including its own position.
-    pub fn window(mut self, window: u32) -> Self {
+    pub fn window(mut self, window: usize) -> Self {
         self.reach.window = Some(window);
         self
     }
 
     /// A query sees at most `keys` keys after its own position (encoders).
-    pub fn window_right(mut self, keys: u32) -> Self {
+    pub fn window_right(mut self, keys: usize) -> Self {
         self.reach.window_right = Some(keys);
         self
     }
@@ -395,7 +395,7 @@ pub(super) fn check_no_offset(problem: &Problem) -> Result<()> {
 
 impl Reach {
     fn check(&self) -> Result<()> {
-        let narrow = |w: &u32| i32::try_from(*w).is_ok();
+        let narrow = |w: &usize| i32::try_from(*w).is_ok();
         if let Some(w) = self.window.filter(|w| *w == 0 || !narrow(w)) {
             return Err(MlxError::expected("window", "1 to 2147483647 keys", w));
         }

@@ -83,8 +83,8 @@ pub struct Problem {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Reach {
     pub(super) causal: bool,
-    pub(super) window: Option<u32>,
-    pub(super) window_right: Option<u32>,
+    pub(super) window: Option<usize>,
+    pub(super) window_right: Option<usize>,
 }
 
 /// Elements that each operand must hold, worked out once.

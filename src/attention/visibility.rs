@@ -17,9 +17,15 @@ pub struct Visibility {
     /// Whether keys after a query's own position are hidden.
     pub causal: bool,
     /// How many keys up to and including its own position a query sees.
-    pub window: Option<u32>,
+    pub window: Option<usize>,
     /// How many keys after its own position a query sees.
-    pub window_right: Option<u32>,
+    pub window_right: Option<usize>,
+}
+
+/// A number of keys in the width of positions, which may be negative.
+#[inline(always)]
+fn signed(keys: usize) -> i64 {
+    i64::try_from(keys).unwrap_or(i64::MAX)
 }
 
 impl Visibility {
@@ -28,12 +34,10 @@ impl Visibility {
     pub fn attended(&self, q: i64, k: i64) -> bool {
         let p = self.position(q);
         (!self.causal || k <= p)
-            && self
-                .window
-                .is_none_or(|w| p.saturating_sub(k) < i64::from(w))
+            && self.window.is_none_or(|w| p.saturating_sub(k) < signed(w))
             && self
                 .window_right
-                .is_none_or(|r| k.saturating_sub(p) <= i64::from(r))
+                .is_none_or(|r| k.saturating_sub(p) <= signed(r))
     }
 
     /// Where row `q` stands among the keys.
@@ -45,14 +49,14 @@ impl Visibility {
     /// The keys of `0..key_len` that row `q` sees: they are always one interval.
     #[inline]
     pub fn keys(&self, q: i64, key_len: usize) -> Range<usize> {
-        let len = i64::try_from(key_len).unwrap_or(i64::MAX);
+        let len = signed(key_len);
         // One past the last key at or before position `p + right`, limited to `0..=len`.
         let p = self.position(q);
         let after = |right: i64| p.saturating_add(right).saturating_add(1).clamp(0, len);
-        let start = self.window.map_or(0, |w| after(-i64::from(w)));
+        let start = self.window.map_or(0, |w| after(-signed(w)));
         let mut end = if self.causal { after(0) } else { len };
         if let Some(r) = self.window_right {
-            end = end.min(after(i64::from(r)));
+            end = end.min(after(signed(r)));
         }
         start as usize..end.max(start) as usize
     }
@@ -179,12 +183,12 @@ mod tests {
     fn offsets_and_lengths_of_any_size_overflow_nothing() {
         let ends = [i64::MIN, -1, 0, 1, i64::MAX];
         for q_offset in ends {
-            for window in [None, Some(1), Some(u32::MAX)] {
+            for window in [None, Some(1), Some(usize::MAX)] {
                 let v = Visibility {
                     q_offset,
                     causal: true,
                     window,
-                    window_right: Some(u32::MAX),
+                    window_right: Some(usize::MAX),
                 };
                 for (q, k) in ends.into_iter().flat_map(|q| ends.map(|k| (q, k))) {
                     let _ = v.attended(q, k);

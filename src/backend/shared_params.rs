@@ -82,13 +82,13 @@ fn narrow<N: TryFrom<usize>>(what: &str, n: usize) -> Result<N> {
 }
 
 impl FillMask {
-    // Offsets of a mask fill are within u32.
+    // Offset and window of a mask fill are within u32.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     pub(super) fn params(&self) -> MaskFillParamsGpu {
         MaskFillParamsGpu {
             seq_len_q: self.query_len,
             seq_len_k: self.key_len,
-            window: self.visibility.window.unwrap_or(0),
+            window: self.visibility.window.unwrap_or(0) as u32,
             causal: u32::from(self.visibility.causal),
             q_abs_offset: self.visibility.q_offset as u32,
         }
@@ -130,18 +130,19 @@ impl DecodePartials {
     pub(super) fn params(&self) -> Result<VecParamsGpu> {
         let (problem, shape) = (&self.problem, self.problem.shape());
         let visibility = problem.visibility(shape.query_len, shape.key_len);
-        let key_len: u32 = narrow("kv_seq_len", shape.key_len)?;
+        // The first key that the window shows to the one query, which stands at the last.
+        let start = visibility
+            .window
+            .map_or(0, |window| shape.key_len.saturating_sub(window));
         // Heads of the cache lie one after another.
         let head = problem.strides(Role::Key).map_or(0, |strides| strides.head);
         Ok(VecParamsGpu {
             num_heads: narrow("num_heads", shape.heads)?,
             num_kv_heads: narrow("num_kv_heads", shape.kv_heads)?,
             head_dim: narrow("head_dim", shape.qk_dim)?,
-            kv_seq_len: key_len,
+            kv_seq_len: narrow("kv_seq_len", shape.key_len)?,
             kv_capacity: narrow("kv_capacity", head / shape.qk_dim.max(1))?,
-            kv_start: visibility
-                .window
-                .map_or(0, |window| key_len.saturating_sub(window)),
+            kv_start: narrow("kv_start", start)?,
             scale: problem.scale(),
             softcap: problem.softcap().unwrap_or(0.0),
             splits: self.splits,

@@ -45,7 +45,7 @@ impl DecodeStep {
             builder = builder.softcap(self.softcap);
         }
         if let Some(window) = self.window {
-            builder = builder.window(window);
+            builder = builder.window(window as usize);
         }
         builder.refuse_empty().build()
     }

@@ -213,7 +213,8 @@ impl CommandEncoder {
         self.commit();
     }
 
-    /// As [`Self::commit_and_wait`]; the text of a `CommandBufferError` starts with the label.
+    /// As [`Self::commit_and_wait`]; the text of a `CommandBufferError`, or of what a driver refused, starts with
+    /// the label.
     ///
     /// # Errors
     /// As for [`Self::commit_and_wait`].
@@ -222,6 +223,10 @@ impl CommandEncoder {
             MlxError::CommandBufferError(what) => {
                 MlxError::CommandBufferError(format!("{label}: {what}"))
             }
+            MlxError::Driver { what, source } => MlxError::Driver {
+                what: format!("{label}: {what}"),
+                source,
+            },
             other => other,
         })
     }

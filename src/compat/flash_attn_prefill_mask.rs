@@ -98,7 +98,7 @@ fn build(
         visibility: Visibility {
             q_offset: i64::from(params.q_abs_offset),
             causal: params.causal,
-            window: params.window_size,
+            window: params.window_size.map(|keys| keys as usize),
             window_right: None,
         },
     };

@@ -110,32 +110,12 @@ fn check(params: &FlashAttnVecParams) -> Result<()> {
     Ok(())
 }
 
-/// Encodes one decode step; the caller commits.
-///
-/// `q` and `output` are f32 `[H, D]`; `k` and `v` are `[Hkv, kv_capacity, D]`, both f32 or both f16;
-/// `tmp` holds [`tmp_buffer_bytes`] bytes of f32.
-///
-/// # Errors
-/// `InvalidArgument` for sizes that do not fit together, a scale or softcap that is no number, a
-/// wrong dtype, a buffer too small, or written buffers that overlap others. Nothing is encoded then.
-#[allow(clippy::too_many_arguments)]
-pub fn flash_attn_vec(
-    encoder: &mut CommandEncoder,
-    registry: &mut KernelRegistry,
-    device: &MlxDevice,
-    q: &MlxBuffer,
-    k: &MlxBuffer,
-    v: &MlxBuffer,
-    output: &MlxBuffer,
-    tmp: &MlxBuffer,
+/// Sizes, dtypes and overlap of Q, K, V, the output and `tmp`.
+fn check_operands(
     params: &FlashAttnVecParams,
+    kv_dtype: DType,
+    [q, k, v, output, tmp]: [&MlxBuffer; 5],
 ) -> Result<()> {
-    check(params)?;
-    let (kernel, kv_dtype) = match k.dtype() {
-        DType::F32 => (names::VEC_F32, DType::F32),
-        DType::F16 => (names::VEC_F16, DType::F16),
-        other => return Err(MlxError::expected("K", "dtype f32 or f16", other)),
-    };
     let product = |sizes: &[u32]| {
         sizes
             .iter()
@@ -173,6 +153,36 @@ pub fn flash_attn_vec(
             ));
         }
     }
+    Ok(())
+}
+
+/// Encodes one decode step; the caller commits.
+///
+/// `q` and `output` are f32 `[H, D]`; `k` and `v` are `[Hkv, kv_capacity, D]`, both f32 or both f16;
+/// `tmp` holds [`tmp_buffer_bytes`] bytes of f32.
+///
+/// # Errors
+/// `InvalidArgument` for sizes that do not fit together, a scale or softcap that is no number, a
+/// wrong dtype, a buffer too small, or written buffers that overlap others. Nothing is encoded then.
+#[allow(clippy::too_many_arguments)]
+pub fn flash_attn_vec(
+    encoder: &mut CommandEncoder,
+    registry: &mut KernelRegistry,
+    device: &MlxDevice,
+    q: &MlxBuffer,
+    k: &MlxBuffer,
+    v: &MlxBuffer,
+    output: &MlxBuffer,
+    tmp: &MlxBuffer,
+    params: &FlashAttnVecParams,
+) -> Result<()> {
+    check(params)?;
+    let (kernel, kv_dtype) = match k.dtype() {
+        DType::F32 => (names::VEC_F32, DType::F32),
+        DType::F16 => (names::VEC_F16, DType::F16),
+        other => return Err(MlxError::expected("K", "dtype f32 or f16", other)),
+    };
+    check_operands(params, kv_dtype, [q, k, v, output, tmp])?;
     let windowed = params.mask_type == 2 && params.sliding_window > 0;
     let step = DecodeStep {
         heads: params.num_heads,

@@ -9,7 +9,9 @@ use super::args::Args;
 use super::decode::DecodeStep;
 use super::params::params;
 use crate::attention::layout::Strides;
-use crate::attention::{KeyLengths, MaskSpec, Pages, Problem, QueryOffset, Role, Shape};
+use crate::attention::{
+    KeyLengths, MaskSpec, Pages, Problem, ProblemBuilder, QueryOffset, Role, Shape,
+};
 use crate::backend::access::Access;
 use crate::backend::command::{DecodePartials, Hint, JoinPartials, Slot, Task, Work};
 use crate::backend::metal::bindings::{coded_dtype, constant, names, other, prefill};
@@ -281,55 +283,33 @@ fn attention(args: &Args<'_>, raw: &RawDispatch, variant: &'static Variant) -> R
     Ok((Work::Attention(problem, hint), operands))
 }
 
+/// The numbers of params, checked.
+fn size(args: &Args<'_>, n: i32) -> Result<usize> {
+    usize::try_from(n).map_err(|_| args.fail("a negative size in the params"))
+}
+
+fn stride(args: &Args<'_>, n: i64) -> Result<usize> {
+    usize::try_from(n).map_err(|_| args.fail("a negative stride in the params"))
+}
+
+fn strides(args: &Args<'_>, [batch, head, seq]: [i64; 3]) -> Result<Strides> {
+    Ok(Strides {
+        batch: stride(args, batch)?,
+        head: stride(args, head)?,
+        seq: stride(args, seq)?,
+    })
+}
+
 /// The problem that a prefill states. Building it checks sizes, strides and overlap.
 fn problem(args: &Args<'_>, raw: &RawDispatch, variant: &Variant) -> Result<Problem> {
-    let fail = |what: &str| args.fail(what);
     let constants = raw.constants();
+    let flag = |index| constants.bool(index);
     let dtype = |index, what| {
-        coded_dtype(constants.int(index).unwrap_or(0), variant.dtype).ok_or_else(|| fail(what))
+        coded_dtype(constants.int(index).unwrap_or(0), variant.dtype).ok_or_else(|| args.fail(what))
     };
     let p: AttnParamsGpu = args.params(prefill::PARAMS)?;
-    let size = |n: i32| usize::try_from(n).map_err(|_| fail("a negative size in the params"));
-    let stride = |n: i64| usize::try_from(n).map_err(|_| fail("a negative stride in the params"));
-    let strides = |s: [i64; 3]| -> Result<Strides> {
-        Ok(Strides {
-            batch: stride(s[0])?,
-            head: stride(s[1])?,
-            seq: stride(s[2])?,
-        })
-    };
-    let (heads, group) = (size(p.h)?, size(p.gqa_factor)?);
-    if group == 0 || !heads.is_multiple_of(group) || size(p.d)? != variant.head_dim {
-        return Err(fail(
-            "head counts or head dim in the params do not fit the kernel",
-        ));
-    }
-    let flag = |index| constants.bool(index);
-    let packed = flag(constant::IS_VARLEN);
-    let packs_queries = flag(constant::PACKS_QUERIES);
-    let builder = if packed || packs_queries {
-        let count = size(p.b)?.saturating_add(1);
-        let (dtype, kv_heads, dim) = (variant.dtype, heads / group, variant.head_dim);
-        let cu_q: Vec<u32> = args.elements(prefill::CU_SEQLENS_Q, count)?;
-        if packed {
-            let cu_k: Vec<u32> = args.elements(prefill::CU_SEQLENS_K, count)?;
-            Problem::varlen(dtype, heads, kv_heads, dim, &cu_q, &cu_k)
-        } else {
-            Problem::varlen_queries(dtype, heads, kv_heads, size(p.kl)?, dim, &cu_q)
-        }
-    } else {
-        let shape = Shape {
-            batch: size(p.b)?,
-            heads,
-            kv_heads: heads / group,
-            query_len: size(p.ql)?,
-            key_len: size(p.kl)?,
-            qk_dim: variant.head_dim,
-            v_dim: variant.head_dim,
-        };
-        Problem::builder(variant.dtype, shape)
-    };
-    let mut builder = builder
+    let (packed, packs_queries) = (flag(constant::IS_VARLEN), flag(constant::PACKS_QUERIES));
+    let mut builder = start(args, &p, variant, packed, packs_queries)?
         .kv_dtype(dtype(
             constant::KV_DTYPE,
             "an unknown code of K and V's dtype",
@@ -337,10 +317,10 @@ fn problem(args: &Args<'_>, raw: &RawDispatch, variant: &Variant) -> Result<Prob
         .scale(p.scale)
         .causal(flag(constant::DO_CAUSAL))
         .query_offset(QueryOffset::At(i64::from(p.ql_off)))
-        .strides(Role::Query, strides(p.q_strides)?)
-        .strides(Role::Key, strides(p.k_strides)?)
-        .strides(Role::Value, strides(p.v_strides)?)
-        .strides(Role::Output, strides(p.o_strides)?)
+        .strides(Role::Query, strides(args, p.q_strides)?)
+        .strides(Role::Key, strides(args, p.k_strides)?)
+        .strides(Role::Value, strides(args, p.v_strides)?)
+        .strides(Role::Output, strides(args, p.o_strides)?)
         .tile_classes(flag(constant::HAS_BLK))
         .sinks(flag(constant::HAS_SINKS))
         .alibi(flag(constant::HAS_ALIBI))
@@ -349,45 +329,96 @@ fn problem(args: &Args<'_>, raw: &RawDispatch, variant: &Variant) -> Result<Prob
         builder = builder.softcap(p.softcapping);
     }
     if flag(constant::HAS_MASK) {
-        let m: AttnMaskParamsGpu = args.params(prefill::MASK_PARAMS)?;
-        let [batch_stride, head_stride, row_stride] = m.m_strides;
-        builder = builder.mask(MaskSpec {
-            dtype: match variant.mask {
-                MaskKind::Bool => DType::U8,
-                MaskKind::Additive => {
-                    dtype(constant::MASK_DTYPE, "an unknown code of the mask's dtype")?
-                }
-            },
-            batch_stride: stride(batch_stride)?,
-            head_stride: stride(head_stride)?,
-            row_stride: stride(row_stride)?,
-        });
+        let dtype = match variant.mask {
+            MaskKind::Bool => DType::U8,
+            MaskKind::Additive => {
+                dtype(constant::MASK_DTYPE, "an unknown code of the mask's dtype")?
+            }
+        };
+        builder = builder.mask(mask(args, dtype)?);
     }
     if flag(constant::IS_PAGED) {
-        let pages: AttnPagesParamsGpu = args.params(prefill::PAGES_PARAMS)?;
-        let page_size = u32::try_from(pages.shift).ok();
-        builder = builder.pages(Pages {
-            count: size(pages.count)?,
-            page_size: page_size.and_then(|n| 1usize.checked_shl(n)).unwrap_or(0),
-            per_sequence: stride(pages.per_sequence)?,
-        });
+        builder = builder.pages(pages(args)?);
     }
     let own_lengths = flag(constant::HAS_KEY_LENGTHS);
     if own_lengths {
         builder = builder.key_lengths(KeyLengths::Device);
     }
     if flag(constant::HAS_WINDOW) || packed || packs_queries || own_lengths {
-        let extra: AttnExtraParamsGpu = args.params(prefill::EXTRA_PARAMS)?;
-        if let Ok(window) = u32::try_from(extra.window) {
-            builder = builder.window(window);
-        }
-        if let Ok(window_right) = u32::try_from(extra.window_right) {
-            builder = builder.window_right(window_right);
-        }
-        if extra.bottom_right != 0 {
-            builder = builder.query_offset(QueryOffset::BottomRight);
-        }
+        builder = with_bounds(args, builder)?;
     }
     let problem = builder.refuse_empty().build();
-    problem.map_err(|e| fail(&e.to_string()))
+    problem.map_err(|e| args.fail(e))
+}
+
+/// The builder for the params' sizes, and the boundaries of packed rows.
+fn start(
+    args: &Args<'_>,
+    p: &AttnParamsGpu,
+    variant: &Variant,
+    packed: bool,
+    packs_queries: bool,
+) -> Result<ProblemBuilder> {
+    let (heads, group) = (size(args, p.h)?, size(args, p.gqa_factor)?);
+    let (dtype, dim) = (variant.dtype, variant.head_dim);
+    if group == 0 || !heads.is_multiple_of(group) || size(args, p.d)? != dim {
+        let what = "head counts or head dim in the params do not fit the kernel";
+        return Err(args.fail(what));
+    }
+    let kv_heads = heads / group;
+    if !(packed || packs_queries) {
+        let shape = Shape {
+            batch: size(args, p.b)?,
+            heads,
+            kv_heads,
+            query_len: size(args, p.ql)?,
+            key_len: size(args, p.kl)?,
+            qk_dim: dim,
+            v_dim: dim,
+        };
+        return Ok(Problem::builder(dtype, shape));
+    }
+    let count = size(args, p.b)?.saturating_add(1);
+    let cu_q: Vec<u32> = args.elements(prefill::CU_SEQLENS_Q, count)?;
+    Ok(if packed {
+        let cu_k: Vec<u32> = args.elements(prefill::CU_SEQLENS_K, count)?;
+        Problem::varlen(dtype, heads, kv_heads, dim, &cu_q, &cu_k)
+    } else {
+        Problem::varlen_queries(dtype, heads, kv_heads, size(args, p.kl)?, dim, &cu_q)
+    })
+}
+
+fn mask(args: &Args<'_>, dtype: DType) -> Result<MaskSpec> {
+    let m: AttnMaskParamsGpu = args.params(prefill::MASK_PARAMS)?;
+    let [batch_stride, head_stride, row_stride] = m.m_strides;
+    Ok(MaskSpec {
+        dtype,
+        batch_stride: stride(args, batch_stride)?,
+        head_stride: stride(args, head_stride)?,
+        row_stride: stride(args, row_stride)?,
+    })
+}
+
+fn pages(args: &Args<'_>) -> Result<Pages> {
+    let pages: AttnPagesParamsGpu = args.params(prefill::PAGES_PARAMS)?;
+    let page_size = u32::try_from(pages.shift).ok();
+    Ok(Pages {
+        count: size(args, pages.count)?,
+        page_size: page_size.and_then(|n| 1usize.checked_shl(n)).unwrap_or(0),
+        per_sequence: stride(args, pages.per_sequence)?,
+    })
+}
+
+fn with_bounds(args: &Args<'_>, mut builder: ProblemBuilder) -> Result<ProblemBuilder> {
+    let extra: AttnExtraParamsGpu = args.params(prefill::EXTRA_PARAMS)?;
+    if let Ok(window) = usize::try_from(extra.window) {
+        builder = builder.window(window);
+    }
+    if let Ok(window_right) = usize::try_from(extra.window_right) {
+        builder = builder.window_right(window_right);
+    }
+    if extra.bottom_right != 0 {
+        builder = builder.query_offset(QueryOffset::BottomRight);
+    }
+    Ok(builder)
 }

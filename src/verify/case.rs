@@ -51,8 +51,8 @@ pub(super) struct Bounds {
     pub(super) label: &'static str,
     pub(super) causal: bool,
     pub(super) offset: QueryOffset,
-    pub(super) window: Option<u32>,
-    pub(super) window_right: Option<u32>,
+    pub(super) window: Option<usize>,
+    pub(super) window_right: Option<usize>,
 }
 
 /// Which of the crate's entry points a case calls.

@@ -95,8 +95,8 @@ pub(super) const fn bounds(
     label: &'static str,
     causal: bool,
     offset: QueryOffset,
-    window: Option<u32>,
-    window_right: Option<u32>,
+    window: Option<usize>,
+    window_right: Option<usize>,
 ) -> Bounds {
     Bounds {
         label,

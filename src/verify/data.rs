@@ -247,8 +247,8 @@ fn fill_built(host: &mut Host, problem: &Problem, bounds: &Bounds) {
         for j in 0..shape.key_len {
             let (p, k) = (i as i64 + offset, j as i64);
             let hidden = (bounds.causal && k > p)
-                || bounds.window.is_some_and(|w| p - k >= i64::from(w))
-                || bounds.window_right.is_some_and(|w| k - p > i64::from(w));
+                || bounds.window.is_some_and(|w| p - k >= w as i64)
+                || bounds.window_right.is_some_and(|w| k - p > w as i64);
             let value = if hidden { f32::NEG_INFINITY } else { 0.0 };
             host.set(i * shape.key_len + j, value);
         }

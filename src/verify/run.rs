@@ -357,7 +357,7 @@ fn build_mask(
     let params = SdpaMaskParams {
         seq_len_q: size(case.query_len)?,
         seq_len_k: size(case.key_len)?,
-        window_size: bounds.window,
+        window_size: bounds.window.map(size).transpose()?,
         causal: bounds.causal,
         q_abs_offset: u32::try_from(offset)
             .map_err(|_| MlxError::expected("q_abs_offset", "at least 0", offset))?,
@@ -400,7 +400,7 @@ fn decode(
         kv_capacity: size(case.key_len + 9)?,
         scale: data.problem.scale(),
         mask_type: if case.bounds.window.is_some() { 2 } else { 1 },
-        sliding_window: case.bounds.window.unwrap_or(0),
+        sliding_window: size(case.bounds.window.unwrap_or(0))?,
         softcap: case.softcap.unwrap_or(0.0),
     };
     let bytes = tmp_buffer_bytes(params.num_heads, params.head_dim);

@@ -297,7 +297,7 @@ pub(crate) fn builder_rows() -> Vec<Row> {
         refused(
             "a right window past i32",
             &["window_right", "4294967295"],
-            || builder().window_right(u32::MAX),
+            || builder().window_right(u32::MAX as usize),
         ),
         refused("an offset past i32", &["q_offset", "2147483648"], || {
             builder().query_offset(QueryOffset::At(1 << 31))

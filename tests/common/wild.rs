@@ -104,8 +104,8 @@ pub(crate) struct Wild {
     pub(crate) mask: Option<MaskSpec>,
     pub(crate) causal: bool,
     pub(crate) offset: QueryOffset,
-    pub(crate) window: Option<u32>,
-    pub(crate) window_right: Option<u32>,
+    pub(crate) window: Option<usize>,
+    pub(crate) window_right: Option<usize>,
     /// Times `1 / sqrt(D)`.
     pub(crate) gain: Option<f32>,
     pub(crate) softcap: Option<f32>,
@@ -222,12 +222,12 @@ impl Wild {
                 _ => QueryOffset::At(0),
             },
             window: s.some(4, |s| match wild && s.rarely(4) {
-                true => s.word() as u32,
-                false => 1 + u32::from(s.below(40)),
+                true => s.word() as usize,
+                false => 1 + usize::from(s.below(40)),
             }),
             window_right: s.some(6, |s| match wild && s.rarely(4) {
-                true => s.word() as u32,
-                false => u32::from(s.below(20)),
+                true => s.word() as usize,
+                false => usize::from(s.below(20)),
             }),
             gain: s.some(3, |s| s.float(wild)),
             softcap: s.some(4, |s| s.float(wild)),

@@ -167,12 +167,7 @@ fn defect_12_a_window_keeps_exactly_w_keys() {
         });
         let expected = |w: usize, i: usize| (i + 1).saturating_sub(w)..i + 1;
         for w in [1usize, 2, 3, 16, 17, 32, 59, 60, 61] {
-            let problem = data
-                .builder()
-                .causal(true)
-                .window(w as u32)
-                .build()
-                .unwrap();
+            let problem = data.builder().causal(true).window(w).build().unwrap();
             let (_, flags) = data.run(&device, &problem);
 
             let mask_params = SdpaMaskParams {

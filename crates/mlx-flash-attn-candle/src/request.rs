@@ -130,24 +130,7 @@ impl Request {
         let layout = options.layout;
         let operand = |name, x: &Tensor| Operand::new(name, x, layout, packed.is_some());
         let (mut oq, ok, ov) = (operand("q", &q)?, operand("k", &k)?, operand("v", &v)?);
-        if k.dims() != v.dims() || k.dtype() != v.dtype() {
-            let expected = format!("{:?} of {:?} as k", k.dims(), k.dtype());
-            return Err(refused("v", expected, (v.dims(), v.dtype())));
-        }
-        if (ok.batch, ok.dim) != (oq.batch, oq.dim) {
-            let expected = format!("batch {} and head dim {} as in q", oq.batch, oq.dim);
-            return Err(refused("k", expected, k.dims()));
-        }
-        for (name, x) in [("k", Some(&k)), ("v", Some(&v))].into_iter().chain([
-            ("mask", options.mask.as_ref().map(Mask::tensor)),
-            ("sinks", options.sinks.as_ref()),
-            ("alibi_slopes", options.alibi_slopes.as_ref()),
-        ]) {
-            if let Some(x) = x.filter(|x| !x.device().same_device(q.device())) {
-                let expected = format!("a tensor on {:?} as q", q.device().location());
-                return Err(refused(name, expected, x.device().location()));
-            }
-        }
+        check_operands([&q, &k, &v], [&oq, &ok], options)?;
 
         let mut visible = None;
         if let Some(mask) = &options.mask {
@@ -173,28 +156,7 @@ impl Request {
 
         let dense = (oq.batch > 0).then_some((oq.len, ok.len));
         let dtype = dtype_of("q", q.dtype())?;
-        let mut builder = match packed {
-            None => {
-                let shape = core::Shape {
-                    batch: oq.batch,
-                    heads: oq.heads,
-                    kv_heads: ok.heads,
-                    query_len: oq.len,
-                    key_len: ok.len,
-                    qk_dim: oq.dim,
-                    v_dim: oq.dim,
-                };
-                Problem::builder(dtype, shape).layout(layout)
-            }
-            Some(p) => Problem::varlen(
-                dtype,
-                oq.heads,
-                ok.heads,
-                oq.dim,
-                p.cu_seqlens_q,
-                p.cu_seqlens_k,
-            ),
-        };
+        let mut builder = start(dtype, [&oq, &ok], layout, packed);
         builder = builder
             .kv_dtype(dtype_of("k", k.dtype())?)
             .strides(Role::Query, oq.strides)
@@ -231,6 +193,64 @@ impl Request {
     pub(crate) fn is_empty(&self) -> bool {
         let shape = self.problem.shape();
         self.shape.elem_count() == 0 || shape.batch == 0 || shape.key_len == 0
+    }
+}
+
+/// Whether K and V are like each other, fit Q, and lie on its device, and so all other operands.
+fn check_operands(
+    [q, k, v]: [&Tensor; 3],
+    [oq, ok]: [&Operand; 2],
+    options: &Options,
+) -> Result<()> {
+    if k.dims() != v.dims() || k.dtype() != v.dtype() {
+        let expected = format!("{:?} of {:?} as k", k.dims(), k.dtype());
+        return Err(refused("v", expected, (v.dims(), v.dtype())));
+    }
+    if (ok.batch, ok.dim) != (oq.batch, oq.dim) {
+        let expected = format!("batch {} and head dim {} as in q", oq.batch, oq.dim);
+        return Err(refused("k", expected, k.dims()));
+    }
+    for (name, x) in [("k", Some(k)), ("v", Some(v))].into_iter().chain([
+        ("mask", options.mask.as_ref().map(Mask::tensor)),
+        ("sinks", options.sinks.as_ref()),
+        ("alibi_slopes", options.alibi_slopes.as_ref()),
+    ]) {
+        if let Some(x) = x.filter(|x| !x.device().same_device(q.device())) {
+            let expected = format!("a tensor on {:?} as q", q.device().location());
+            return Err(refused(name, expected, x.device().location()));
+        }
+    }
+    Ok(())
+}
+
+/// The builder for the operands' sizes and the boundaries of packed rows.
+fn start(
+    dtype: mlx_flash_attn::DType,
+    [oq, ok]: [&Operand; 2],
+    layout: Layout,
+    packed: Option<Packed<'_>>,
+) -> ProblemBuilder {
+    match packed {
+        None => {
+            let shape = core::Shape {
+                batch: oq.batch,
+                heads: oq.heads,
+                kv_heads: ok.heads,
+                query_len: oq.len,
+                key_len: ok.len,
+                qk_dim: oq.dim,
+                v_dim: oq.dim,
+            };
+            Problem::builder(dtype, shape).layout(layout)
+        }
+        Some(p) => Problem::varlen(
+            dtype,
+            oq.heads,
+            ok.heads,
+            oq.dim,
+            p.cu_seqlens_q,
+            p.cu_seqlens_k,
+        ),
     }
 }
 
@@ -277,7 +297,6 @@ fn longest(boundaries: &[u32]) -> usize {
 }
 
 fn with_bounds(mut builder: ProblemBuilder, options: &Options) -> Result<ProblemBuilder> {
-    let keys = |name, n: usize| u32::try_from(n).map_err(|_| refused(name, "a 32-bit count", n));
     if let Some(scale) = options.scale {
         builder = builder.scale(scale);
     }
@@ -285,10 +304,10 @@ fn with_bounds(mut builder: ProblemBuilder, options: &Options) -> Result<Problem
         builder = builder.softcap(cap);
     }
     if let Some(n) = options.window {
-        builder = builder.window(keys("window", n)?);
+        builder = builder.window(n);
     }
     if let Some(n) = options.window_right {
-        builder = builder.window_right(keys("window_right", n)?);
+        builder = builder.window_right(n);
     }
     Ok(builder)
 }

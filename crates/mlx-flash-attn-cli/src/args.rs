@@ -279,17 +279,11 @@ pub(crate) fn page_size(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "expected a power of two from 1 to 1024".into())
 }
 
-/// A window of at least 1 key.
-pub(crate) fn window(text: &str) -> Result<u32, String> {
-    let size = size(text)?;
-    u32::try_from(size).map_err(|e| e.to_string())
-}
-
 /// A number of keys after a query's own, which may be none.
-pub(crate) fn window_right(text: &str) -> Result<u32, String> {
-    text.parse::<u32>()
+pub(crate) fn window_right(text: &str) -> Result<usize, String> {
+    text.parse::<usize>()
         .ok()
-        .filter(|keys| u64::from(*keys) <= MAX)
+        .filter(|keys| *keys as u64 <= MAX)
         .ok_or_else(|| format!("expected a whole number from 0 to {MAX}"))
 }
 
@@ -362,13 +356,13 @@ mod tests {
         for bad in ["0", "-1", "1e-60", "nan"] {
             assert!(positive(bad).is_err(), "{bad}");
         }
-        assert_eq!(window("2147483647"), Ok(2_147_483_647));
+        assert_eq!(size("2147483647"), Ok(2_147_483_647));
         assert_eq!(page_size("16"), Ok(16));
         for bad in ["0", "24", "2048", "x"] {
             assert!(page_size(bad).is_err(), "{bad}");
         }
         for bad in ["0", "-1", "2147483648", "99999999999999999999", "1.5"] {
-            assert!(window(bad).is_err(), "{bad}");
+            assert!(size(bad).is_err(), "{bad}");
         }
     }
 

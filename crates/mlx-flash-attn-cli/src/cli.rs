@@ -287,11 +287,11 @@ pub(crate) struct TilesArgs {
     #[arg(long)]
     pub(crate) causal: bool,
     /// Show a query exactly N keys up to and including its own position
-    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::window)]
-    pub(crate) window: Option<u32>,
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::size)]
+    pub(crate) window: Option<usize>,
     /// Show a query at most N keys after its own position
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::window_right)]
-    pub(crate) window_right: Option<u32>,
+    pub(crate) window_right: Option<usize>,
     /// Position of query row 0 among the keys, or `bottom-right` for SK - SQ; needed with a bound
     /// where SQ differs from SK
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::query_offset)]

@@ -44,7 +44,7 @@ pub(crate) struct BenchLine {
     /// B, H, Hkv, Sq, Sk, D.
     pub(crate) shape: [usize; 6],
     pub(crate) causal: bool,
-    pub(crate) window: Option<u32>,
+    pub(crate) window: Option<usize>,
     pub(crate) ms_median: f64,
     pub(crate) ms_min: f64,
     pub(crate) ms_max: f64,
@@ -90,10 +90,10 @@ pub(crate) struct TilesLine {
     pub(crate) sq: usize,
     pub(crate) sk: usize,
     pub(crate) causal: bool,
-    pub(crate) window: Option<u32>,
+    pub(crate) window: Option<usize>,
     /// Only where it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) window_right: Option<u32>,
+    pub(crate) window_right: Option<usize>,
     pub(crate) q_offset: i64,
     pub(crate) head_dim: usize,
     /// Query rows and keys of a tile.

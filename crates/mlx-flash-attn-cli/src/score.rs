@@ -14,11 +14,11 @@ pub(crate) struct ScoreArgs {
     #[arg(long)]
     pub(crate) causal: bool,
     /// Show a query exactly N keys up to and including its own position
-    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::window)]
-    pub(crate) window: Option<u32>,
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::size)]
+    pub(crate) window: Option<usize>,
     /// Show a query at most N keys after its own position
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = args::window_right)]
-    pub(crate) window_right: Option<u32>,
+    pub(crate) window_right: Option<usize>,
     /// Cap scores: s = X * tanh(s / X)
     #[arg(long, value_name = "X", allow_hyphen_values = true, value_parser = args::positive)]
     pub(crate) softcap: Option<f32>,

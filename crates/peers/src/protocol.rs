@@ -29,7 +29,7 @@ pub(crate) struct Load {
     /// `[B, H, Hkv, Sq, Sk, D]`.
     pub(crate) shape: [usize; 6],
     pub(crate) causal: bool,
-    pub(crate) window: Option<u32>,
+    pub(crate) window: Option<usize>,
     pub(crate) dtypes: Vec<String>,
     /// Variants that take longer than this for one run are not worth waiting for.
     pub(crate) limit_s: f64,

@@ -9,7 +9,7 @@ pub(crate) struct Row {
     pub(crate) number: u8,
     pub(crate) shape: Shape,
     pub(crate) causal: bool,
-    pub(crate) window: Option<u32>,
+    pub(crate) window: Option<usize>,
     /// How many times as fast as the fastest peer of any dtype bf16 is to be ...
     pub(crate) bar_bf16: f64,
     /// ... and f32 as the fastest peer in f32.

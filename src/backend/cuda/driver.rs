@@ -7,7 +7,7 @@ use cudarc::driver::sys;
 use cudarc::driver::{DriverError, result};
 
 use super::table::Capability;
-use crate::error::{MlxError, Result};
+use crate::error::{self, MlxError, Result};
 
 /// The first driver whose functions are used here, as the driver counts versions.
 const OLDEST_DRIVER: i32 = 12_000;
@@ -19,20 +19,21 @@ pub(super) fn unavailable(reason: impl Into<String>) -> MlxError {
     }
 }
 
-fn text(error: DriverError) -> String {
+/// What the driver has to say of an error.
+fn reported(error: DriverError) -> error::DriverError {
     let part = |text: std::result::Result<&std::ffi::CStr, DriverError>| {
         text.map_or_else(|_| "?".into(), |t| t.to_string_lossy().into_owned())
     };
-    format!(
-        "{} ({})",
-        part(error.error_string()),
-        part(error.error_name())
-    )
+    error::DriverError {
+        code: error.0 as i64,
+        name: part(error.error_name()),
+        message: part(error.error_string()),
+    }
 }
 
 /// Names what failed.
 pub(super) fn failed(what: &str) -> impl Fn(DriverError) -> MlxError + '_ {
-    move |error| MlxError::CommandBufferError(format!("CUDA: {what}: {}", text(error)))
+    move |error| reported(error).while_doing(format!("CUDA: {what}"))
 }
 
 /// A GPU's primary context, which is the one that other libraries of this process use too.
@@ -73,7 +74,7 @@ impl Context {
             ));
         }
         let refused = |what: &'static str| {
-            move |error: DriverError| unavailable(format!("{what}: {}", text(error)))
+            move |error: DriverError| unavailable(format!("{what}: {}", reported(error)))
         };
         let mut version = 0;
         // SAFETY: `version` is an integer; the function needs no initialised driver.

@@ -64,7 +64,7 @@ pub(super) fn reach(problem: &Problem) -> (i32, i32) {
     let shape = problem.shape();
     let v = problem.visibility(shape.query_len, shape.key_len);
     // `Problem::build` keeps windows within i32.
-    let bound = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
+    let bound = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
     let left = v.window.map_or(-1, |w| bound(w.saturating_sub(1)));
     let right = match (v.causal, v.window_right) {
         (true, _) => 0,

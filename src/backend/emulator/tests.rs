@@ -171,7 +171,7 @@ impl Prefill {
             builder = builder
                 .causal(true)
                 .query_offset(QueryOffset::BottomRight)
-                .window(kl as u32 - 20)
+                .window(kl - 20)
                 .softcap(20.0)
                 .sinks(true)
                 .alibi(true)

@@ -235,7 +235,7 @@ fn extra_params(problem: &Problem) -> Option<AttnExtraParamsGpu> {
         return None;
     }
     // `Problem::build` keeps windows within i32.
-    let bound = |w: Option<u32>| w.and_then(|w| i32::try_from(w).ok()).unwrap_or(-1);
+    let bound = |w: Option<usize>| w.and_then(|w| i32::try_from(w).ok()).unwrap_or(-1);
     let rows = problem.query_rows() as i64;
     Some(AttnExtraParamsGpu {
         window: bound(visibility.window),

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use objc2::msg_send;
 use objc2::rc::{Retained, autoreleasepool};
 use objc2::runtime::ProtocolObject;
-use objc2_foundation::ns_string;
+use objc2_foundation::{NSError, ns_string};
 use objc2_metal::{
     MTLCommandBuffer, MTLCommandBufferStatus, MTLCommandEncoder, MTLCommandQueue,
     MTLComputeCommandEncoder, MTLDevice, MTLDispatchType, MTLFence,
@@ -18,7 +18,7 @@ use super::lowering;
 use super::split;
 use super::target::DirectTarget;
 use crate::backend::{self, Pending, Timing};
-use crate::error::{MlxError, Result};
+use crate::error::{DriverError, MlxError, Result};
 
 /// A command that the GPU has, with what it touches: until it has run, the host may not write that.
 struct Running {
@@ -164,6 +164,15 @@ impl Pending for Committed {
     }
 }
 
+/// What Metal has to say of a command that failed.
+fn reported(error: &NSError) -> DriverError {
+    DriverError {
+        code: error.code() as i64,
+        name: error.domain().to_string(),
+        message: error.localizedDescription().to_string(),
+    }
+}
+
 /// Waits for all, then tells when the first began and the last ended, or why one failed.
 fn finish(buffers: &[CommandBuffer]) -> Result<Timing> {
     for buffer in buffers {
@@ -172,11 +181,13 @@ fn finish(buffers: &[CommandBuffer]) -> Result<Timing> {
     let mut whole: Option<Timing> = None;
     for buffer in buffers {
         if buffer.status() != MTLCommandBufferStatus::Completed {
-            let message = buffer.error().map_or_else(
-                || "the GPU did not complete it and gave no reason".into(),
-                |error| error.localizedDescription().to_string(),
-            );
-            return Err(MlxError::CommandBufferError(message));
+            return Err(buffer.error().map_or_else(
+                || {
+                    let message = "the GPU did not complete it and gave no reason";
+                    MlxError::CommandBufferError(message.into())
+                },
+                |error| reported(&error).while_doing("Metal: the command"),
+            ));
         }
         let Timing { start, end } = times(buffer);
         whole = Some(Timing {

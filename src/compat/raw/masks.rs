@@ -27,7 +27,7 @@ pub(super) fn fill(args: &Args<'_>, raw: &RawDispatch, dtype: DType) -> Read {
         visibility: Visibility {
             q_offset: i64::from(p.q_abs_offset),
             causal: p.causal != 0,
-            window: (p.window != 0).then_some(p.window),
+            window: (p.window != 0).then_some(p.window as usize),
             window_right: None,
         },
     });

@@ -191,6 +191,6 @@ impl Request {
     }
 }
 
-fn bound(n: i64) -> Result<u32, MlxError> {
-    u32::try_from(n).map_err(|_| MlxError::InvalidArgument(format!("window: {n} is too far")))
+fn bound(n: i64) -> Result<usize, MlxError> {
+    usize::try_from(n).map_err(|_| MlxError::InvalidArgument(format!("window: {n} is too far")))
 }

@@ -121,7 +121,7 @@ fn keys_outside_the_bounds_add_nothing() {
         let window = Problem::builder(dtype, shape(2, (2, 2), (21, 300), 32))
             .causal(true)
             .query_offset(QueryOffset::At(200))
-            .window(30 + 7 * n as u32);
+            .window(30 + 7 * n);
         by_bounds("window", window, seed);
         let few = Problem::builder(dtype, shape(1, (2, 2), (3, 90), 64))
             .causal(true)
