@@ -14,7 +14,9 @@
 //   REGS_CONSUMER, and hopper_tiles.cu's options;
 // - arguments: four tensor maps by value and Params. A map has dims (D, rows, heads, batch), strides of
 //   the same, 16-bit elements, the 128-byte swizzle, 0 where nothing is, and a box of 64 columns and
-//   64 rows for Q and O, BN rows for K and V. Packed sequences: rows of all in one, batch 1, O unused;
+//   64 rows for Q and O, BN rows for K and V. Packed rows: those of all sequences in one, batch 1. VARLEN: O unused.
+//   PAGED: K and V have dims (D, page size, heads, pages) and a box of the largest power of two of rows that divides
+//   both a page and BN;
 // - threads: 128 (WGS + 1). Grid: Params.tiles, or fewer CTAs (as many as there are processors), each
 //   with a share of the tiles. Params.tiles = tiles_m x batch x heads, tiles_m = ceil(sq / BM);
 // - Params.section: heads that go together. K and V of that many fit well in the L2 cache; 1 where every
@@ -157,8 +159,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (group == 0) {
         regs_give<REGS_PRODUCER>();
         const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
-        if (warp > CLASSES + 1) return;
-        if (warp == CLASSES + 1) {
+        if (warp > CLEANING_WARP) return;
+        if (warp == CLEANING_WARP) {
             clean_values(m, lane);
             return;
         }
@@ -168,7 +170,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             return;
         }
 #endif
-        load_tiles(m, p, share, &map_q, &map_k, &map_v, lane);
+#if PAGED
+        // Copies of single pages are many: a second warp has those of V.
+        if (warp == 0) load_tiles<true, false>(m, p, share, &map_q, &map_k, &map_v, lane);
+        else load_tiles<false, true>(m, p, share, &map_q, &map_k, &map_v, lane);
+#else
+        load_tiles<true, true>(m, p, share, &map_q, &map_k, &map_v, lane);
+#endif
         return;
     }
     regs_take<REGS_CONSUMER>();

@@ -144,7 +144,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                     };
                     bar_expect(q_full, Q_BYTES);
                     for (int c = 0; c < 8; c++)
-                        tma_load(sm_q + c * 8192, &map_q, q_full, c * 64, t.q_start + m0, t.h, kv.batch);
+                        tma_load(sm_q + c * 8192, &map_q, q_full, c * 64, t.q_start + m0, t.h, batch_of_rows(p, t));
                     load_k(0);
                     for (int i = 0; i < n; i++) {
                         if (i + 1 < n) load_k(i + 1);

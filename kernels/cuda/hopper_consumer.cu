@@ -67,7 +67,7 @@ struct Work {
     u32 q; // this group's rows in shared memory
     u64 desc_q;
 #if VARLEN
-    int foreign; // rows of V in the first tile are of another sequence
+    int foreign; // rows of V in the first tile are not the sequence's
 #endif
 };
 

@@ -26,7 +26,7 @@ DEV void stage_output(const Consumer& c, Work& w, const Tile& t, const Rows& row
     store_if((in[0] && over[0]) || (in[1] && over[1]), smem_u32(&c.m.sh->needed.exact), 1);
 }
 
-// Stores the staged rows by ordinary stores: packed sequences, whose tiles may hold rows of another, and runs that
+// Stores the staged rows by ordinary stores: with VARLEN, where tiles may hold rows of another sequence, and in runs that
 // merge into what earlier runs stored.
 DEV void store_rows(const Consumer& c, const Tile& t, int tid, int run) {
     const u8* own = c.m.raw + c.rq.slot() * Q_BYTES + c.wg * 64 * 128;

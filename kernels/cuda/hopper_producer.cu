@@ -1,5 +1,8 @@
 // The producer warpgroup of hopper.cu: copies of Q, K and V, the list of key tiles, and the cleaning of V.
 
+// The warps before it copy, or list.
+#define CLEANING_WARP (CLASSES || PAGED ? 2 : 1)
+
 // Entry `i` of the key tiles of a query tile, last tile first.
 #if CLASSES
 #define TILE_AT(i) (m.sh->list[rq.slot()][i] & 0x3ff)
@@ -51,16 +54,34 @@ DEV void list_key_tiles(const Memory& m, const Params& p, const Share& share, in
 }
 #endif
 
-// Copies a key tile of K or V to `dst`.
-DEV void load_kv(const TensorMap* map, u32 dst, u32 full, const KvHead& kv, int tile) {
+// Copies a key tile of K or V to `dst`, by the lanes that LOADING names.
+#if PAGED
+#define LOADING true
+// A lane has every 32nd of the boxes, so that all look up their pages at once. Boxes past the last key are left out, and
+// so are the entries of the table that would name their pages.
+DEV void load_kv(const TensorMap* map, u32 dst, u32 full, const KvHead& kv, int tile, int lane) {
+    const int box = kv.box(), first = tile * BN;
+    const int boxes = (min(BN, kv.keys - first) + box - 1) / box;
+    if (lane == 0) bar_expect(full, boxes * box * PANELS * 128);
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < boxes * PANELS; i += 32) {
+        const int c = i % PANELS, r = i / PANELS * box;
+        tma_load(dst + (c * BN + r) * 128, map, full, c * 64, kv.row(first + r), kv.head, kv.page(first + r));
+    }
+}
+#else
+#define LOADING (lane == 0)
+DEV void load_kv(const TensorMap* map, u32 dst, u32 full, const KvHead& kv, int tile, int) {
     bar_expect(full, TILE_BYTES);
 #pragma unroll 1
     for (int c = 0; c < PANELS; c++)
         tma_load(dst + c * BN * 128, map, full, c * 64, kv.row(tile), kv.head, kv.batch);
 }
+#endif
 
 // Gives every consumer its tile, and its rows of Q if the tile sees keys.
-DEV void load_q(const Memory& m, const TensorMap* map, const Ring<QBUF>& rq, const Tile& t, int batch, int n) {
+DEV void load_q(const Memory& m, const Params& p, const TensorMap* map, const Ring<QBUF>& rq, const Tile& t, int n) {
 #pragma unroll 1
     for (int w = 0; w < WGS; w++) {
         const u32 full = m.q_full + 8 * (rq.slot() * WGS + w);
@@ -74,11 +95,12 @@ DEV void load_q(const Memory& m, const TensorMap* map, const Ring<QBUF>& rq, con
 #pragma unroll 1
         for (int c = 0; c < PANELS; c++)
             tma_load(m.q + rq.slot() * Q_BYTES + c * BM * 128 + w * 8192, map, full, c * 64, t.q_start + t.m0 + w * 64,
-                     t.h, batch);
+                     t.h, batch_of_rows(p, t));
     }
 }
 
-// The first warp copies Q, K and V for all runs: V of a tile after K of the next.
+// A warp copies Q and K, V, or all of them, for all runs: V of a tile after K of the next.
+template <bool KEYS, bool VALUES>
 DEV void load_tiles(const Memory& m, const Params& p, const Share& share, const TensorMap* map_q, const TensorMap* map_k,
                     const TensorMap* map_v, int lane) {
     Ring<QBUF> rq = {QBUF};
@@ -91,21 +113,21 @@ DEV void load_tiles(const Memory& m, const Params& p, const Share& share, const 
             int n = t.hi - t.lo;
 #if CLASSES
             // Q comes while the list is made, if its place is not the last tile's.
-            if (lane == 0 && QBUF > 1) load_q(m, map_q, rq, t, kv.batch, n);
+            if (lane == 0 && QBUF > 1) load_q(m, p, map_q, rq, t, n);
             bar_wait(m.listed + 8 * rq.slot(), rq.phase() ^ 1);
             n = m.sh->list_len[rq.slot()];
 #endif
-            if (lane == 0) {
+            if (LOADING) {
                 for (int i = 0; i <= n; i++) {
-                    if (i < n) {
+                    if (KEYS && i < n) {
                         bar_wait(m.k_empty + 8 * rk.slot(), rk.phase());
-                        load_kv(map_k, m.k + rk.slot() * TILE_BYTES, m.k_full + 8 * rk.slot(), kv, TILE_AT(i));
+                        load_kv(map_k, m.k + rk.slot() * TILE_BYTES, m.k_full + 8 * rk.slot(), kv, TILE_AT(i), lane);
                         rk.next();
                     }
-                    if (i == 0 && !(CLASSES && QBUF > 1)) load_q(m, map_q, rq, t, kv.batch, n);
-                    if (i > 0) {
+                    if (KEYS && lane == 0 && i == 0 && !(CLASSES && QBUF > 1)) load_q(m, p, map_q, rq, t, n);
+                    if (VALUES && i > 0) {
                         bar_wait(m.v_empty + 8 * rv.slot(), rv.phase());
-                        load_kv(map_v, m.v + rv.slot() * TILE_BYTES, v_there + 8 * rv.slot(), kv, TILE_AT(i - 1));
+                        load_kv(map_v, m.v + rv.slot() * TILE_BYTES, v_there + 8 * rv.slot(), kv, TILE_AT(i - 1), lane);
                         rv.next();
                     }
                 }

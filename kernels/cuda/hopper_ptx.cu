@@ -6,6 +6,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
+typedef long long int64_t; // in the text of Params
 
 #define DEV [[maybe_unused]] static __device__ __forceinline__
 #define DEV_MEMBER __device__ __forceinline__

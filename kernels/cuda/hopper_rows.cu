@@ -2,7 +2,7 @@
 
 // The first element of O's row `row` of a tile.
 DEV u16* output_row(const Params& p, const Tile& t, int row) {
-    return p.o + (i64)(VARLEN ? 0 : t.b) * p.o_strides[0] + (i64)t.h * p.o_strides[1] +
+    return (u16*)p.o + (i64)batch_of_rows(p, t) * p.o_strides[0] + (i64)t.h * p.o_strides[1] +
            (i64)(t.q_start + row) * p.o_strides[2];
 }
 
@@ -55,9 +55,9 @@ DEV int run_after(int run, const volatile RunsNeeded& needed) {
 // O and log-sum-exp of `rows` rows from `row` on that see no key, by the 128 threads of a group.
 DEV void write_unseen(const Params& p, const Tile& t, int row, int rows, int tid) {
     tid = opaque(tid);
-    u16* o = p.o + (i64)(VARLEN ? 0 : t.b) * p.o_strides[0] + (i64)t.h * p.o_strides[1] +
+    u16* o = (u16*)p.o + (i64)batch_of_rows(p, t) * p.o_strides[0] + (i64)t.h * p.o_strides[1] +
              (i64)t.q_start * p.o_strides[2];
-    float* lse = p.lse + (i64)(VARLEN ? 0 : t.b) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
+    float* lse = p.lse + (i64)batch_of_rows(p, t) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
                  t.q_start;
 #pragma unroll 1
     for (int i = tid; i < rows * (D / 8); i += 128) {
@@ -70,8 +70,8 @@ DEV void write_unseen(const Params& p, const Tile& t, int row, int rows, int tid
 }
 
 #if VARLEN
-// Zeroes rows [first, ROWS) of V, by the 128 threads of a group. They are another sequence's: their weights are 0, but
-// 0 times NaN or infinity is NaN.
+// Zeroes rows [first, ROWS) of V, by the 128 threads of a group. They are another sequence's, past its length, or what
+// was there before: their weights are 0, but 0 times NaN or infinity is NaN.
 template <int WIDTH, int ROWS>
 DEV void clear_rows(u8* panels, int first, int tid) {
     first = max(first, 0);

@@ -118,6 +118,6 @@ struct Share {
 };
 
 DEV Share share_of(const Params& p) {
-    const bool paired = RIGHT && !LEFT && D > 64 && gridDim.x < p.tiles;
+    const bool paired = RIGHT && p.right < FAR && (!LEFT || p.left >= FAR) && D > 64 && gridDim.x < p.tiles;
     return Share{p, paired, paired ? p.tiles / p.tiles_m * ((p.tiles_m + 1) / 2) : p.tiles};
 }

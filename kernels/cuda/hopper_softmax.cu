@@ -154,7 +154,7 @@ DEV void finish(float (&inv)[2], bool (&over)[2], const Softmax& f, const Params
     over[0] = over[1] = false;
     if (run >= UPWARD) return;
     const float infinity = __int_as_float(0x7f800000);
-    float* lse = p.lse + (i64)(VARLEN ? 0 : t.b) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
+    float* lse = p.lse + (i64)batch_of_rows(p, t) * p.lse_strides[0] + (i64)t.h * p.lse_strides[1] +
                  t.q_start;
 #pragma unroll
     for (int half = 0; half < 2; half++) {

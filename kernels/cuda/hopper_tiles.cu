@@ -1,4 +1,4 @@
-// What both Hopper kernels share: options, parameters, tiles, rows and the units of scores. Goes after careful.cu;
+// What both Hopper kernels share: options, tiles, rows and the units of scores. Goes after careful.cu and Params;
 // hopper_classes.cu, hopper_scores.cu, hopper_rows.cu, hopper_softmax.cu and a kernel's own texts follow.
 
 // The host defines D (head dim), BN (keys of a tile), WGS (consumer warpgroups), STAGES, REGS_PRODUCER,
@@ -18,8 +18,11 @@
 #ifndef SCORE_MOD // softcap or ALiBi (or a scale that is not positive): scores are scaled first
 #define SCORE_MOD 0
 #endif
-#ifndef VARLEN // packed sequences
+#ifndef VARLEN // sequences have lengths of their own, and rows or keys may be packed
 #define VARLEN 0
+#endif
+#ifndef PAGED // K and V lie in pages; with VARLEN
+#define PAGED 0
 #endif
 #ifndef SPECULATE // compute weights against the reference as it is, without a maximum over the new scores
 #define SPECULATE (D <= 256)
@@ -29,31 +32,8 @@
 #define PANELS ((D + 63) / 64)
 #define CLASS_ROWS CLASS_ROWS_AT(D)
 #define CLASS_KEYS CLASS_KEYS_AT(D)
+#define FAR (1 << 30) // bounds of positions from here on bound nothing
 #define LIST_CAP 1024 // key tiles that a problem with classes may have, so that 10 bits number them
-
-struct Params {
-    int batch, heads, kv_group;      // kv_group: query heads for each key/value head
-    int sq, sk;                      // the longest, if packed
-    int q_off;                       // position of query row 0 among the keys
-    int left, right;                 // keys before and after a position that are seen
-    int tiles_m, tiles, section;     // query tiles; all tiles; heads that share the L2 cache
-    int bottom_right;                // packed: each sequence's offset is its sk - sq
-    float scale, scale_log2;         // scale * log2(e)
-    float softcap;                   // 0: none
-    float inv_scale;                 // 1 / scale
-    const float* sinks;              // [heads] or null
-    const float* slopes;             // [heads] or null (ALiBi)
-    float* lse;                      // or null
-    const void* mask;                // columns contiguous
-    const u8* classes;               // [ceil(sq / CLASS_ROWS), classes_stride]
-    const int* cu_q;                 // packed: [batch + 1]
-    const int* cu_k;
-    u16* o;                          // written directly where rows are packed or none is visible
-    i64 o_strides[3];                // batch, head, row; in elements
-    i64 lse_strides[2];              // batch, head
-    i64 mask_strides[3];             // batch, head, row
-    i64 classes_stride;              // from row to row
-};
 
 #if MASK == 1 || MASK == 2
 typedef u16 MaskElement;
@@ -70,7 +50,7 @@ typedef u16 MaskPair;
 DEV const Params& params_at(const Params& p, int zero) { return *(const Params*)((const u8*)&p + zero); }
 
 struct Tile {
-    int b, h, m0;        // batch, head, first row
+    int b, h, m0;        // sequence, head, first row
     int sq, sk, q_off;   // of the sequence
     int q_start, k_start;
     int lo, hi;          // key tiles [lo, hi)
@@ -90,15 +70,41 @@ DEV void bounds(const Params& p, const Tile& t, int row, int rows, int& lo, int&
     if (row >= t.sq || hi < lo) hi = lo;
 }
 
+// The batch entry of Q, O and the log-sum-exp that holds a tile's rows.
+DEV int batch_of_rows(const Params& p, const Tile& t) { return VARLEN && p.cu_q ? 0 : t.b; }
+
 // Where the keys and values of a tile's head are in the tensor maps: every copy of K and V takes its coordinates
 // from here.
+#if PAGED
+#define MOST_BOX_ROWS (BN & -BN)
+struct KvHead {
+    const int* table; // the sequence's pages
+    u32 pages;
+    int head, keys, shift;
+    // Rows of a copy, which lies in one page.
+    DEV_MEMBER int box() const { return min(1 << shift, MOST_BOX_ROWS); }
+    // An entry that names no page of the pool stands for page 0.
+    DEV_MEMBER int page(int key) const {
+        const u32 page = u32(__ldg(table + (key >> shift)));
+        return page < pages ? int(page) : 0;
+    }
+    DEV_MEMBER int row(int key) const { return key & ((1 << shift) - 1); }
+};
+
+DEV KvHead kv_head_of(const Params& p, const Tile& t) {
+    return {p.block_table + p.per_sequence * t.b, u32(p.pages), t.h / p.kv_group, t.sk, p.page_shift};
+}
+#else
 struct KvHead {
     int first, head, batch;
     // The row that key tile `tile` starts at.
     DEV_MEMBER int row(int tile) const { return first + tile * BN; }
 };
 
-DEV KvHead kv_head_of(const Params& p, const Tile& t) { return KvHead{t.k_start, t.h / p.kv_group, VARLEN ? 0 : t.b}; }
+DEV KvHead kv_head_of(const Params& p, const Tile& t) {
+    return KvHead{t.k_start, t.h / p.kv_group, VARLEN && p.cu_k ? 0 : t.b};
+}
+#endif
 
 // Whether key tile `tile` hides a key from one of the 64 rows from `row` on, by position or by ending past the
 // keys.
@@ -115,7 +121,7 @@ DEV bool hides_keys(const Params& p, const Tile& t, int row, int tile) {
 
 // The tile at `index`, where heads of a section go together and a head's last rows come first. With
 // `half` 1 or 2 an index stands for two tiles of one head, which together are as long as any other
-// such two: the longer, or the shorter, if there is one.
+// such two of its sequence: the longer, or the shorter, if there is one.
 DEV Tile tile_of(const Params& p, int index, int half = 0) {
     Tile t;
     int per = p.section * (half ? (p.tiles_m + 1) / 2 : p.tiles_m);
@@ -126,19 +132,28 @@ DEV Tile tile_of(const Params& p, int index, int half = 0) {
     int bh = first + (r - m * in);
     t.b = bh / p.heads;
     t.h = bh - t.b * p.heads;
-    t.m0 = (half == 2 ? 2 * m + 1 == p.tiles_m ? p.tiles_m : m : p.tiles_m - 1 - m) * BM;
-#if VARLEN
-    t.q_start = p.cu_q[t.b];
-    t.k_start = p.cu_k[t.b];
-    t.sq = p.cu_q[t.b + 1] - t.q_start;
-    t.sk = p.cu_k[t.b + 1] - t.k_start;
-    t.q_off = p.bottom_right ? t.sk - t.sq : p.q_off;
-#else
     t.q_start = t.k_start = 0;
     t.sq = p.sq;
     t.sk = p.sk;
     t.q_off = p.q_off;
+#if VARLEN
+    if (p.key_lengths) t.sk = int(min(p.key_lengths[t.b], u32(p.sk)));
+    if (p.cu_q) {
+        t.q_start = p.cu_q[t.b];
+        t.sq = p.cu_q[t.b + 1] - t.q_start;
+    }
+    if (p.cu_k) {
+        t.k_start = p.cu_k[t.b];
+        t.sk = p.cu_k[t.b + 1] - t.k_start;
+    }
+    if (p.bottom_right) t.q_off = t.sk - t.sq;
+    const int own = half ? (t.sq + BM - 1) / BM : p.tiles_m;
+    const bool there = !half || 2 * m + half <= own;
+#else
+    const int own = p.tiles_m;
+    const bool there = half != 2 || 2 * m + 2 <= own;
 #endif
+    t.m0 = (!there ? own : half == 2 ? m : own - 1 - m) * BM;
     bounds(p, t, t.m0, BM, t.lo, t.hi);
     return t;
 }

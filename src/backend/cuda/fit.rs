@@ -2,7 +2,7 @@
 
 use super::maps;
 use super::table::{MOST_LISTED, Row};
-use crate::attention::{KeyLengths, Problem, QueryOffset};
+use crate::attention::{Problem, QueryOffset};
 
 /// What of the GPU decides how work is cut.
 #[derive(Debug, Clone, Copy)]
@@ -30,10 +30,6 @@ pub(super) fn takes(row: &Row, problem: &Problem, round: bool, machine: Machine)
     }
     if !row.maps() {
         return true;
-    }
-    let packed_alone = problem.cu_seqlens_q().is_some() && problem.cu_seqlens().is_none();
-    if packed_alone || *problem.key_lengths() != KeyLengths::All {
-        return false;
     }
     // Scores are taken in units of the scale, which must not make them or a mask overflow.
     let scale = (1.0 / 65_536.0..=1.0).contains(&problem.scale());
@@ -160,7 +156,7 @@ const ROUNDS: usize = 3;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::{ProblemBuilder, Role, Shape, Strides};
+    use crate::attention::{KeyLengths, Pages, ProblemBuilder, Role, Shape, Strides};
     use crate::backend::cuda::table::{Capability, Needs, attention, every_row};
     use crate::dtype::DType;
     use crate::verify::{Scope, cases};
@@ -228,6 +224,33 @@ mod tests {
             assert_eq!(pack, few.group());
             let tiles = tiles(&few, row, pack).unwrap();
             assert!(splits(&few, row, tiles, H200) > 1);
+        }
+    }
+
+    #[test]
+    fn pages_and_lengths_take_the_hopper_kernels_but_for_wide_heads() {
+        for (head_dim, page_size) in [(64, 1), (128, 16), (256, 1024), (512, 64)] {
+            let shape = Shape {
+                qk_dim: head_dim,
+                v_dim: head_dim,
+                ..dense([2, 2], 200, 300).shape()
+            };
+            let pages = Pages {
+                count: 400,
+                page_size,
+                per_sequence: 300usize.div_ceil(page_size),
+            };
+            let start = || Problem::builder(DType::BF16, shape);
+            let cu = [0, 200];
+            for problem in [
+                start().pages(pages),
+                start().key_lengths(KeyLengths::Device),
+                Problem::varlen_queries(DType::BF16, 2, 2, 300, head_dim, &cu).pages(pages),
+            ] {
+                let problem = problem.build().unwrap();
+                let own = chosen(&problem, Capability::HOPPER).maps();
+                assert_eq!(own, head_dim < 512, "{problem:?}");
+            }
         }
     }
 

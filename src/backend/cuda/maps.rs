@@ -7,7 +7,7 @@ use cudarc::driver::sys;
 
 use super::driver::failed;
 use super::table::Row;
-use crate::attention::{Problem, Role, Strides};
+use crate::attention::{Keys, Pages, Problem, Role, Strides};
 use crate::backend::command::Pointers;
 use crate::dtype::DType;
 use crate::error::{MlxError, Result};
@@ -32,14 +32,17 @@ impl View {
     fn new(problem: &Problem, role: Role, rows: u32, row: &Row) -> Option<Self> {
         let (shape, strides) = (problem.shape(), problem.strides(role)?);
         let of_query = matches!(role, Role::Query | Role::Output);
-        let (heads, len) = match (of_query, problem.cu_seqlens()) {
-            (true, _) => (shape.heads, problem.query_rows()),
-            (false, None) => (shape.kv_heads, shape.key_len),
-            (false, Some((_, keys))) => (shape.kv_heads, *keys.last()? as usize),
-        };
-        let batch = match problem.cu_seqlens() {
-            Some(_) => 1,
-            None => shape.batch,
+        let batch = |packed| if packed { 1 } else { shape.batch };
+        let (heads, len, batch, part) = if of_query {
+            let packed = problem.cu_seqlens_q().is_some();
+            (shape.heads, problem.query_rows(), batch(packed), rows)
+        } else {
+            let (len, batch, part) = match problem.keys() {
+                Keys::Paged(pages) => (pages.page_size, pages.count, box_rows(pages, rows)),
+                Keys::Packed(_) => (*problem.cu_seqlens()?.1.last()? as usize, 1, rows),
+                Keys::Dense => (shape.key_len, shape.batch, rows),
+            };
+            (shape.kv_heads, len, batch, part)
         };
         let Strides {
             seq,
@@ -58,7 +61,7 @@ impl View {
                 rank: 4,
                 lengths: [shape.qk_dim, len, heads, batch, 1],
                 steps: [seq, head, step, PANEL],
-                part: [PANEL as u32, rows, 1, 1, 1],
+                part: [PANEL as u32, part, 1, 1, 1],
             }
         };
         // Where there is nothing to step to, any step does.
@@ -109,6 +112,12 @@ impl View {
         // SAFETY: plain bytes, zeroed and then written.
         Ok(unsafe { map.assume_init() })
     }
+}
+
+/// The rows of a copy from a page to a tile of `rows` keys: the most that divide both.
+fn box_rows(pages: &Pages, rows: u32) -> u32 {
+    let most = 1 << rows.trailing_zeros();
+    u32::try_from(pages.page_size).map_or(most, |page| page.min(most))
 }
 
 /// The operands that are mapped, and the rows that a copy brings.

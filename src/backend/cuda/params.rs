@@ -61,6 +61,38 @@ fn alike(count: usize, fitting: usize) -> usize {
     count.div_ceil(sections).max(1)
 }
 
+/// Query heads whose tiles are neighbours in the grid.
+fn section(problem: &Problem, row: &Row, pack: usize, machine: Machine) -> usize {
+    let shape = problem.shape();
+    let row_bytes = 2 * shape.qk_dim * problem.kv_dtype().size_of();
+    let keys_bytes = shape.key_len.saturating_mul(row_bytes).max(1);
+    // Where all rows take as long, a head after another keeps its keys in the cache by itself.
+    let even = row.maps() && fit::reach(problem) == (-1, -1) && problem.mask().is_none();
+    let kv_heads = if even {
+        1
+    } else {
+        let fitting = machine.l2_bytes / 5 * 3 / keys_bytes;
+        alike(shape.batch * shape.kv_heads, fitting)
+    };
+    kv_heads.saturating_mul(problem.group() / pack)
+}
+
+/// [`CudaParams::vector`] as far as strides decide it.
+fn wide_steps(problem: &Problem) -> i32 {
+    let (size, kv_size) = (problem.dtype().size_of(), problem.kv_dtype().size_of());
+    let of = |role| problem.strides(role);
+    let reads = steps_by(16, size, of(Role::Query))
+        && steps_by(16, kv_size, of(Role::Key))
+        && steps_by(16, kv_size, of(Role::Value));
+    let mask_pairs = problem.mask().is_some_and(|m| {
+        let steps = [m.batch_stride, m.head_stride, m.row_stride];
+        steps
+            .iter()
+            .all(|n| n.wrapping_mul(m.dtype.size_of()).is_multiple_of(4))
+    });
+    vector(reads, steps_by(4, size, of(Role::Output)), mask_pairs)
+}
+
 /// The parameters of a problem, without addresses: [`point`] comes next.
 pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<CudaParams> {
     let shape = problem.shape();
@@ -88,36 +120,9 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
             ))
         })?;
     let splits = fit::splits(problem, row, tiles, machine);
-
-    let kv_size = problem.kv_dtype().size_of();
-    let keys_bytes = shape
-        .key_len
-        .saturating_mul(2 * shape.qk_dim * kv_size)
-        .max(1);
-    // Where all rows take as long, a head after another keeps its keys in the cache by itself.
-    let even = row.maps() && (left, right) == (-1, -1) && problem.mask().is_none();
-    let kv_heads = shape.batch * shape.kv_heads;
-    let section = if even {
-        1
-    } else {
-        alike(kv_heads, machine.l2_bytes / 5 * 3 / keys_bytes)
-    };
-    let section = section.saturating_mul(problem.group() / pack);
-
-    let size = problem.dtype().size_of();
     let of = |role| problem.strides(role);
-    let reads = steps_by(16, size, of(Role::Query))
-        && steps_by(16, kv_size, of(Role::Key))
-        && steps_by(16, kv_size, of(Role::Value));
-    let writes = steps_by(4, size, of(Role::Output));
     let rows = problem.query_rows() as i64;
     let mask = problem.mask();
-    let mask_pairs = mask.is_some_and(|m| {
-        let steps = [m.batch_stride, m.head_stride, m.row_stride];
-        steps
-            .iter()
-            .all(|n| n.wrapping_mul(m.dtype.size_of()).is_multiple_of(4))
-    });
     Ok(CudaParams {
         batch: int(shape.batch),
         heads: int(shape.heads),
@@ -129,7 +134,7 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
         right: bound(right),
         tiles_m: int(tiles_m),
         tiles: int(tiles),
-        section: int(section),
+        section: int(section(problem, row, pack, machine)),
         bottom_right: i32::from(
             problem.has_own_lengths() && problem.query_offset() == QueryOffset::BottomRight,
         ),
@@ -151,7 +156,7 @@ pub(super) fn params(problem: &Problem, row: &Row, machine: Machine) -> Result<C
             .1 as i64,
         splits: int(splits),
         mask_type: mask.map_or(0, |m| type_code(m.dtype)),
-        vector: vector(reads, writes, mask_pairs),
+        vector: wide_steps(problem),
         result_batch: if packed { 1 } else { int(shape.batch) },
         pack: int(pack),
         page_shift: pages.map_or(0, |p| p.page_size.trailing_zeros() as i32),

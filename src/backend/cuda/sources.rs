@@ -23,6 +23,7 @@ macro_rules! hopper {
             SCORE_PRELUDE,
             SCORE_TEXT,
             CAREFUL,
+            abi::CUDA_PARAMS_TEXT,
             include_str!("../../../kernels/cuda/hopper_tiles.cu"),
             include_str!("../../../kernels/cuda/hopper_classes.cu"),
             include_str!("../../../kernels/cuda/hopper_scores.cu"),

@@ -47,20 +47,27 @@ impl Capability {
 /// What a problem may ask of an attention kernel, a bit each.
 pub(super) mod feature {
     /// Keys after a row's position are hidden.
-    pub(crate) const RIGHT: u8 = 1;
+    pub(crate) const RIGHT: u16 = 1;
     /// Keys before a row's position may be hidden.
-    pub(crate) const LEFT: u8 = 2;
-    pub(crate) const MASK: u8 = 4;
-    pub(crate) const CLASSES: u8 = 8;
-    pub(crate) const SOFTCAP: u8 = 16;
-    pub(crate) const PACKED: u8 = 32;
-    pub(crate) const ALIBI: u8 = 64;
+    pub(crate) const LEFT: u16 = 2;
+    pub(crate) const MASK: u16 = 4;
+    pub(crate) const CLASSES: u16 = 8;
+    pub(crate) const SOFTCAP: u16 = 16;
+    /// Queries and keys are packed.
+    pub(crate) const PACKED: u16 = 32;
+    pub(crate) const ALIBI: u16 = 64;
     /// K and V lie in pages.
-    pub(crate) const PAGED: u8 = 128;
+    pub(crate) const PAGED: u16 = 128;
+    /// Sequences may differ in their counts of queries or keys, which are not packed both.
+    pub(crate) const LENGTHS: u16 = 256;
+    /// One of the three, or more.
+    pub(crate) const SEQUENCES: u16 = PACKED | PAGED | LENGTHS;
     /// One of the two, or both.
-    pub(crate) const SCORES: u8 = SOFTCAP | ALIBI;
+    pub(crate) const SCORES: u16 = SOFTCAP | ALIBI;
 }
-use feature::{ALIBI, CLASSES, LEFT, MASK, PACKED, PAGED, RIGHT, SCORES, SOFTCAP};
+use feature::{
+    ALIBI, CLASSES, LEFT, LENGTHS, MASK, PACKED, PAGED, RIGHT, SCORES, SEQUENCES, SOFTCAP,
+};
 
 /// What a problem needs of an attention kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -71,7 +78,7 @@ pub(super) struct Needs {
     /// The mask's element type, where there is one.
     pub(super) mask: Option<DType>,
     /// Of [`feature`].
-    pub(super) features: u8,
+    pub(super) features: u16,
 }
 
 impl Needs {
@@ -79,6 +86,7 @@ impl Needs {
         let shape = problem.shape();
         let visibility = problem.visibility(shape.query_len, shape.key_len);
         let windowed = visibility.window.is_some() || visibility.window_right.is_some();
+        let packed = problem.cu_seqlens().is_some();
         let on = |condition, feature| if condition { feature } else { 0 };
         Self {
             dtype: problem.dtype(),
@@ -90,22 +98,24 @@ impl Needs {
                 | on(problem.mask().is_some(), MASK)
                 | on(problem.has_tile_classes(), CLASSES)
                 | scores(problem)
-                | on(problem.cu_seqlens().is_some(), PACKED)
+                | on(packed, PACKED)
+                | on(problem.has_own_lengths() && !packed, LENGTHS)
                 | on(matches!(problem.keys(), Keys::Paged(_)), PAGED),
         }
     }
 
-    fn has(&self, features: u8) -> bool {
+    fn has(&self, features: u16) -> bool {
         self.features & features != 0
     }
 
-    /// The macros `MASK`, `SOFTCAP` and `ALIBI` of a text that has a kernel for each step of a score, where `one` and keys
-    /// lie at strides, and one for any steps together.
+    /// The macros `MASK`, `SOFTCAP` and `ALIBI` of a text that has a kernel for each step of a score, where `one`, and one
+    /// for any steps together. Over pages that alone does, and where sequences have lengths of their own, so that they have
+    /// the same bits at strides.
     fn steps(&self, one: bool) -> [(&'static str, i64); 3] {
         const ANY_TYPE: i64 = 2;
         let alone = match self.features & (MASK | SCORES) {
             0 => Some([0, 0, 0]),
-            _ if !one || self.has(PAGED) => None,
+            _ if !one || self.has(PAGED | LENGTHS) => None,
             MASK if self.mask == Some(self.dtype) => Some([1, 0, 0]),
             SOFTCAP => Some([0, 1, 0]),
             ALIBI => Some([0, 0, 1]),
@@ -119,7 +129,7 @@ impl Needs {
 /// The features that a problem's softcap and ALiBi slopes ask for. Kernels of one of them alone keep scores in a unit of
 /// theirs, which is exact enough up to a cap of 256 and overflows for scales that are out of all proportion: the other
 /// problems ask for both.
-fn scores(problem: &Problem) -> u8 {
+fn scores(problem: &Problem) -> u16 {
     let ordinary = |x: f32, most: f32| (1.0e-18..=most).contains(&x);
     let features = match (problem.softcap(), problem.has_alibi()) {
         (None, false) => return 0,
@@ -172,7 +182,7 @@ pub(super) struct Row {
     /// Head dims.
     dims: &'static [usize],
     /// Sets of features that it has together.
-    features: &'static [u8],
+    features: &'static [u16],
     /// Most query rows of all heads of one key/value head.
     pub(super) rows: usize,
     /// Most keys.
@@ -186,7 +196,7 @@ pub(super) struct Row {
 }
 
 const HALVES: &[DType] = &[DType::BF16, DType::F16];
-const ANY: u8 = RIGHT | LEFT | MASK | CLASSES | SCORES | PACKED | PAGED;
+const ANY: u16 = RIGHT | LEFT | MASK | CLASSES | SCORES | SEQUENCES;
 
 const fn portable(dims: &'static [usize], bm: usize, bn: usize, text: Text, blocks: usize) -> Row {
     Row {
@@ -235,7 +245,7 @@ const fn high(high: usize) -> Text {
 }
 
 /// Sets of features without a mask and with one step of a score at most.
-const ONE_STEP: &[u8] = &[BOUNDS | PACKED | SOFTCAP, BOUNDS | PACKED | ALIBI];
+const ONE_STEP: &[u16] = &[BOUNDS | PACKED | SOFTCAP, BOUNDS | PACKED | ALIBI];
 
 /// Four warps for the same rows.
 const fn shared_rows(high: usize) -> Text {
@@ -274,7 +284,7 @@ const fn hopper(
     bm: usize,
     bn: usize,
     registers: (u32, u32),
-    features: &'static [u8],
+    features: &'static [u16],
 ) -> Row {
     Row {
         gpus: (Capability::HOPPER, Capability::HOPPER),
@@ -283,11 +293,11 @@ const fn hopper(
     }
 }
 
-/// Sets of features that the Hopper kernels are built for; masks of packed sequences are left to the
-/// portable ones.
-const BOUNDS: u8 = RIGHT | LEFT;
-const NO_MASK: u8 = BOUNDS | SCORES | PACKED;
-const CLASSED: u8 = BOUNDS | SCORES | MASK | CLASSES;
+/// Sets of features that the Hopper kernels are built for; masks where sequences have lengths of their own or
+/// keys lie in pages are left to the portable ones.
+const BOUNDS: u16 = RIGHT | LEFT;
+const NO_MASK: u16 = BOUNDS | SCORES | SEQUENCES;
+const CLASSED: u16 = BOUNDS | SCORES | MASK | CLASSES;
 
 /// Head dims up to 64, and up to 128.
 const NARROW: &[usize] = &[32, 40, 48, 64];
@@ -336,19 +346,26 @@ static ATTENTION: &[Row] = &[
         &[NO_MASK, CLASSED & !SCORES],
     ),
     hopper(&[80, 96], 128, 112, (40, 232), &[CLASSED]),
-    hopper(&[128], 128, 128, (40, 232), &[BOUNDS, CLASSED & !SCORES]),
-    hopper(&[128], 128, 128, (24, 240), &[NO_MASK]),
+    hopper(
+        &[128],
+        128,
+        128,
+        (40, 232),
+        &[BOUNDS | SEQUENCES, CLASSED & !SCORES],
+    ),
+    hopper(&[128], 128, 128, (24, 240), &[BOUNDS | SCORES]),
+    hopper(&[128], 128, 128, (40, 232), &[NO_MASK]),
     hopper(&[128], 128, 96, (40, 232), &[CLASSED]),
+    hopper(&[192], 128, 96, (24, 240), &[BOUNDS, BOUNDS | MASK]),
     hopper(
         &[192],
         128,
         96,
-        (24, 240),
-        &[BOUNDS | PACKED, BOUNDS | MASK],
+        (40, 232),
+        &[BOUNDS | SEQUENCES, CLASSED & !SCORES],
     ),
-    hopper(&[192], 128, 96, (40, 232), &[CLASSED & !SCORES]),
-    hopper(&[192], 128, 80, (24, 240), &[NO_MASK]),
-    hopper(&[192], 128, 80, (40, 232), &[CLASSED]),
+    hopper(&[192], 128, 80, (24, 240), &[BOUNDS | SCORES]),
+    hopper(&[192], 128, 80, (40, 232), &[NO_MASK, CLASSED]),
     hopper(
         &[256],
         128,
@@ -358,9 +375,16 @@ static ATTENTION: &[Row] = &[
     ),
     hopper(&[256], 128, 64, (40, 232), &[CLASSED]),
     hopper(&[256], 128, 48, (40, 232), &[NO_MASK]),
+    // It takes no pages, and so no lengths of their own, which have the bits of pages.
     Row {
         text: Text::HopperWide,
-        ..hopper(&[512], 128, 64, (40, 232), &[NO_MASK, CLASSED])
+        ..hopper(
+            &[512],
+            128,
+            64,
+            (40, 232),
+            &[NO_MASK & !(PAGED | LENGTHS), CLASSED],
+        )
     },
     Row {
         features: ONE_STEP,
@@ -537,8 +561,8 @@ impl Row {
     }
 
     /// Bounds that are not there cost little where there is much else, so fewer kernels are built.
-    fn hopper(&self, needs: Needs) -> [(&'static str, i64); 8] {
-        let both = needs.has(SCORES | PACKED) || needs.has(MASK) && needs.has(BOUNDS);
+    fn hopper(&self, needs: Needs) -> [(&'static str, i64); 9] {
+        let both = needs.has(SCORES | SEQUENCES) || needs.has(MASK) && needs.has(BOUNDS);
         let mask = match needs.mask {
             None => 0,
             Some(DType::BF16) => 1,
@@ -554,7 +578,8 @@ impl Row {
             ("MASK", mask),
             ("CLASSES", i64::from(needs.has(CLASSES))),
             ("SCORE_MOD", i64::from(needs.has(SCORES))),
-            ("VARLEN", i64::from(needs.has(PACKED))),
+            ("VARLEN", i64::from(needs.has(SEQUENCES))),
+            ("PAGED", i64::from(needs.has(PAGED))),
         ]
     }
 

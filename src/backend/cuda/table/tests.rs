@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn needs(dtype: DType, head_dim: usize, features: u8) -> Needs {
+fn needs(dtype: DType, head_dim: usize, features: u16) -> Needs {
     Needs {
         dtype,
         kv_dtype: dtype,
@@ -39,7 +39,8 @@ fn every_dtype_and_head_dim_has_a_kernel_that_fits_any_gpu() {
 const HOPPER_DIMS: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
 
 #[test]
-fn hopper_alone_has_its_own_kernels_but_for_pages_and_masks_of_packed_sequences() {
+fn hopper_alone_has_its_own_kernels_but_for_masks_of_sequences_and_pages_and_lengths_of_512_columns()
+ {
     let own = |gpu, needs| attention(needs, gpu).any(Row::maps);
     for (dtype, head_dim) in [DType::BF16, DType::F16]
         .into_iter()
@@ -47,7 +48,8 @@ fn hopper_alone_has_its_own_kernels_but_for_pages_and_masks_of_packed_sequences(
     {
         for features in (0..=ANY).filter(|f| f & CLASSES == 0 || f & MASK != 0) {
             let needs = needs(dtype, head_dim, features);
-            let left_out = needs.has(PAGED) || needs.has(PACKED) && needs.has(MASK);
+            let masked = needs.has(SEQUENCES) && needs.has(MASK);
+            let left_out = masked || needs.has(PAGED | LENGTHS) && head_dim == 512;
             assert!(!own(Capability(8, 9), needs) && !own(Capability(10, 0), needs));
             let wanted = HOPPER_DIMS.contains(&head_dim) && !left_out;
             assert_eq!(own(Capability::HOPPER, needs), wanted, "{needs:?}");
