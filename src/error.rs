@@ -9,7 +9,7 @@ pub struct Unsupported {
     pub device: &'static str,
     /// The part of the problem that it cannot do.
     pub what: String,
-    /// Why, and what it can do instead.
+    /// Why, and what it can do instead where there is something.
     pub reason: String,
 }
 

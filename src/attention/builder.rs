@@ -155,7 +155,8 @@ impl ProblemBuilder {
         self
     }
 
-    /// A query sees exactly `window` keys up to and including its own position.
+    /// A query sees exactly `window` keys up to and including its own position, and later ones where neither
+    /// [`Self::causal`] nor [`Self::window_right`] hides them.
     pub fn window(mut self, window: usize) -> Self {
         self.reach.window = Some(window);
         self

@@ -25,7 +25,7 @@ pub enum Role {
     Lse,
     /// Block table of paged keys, `[B, pages of a sequence]`, `I32`.
     BlockTable,
-    /// Keys of each sequence, `[B]`, `U32`.
+    /// Keys of each sequence, `[B]`, `U32` or `I32`.
     KeyLengths,
 }
 

@@ -28,7 +28,7 @@ pub struct Operands<'a> {
     pub lse: Option<&'a MlxBuffer>,
     /// Block table of paged keys, `[B, pages of a sequence]`, i32.
     pub block_table: Option<&'a MlxBuffer>,
-    /// Keys of each sequence, `[B]`, u32.
+    /// Keys of each sequence, `[B]`, u32 or i32.
     pub key_lengths: Option<&'a MlxBuffer>,
 }
 
