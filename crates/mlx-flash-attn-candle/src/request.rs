@@ -156,8 +156,7 @@ impl Request {
 
         let dense = (oq.batch > 0).then_some((oq.len, ok.len));
         let dtype = dtype_of("q", q.dtype())?;
-        let mut builder = start(dtype, [&oq, &ok], layout, packed);
-        builder = builder
+        let mut builder = start(dtype, [&oq, &ok], layout, packed)
             .kv_dtype(dtype_of("k", k.dtype())?)
             .strides(Role::Query, oq.strides)
             .strides(Role::Key, ok.strides)
@@ -167,7 +166,7 @@ impl Request {
             .sinks(options.sinks.is_some())
             .alibi(options.alibi_slopes.is_some())
             .lse(lse);
-        builder = with_bounds(builder, options)?;
+        builder = with_bounds(builder, options);
         if let Some(spec) = mask_spec {
             builder = builder.mask(spec);
         }
@@ -296,7 +295,7 @@ fn longest(boundaries: &[u32]) -> usize {
     lengths(boundaries).max().unwrap_or(0)
 }
 
-fn with_bounds(mut builder: ProblemBuilder, options: &Options) -> Result<ProblemBuilder> {
+fn with_bounds(mut builder: ProblemBuilder, options: &Options) -> ProblemBuilder {
     if let Some(scale) = options.scale {
         builder = builder.scale(scale);
     }
@@ -309,7 +308,7 @@ fn with_bounds(mut builder: ProblemBuilder, options: &Options) -> Result<Problem
     if let Some(n) = options.window_right {
         builder = builder.window_right(n);
     }
-    Ok(builder)
+    builder
 }
 
 /// The last boundary, of at most `rows`. What else boundaries must be is checked with the problem.

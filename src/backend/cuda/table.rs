@@ -296,7 +296,8 @@ const fn hopper(
 /// Sets of features that the Hopper kernels are built for; masks where sequences have lengths of their own or
 /// keys lie in pages are left to the portable ones.
 const BOUNDS: u16 = RIGHT | LEFT;
-const NO_MASK: u16 = BOUNDS | SCORES | SEQUENCES;
+const NO_STEP: u16 = BOUNDS | SEQUENCES;
+const NO_MASK: u16 = NO_STEP | SCORES;
 const CLASSED: u16 = BOUNDS | SCORES | MASK | CLASSES;
 
 /// Head dims up to 64, and up to 128.
@@ -346,24 +347,13 @@ static ATTENTION: &[Row] = &[
         &[NO_MASK, CLASSED & !SCORES],
     ),
     hopper(&[80, 96], 128, 112, (40, 232), &[CLASSED]),
-    hopper(
-        &[128],
-        128,
-        128,
-        (40, 232),
-        &[BOUNDS | SEQUENCES, CLASSED & !SCORES],
-    ),
+    // Where sequences differ or lie in pages, the warps that copy need more than 24 registers.
+    hopper(&[128], 128, 128, (40, 232), &[NO_STEP, CLASSED & !SCORES]),
     hopper(&[128], 128, 128, (24, 240), &[BOUNDS | SCORES]),
     hopper(&[128], 128, 128, (40, 232), &[NO_MASK]),
     hopper(&[128], 128, 96, (40, 232), &[CLASSED]),
     hopper(&[192], 128, 96, (24, 240), &[BOUNDS, BOUNDS | MASK]),
-    hopper(
-        &[192],
-        128,
-        96,
-        (40, 232),
-        &[BOUNDS | SEQUENCES, CLASSED & !SCORES],
-    ),
+    hopper(&[192], 128, 96, (40, 232), &[NO_STEP, CLASSED & !SCORES]),
     hopper(&[192], 128, 80, (24, 240), &[BOUNDS | SCORES]),
     hopper(&[192], 128, 80, (40, 232), &[NO_MASK, CLASSED]),
     hopper(
@@ -383,7 +373,7 @@ static ATTENTION: &[Row] = &[
             128,
             64,
             (40, 232),
-            &[NO_MASK & !(PAGED | LENGTHS), CLASSED],
+            &[BOUNDS | SCORES | PACKED, CLASSED],
         )
     },
     Row {

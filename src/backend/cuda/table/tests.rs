@@ -39,8 +39,7 @@ fn every_dtype_and_head_dim_has_a_kernel_that_fits_any_gpu() {
 const HOPPER_DIMS: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 512];
 
 #[test]
-fn hopper_alone_has_its_own_kernels_but_for_masks_of_sequences_and_pages_and_lengths_of_512_columns()
- {
+fn hopper_alone_has_its_own_kernels_and_has_them_for_all_but_some_sequences() {
     let own = |gpu, needs| attention(needs, gpu).any(Row::maps);
     for (dtype, head_dim) in [DType::BF16, DType::F16]
         .into_iter()
